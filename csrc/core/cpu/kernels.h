@@ -1,0 +1,39 @@
+// The CPU kernels, compiled once per instruction set and chosen at run time.
+//
+// core/cpu/isa_*.cpp each compile the same kernel sources (ops/*/*_cpu.h) for one instruction set and export a table of
+// entry points. cpu_kernels() picks the best one this CPU has; DNL_EXT_CPU_CAPABILITY (generic, avx2, avx512,
+// avx512_bf16) forces a lesser one, for tests.
+#pragma once
+
+#include <vector>
+
+#include "core/types.h"
+#include "ops/pairwise/pairwise.h"
+#include "ops/unary/unary.h"
+#include "ops/whiten/whiten.h"
+
+namespace dnl {
+
+struct CpuKernels {
+  const char* name;
+  bool (*supported)();
+  bool bf16_products;  // multiplies bf16 by bf16 into fp32; otherwise halves are widened to fp32 first
+
+  void (*whiten)(const WhitenArgs&, const Executor&);
+  void (*softmax)(const SoftmaxArgs&, const Executor&);
+  void (*softmax_backward)(const SoftmaxArgs&, const Executor&);
+  void (*unary_forward)(const UnaryArgs&, const Executor&);
+  void (*unary_backward)(const UnaryArgs&, const Executor&);
+  // Workspace sizes in bytes; the operator allocates once per call.
+  size_t (*pairwise_forward_workspace)(const PairwiseArgs&, const Executor&);
+  void (*pairwise_forward)(const PairwiseArgs&, void* workspace, const Executor&);
+  size_t (*pairwise_backward_workspace)(const PairwiseArgs&, const Executor&);
+  void (*pairwise_backward)(const PairwiseArgs&, void* workspace, const Executor&);
+};
+
+// Every table that was built, best last.
+const std::vector<const CpuKernels*>& all_cpu_kernels();
+// The table in use.
+const CpuKernels& cpu_kernels();
+
+}  // namespace dnl

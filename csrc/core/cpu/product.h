@@ -1,0 +1,172 @@
+// Matrix products on packed operands: C (+)= A B, with C in registers while it grows.
+//
+// B is cut into panels of kLanes columns; a block is kRows rows of A by one panel, and its kRows x kLanes sums stay in
+// vector registers over the whole depth: each step loads one row of the panel and broadcasts one element of each row of
+// A. The panel streams from L1/L2; nothing is written until the block is done. With AVX-512 a block is 6 x 64 floats: 24
+// sums, 4 vectors of B, 1 of A, of 32 registers.
+//
+// The result C comes in panels too, and a C in panels is both a B (its rows the depth) and an A (its columns the depth)
+// for a following product: a tile of softmax probabilities needs no repacking between the products it takes part in.
+//
+//   panels   element (k, lane) of panel p at  p * panel + k * kLanes + lane         (kGroup = 1)
+//            bf16 pairs two depths a lane:    p * panel + (k / 2) * 2 kLanes + 2 lane + k % 2
+//   rows     element (r, k) at  (k / run) * jump + r * row + k % run                (run = depth for a plain row)
+#pragma once
+
+#include <algorithm>
+
+#include "core/cpu/vec.h"
+
+#ifdef DNL_BF16_PRODUCTS
+#include <immintrin.h>
+#endif
+
+namespace dnl {
+namespace DNL_ISA {
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+template <class E>
+struct Block {
+  static constexpr int kVectors = DNL_VECTOR_BYTES == 64 ? 4 : 2;
+  static constexpr int kLanes = kVectors * kWidth<Acc<E>>;
+  static constexpr int kRows = 6;
+  static constexpr int kGroup = sizeof(Acc<E>) / sizeof(E);  // depths one lane of an instruction takes
+};
+
+template <class E>
+struct RowOperand {
+  const E* data;
+  int64_t row;   // between rows
+  int64_t run;   // consecutive depths
+  int64_t jump;  // between runs
+};
+
+template <class E>
+struct PanelOperand {
+  const E* data;
+  int64_t panel;
+};
+
+template <class T>
+struct PanelResult {
+  T* data;
+  int64_t panel;  // between panels; rows are kLanes apart
+};
+
+enum class Into { store, add, rescale };  // C = AB;  C = C + AB;  C = C * alpha + AB, alpha a factor per lane
+
+template <class T>
+inline Vec<T> multiply_add(Vec<T> c, Vec<T> a, Vec<T> b) { return c + a * b; }
+
+// One row of a block, one step of the depth.
+template <class E>
+struct Step {
+  using V = Vec<E>;
+  static V load_b(const E* b) { return load(b); }
+  static V broadcast_a(const E* a) { return broadcast(*a); }
+  static V fma(V c, V a, V b) { return c + a * b; }
+};
+
+#ifdef DNL_BF16_PRODUCTS
+template <>
+struct Step<bf16> {
+  using V = __m512bh;
+  static V load_b(const bf16* b) { return (__m512bh)_mm512_loadu_si512(b); }
+  static V broadcast_a(const bf16* a) {
+    int pair;
+    std::memcpy(&pair, a, 4);
+    return (__m512bh)_mm512_set1_epi32(pair);
+  }
+  static Vec<float> fma(Vec<float> c, V a, V b) { return (Vec<float>)_mm512_dpbf16_ps((__m512)c, a, b); }
+};
+#endif
+
+template <class E, int R, Into into>
+inline void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b, int64_t depth, Acc<E>* c,
+                  const Acc<E>* alpha) {
+  using B = Block<E>;
+  using V = Vec<Acc<E>>;
+  constexpr int W = kWidth<Acc<E>>;
+  V sum[R][B::kVectors];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < B::kVectors; ++v) sum[r][v] = V{};
+
+  for (int64_t begin = 0; begin < depth; begin += run, a += jump) {
+    const int64_t count = std::min(run, depth - begin);
+    for (int64_t k = 0; k < count; k += B::kGroup) {
+      typename Step<E>::V bk[B::kVectors];
+      for (int v = 0; v < B::kVectors; ++v) bk[v] = Step<E>::load_b(b + v * W * B::kGroup);
+      b += B::kLanes * B::kGroup;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        const auto ak = Step<E>::broadcast_a(a + r * row + k);
+#pragma GCC unroll 8
+        for (int v = 0; v < B::kVectors; ++v) sum[r][v] = Step<E>::fma(sum[r][v], ak, bk[v]);
+      }
+    }
+  }
+
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < B::kVectors; ++v) {
+      Acc<E>* out = c + r * B::kLanes + v * W;
+      if (into == Into::store) store(out, sum[r][v]);
+      if (into == Into::add) store(out, load(out) + sum[r][v]);
+      if (into == Into::rescale) store(out, load(out) * load(alpha + v * W) + sum[r][v]);
+    }
+}
+
+// C (rows x panels * kLanes) from A (rows x depth) and B (depth x panels * kLanes). `depth` is a multiple of kGroup:
+// operands are zero there. alpha: (panels * kLanes), for Into::rescale.
+template <class E, Into into>
+void product_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
+                   PanelResult<Acc<E>> c, const Acc<E>* alpha) {
+  using B = Block<E>;
+  for (int64_t p = 0; p < panels; ++p) {
+    const E* bp = b.data + p * b.panel;
+    Acc<E>* cp = c.data + p * c.panel;
+    const Acc<E>* factor = alpha ? alpha + p * B::kLanes : nullptr;
+    int64_t r = 0;
+    for (; r + B::kRows <= rows; r += B::kRows)
+      block<E, B::kRows, into>(a.data + r * a.row, a.row, a.run, a.jump, bp, depth, cp + r * B::kLanes, factor);
+    const E* rest = a.data + r * a.row;
+    Acc<E>* out = cp + r * B::kLanes;
+    switch (rows - r) {
+      case 5: block<E, 5, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor); break;
+      case 4: block<E, 4, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor); break;
+      case 3: block<E, 3, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor); break;
+      case 2: block<E, 2, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor); break;
+      case 1: block<E, 1, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor); break;
+      default: break;
+    }
+  }
+}
+
+// A sum over a long depth is cut into slices of this many: each starts from zero, which halves the rounding error of one
+// running sum over 512, and a panel's slice stays in L1. The slice is whole groups and whole runs of a panel's rows.
+constexpr int64_t kDepthSlice = 128;
+
+template <class E, Into into>
+void product(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b, PanelResult<Acc<E>> c,
+             const Acc<E>* alpha = nullptr) {
+  product_slice<E, into>(rows, panels, std::min(depth, kDepthSlice), a, b, c, alpha);
+  for (int64_t k = kDepthSlice; k < depth; k += kDepthSlice) {
+    a.data += kDepthSlice / a.run * a.jump + kDepthSlice % a.run;
+    b.data += kDepthSlice * Block<E>::kLanes;
+    product_slice<E, Into::add>(rows, panels, std::min(depth - k, kDepthSlice), a, b, c, nullptr);
+  }
+}
+
+template <class E>
+void product(Into into, int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
+             PanelResult<Acc<E>> c, const Acc<E>* alpha = nullptr) {
+  switch (into) {
+    case Into::store: return product<E, Into::store>(rows, panels, depth, a, b, c);
+    case Into::add: return product<E, Into::add>(rows, panels, depth, a, b, c);
+    case Into::rescale: return product<E, Into::rescale>(rows, panels, depth, a, b, c, alpha);
+  }
+}
+
+}  // namespace DNL_ISA
+}  // namespace dnl

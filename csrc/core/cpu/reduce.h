@@ -1,0 +1,86 @@
+// Reductions over positions or channels of a strided matrix, in double: they read each element once, so memory sets
+// their pace and the wide sums are free.
+#pragma once
+
+#include "core/cpu/product.h"
+
+namespace dnl {
+namespace DNL_ISA {
+
+constexpr int64_t kReduceLanes = 32;  // independent partial sums, so that the loop vectorises without reassociation
+constexpr int64_t kReduceBlock = 64;  // channels or positions per task
+
+template <class Src>
+inline const Src* element(const View& x, int64_t batch) {
+  return static_cast<const Src*>(x.data) + x.batch[batch];
+}
+
+// sum_i weight_i x_i over `count` elements `stride` apart; weight may be null.
+template <class Src>
+inline double strided_sum(const Src* x, int64_t stride, int64_t count, const Acc<Src>* weight) {
+  double lane[kReduceLanes] = {};
+  int64_t i = 0;
+  if (stride == 1) {
+    for (; i + kReduceLanes <= count; i += kReduceLanes)
+      for (int64_t l = 0; l < kReduceLanes; ++l)
+        lane[l] += double(widen(x[i + l])) * (weight ? double(weight[i + l]) : 1.0);
+  }
+  double sum = 0;
+  for (; i < count; ++i) sum += double(widen(x[i * stride])) * (weight ? double(weight[i]) : 1.0);
+  for (int64_t l = 0; l < kReduceLanes; ++l) sum += lane[l];
+  return sum;
+}
+
+// out[c] = sum_i weight_i x[i][c] for channels [begin, end) of one batch element.
+template <class Src>
+inline void column_sums(const Src* x, const View& view, int64_t positions, int64_t begin, int64_t end,
+                        const Acc<Src>* weight, double* out) {
+  if (view.position == 1 || view.channel != 1) {
+    for (int64_t c = begin; c < end; ++c)
+      out[c - begin] = strided_sum(x + c * view.channel, view.position, positions, weight);
+    return;
+  }
+  for (int64_t c = begin; c < end; ++c) out[c - begin] = 0;
+  for (int64_t i = 0; i < positions; ++i) {
+    const Src* row = x + i * view.position;
+    const double w = weight ? double(weight[i]) : 1.0;
+    for (int64_t c = begin; c < end; ++c) out[c - begin] += w * double(widen(row[c]));
+  }
+}
+
+// The same for every batch element and channel, in parallel, times `factor`. out: (batches, channels).
+template <class Src>
+void all_column_sums(const View& view, int64_t batches, int64_t positions, int64_t channels, const Acc<Src>* weight,
+                     int64_t weight_batch, double factor, Acc<Src>* out, const Executor& executor) {
+  const int64_t blocks = ceil_div(channels, kReduceBlock);
+  executor.parallel(batches * blocks, [&](int64_t task) {
+    const int64_t b = task / blocks, begin = task % blocks * kReduceBlock;
+    const int64_t end = std::min(channels, begin + kReduceBlock);
+    double sums[kReduceBlock];
+    column_sums(element<Src>(view, b), view, positions, begin, end, weight ? weight + b * weight_batch : nullptr, sums);
+    for (int64_t c = begin; c < end; ++c) out[b * channels + c] = static_cast<Acc<Src>>(sums[c - begin] * factor);
+  });
+}
+
+// out[i - begin] = sum_c f(i, c) for positions [begin, end), visiting memory in the order of `view`; at most
+// kReduceBlock positions.
+template <class F>
+inline void row_sums(const View& view, int64_t begin, int64_t end, int64_t channels, double* out, const F& f) {
+  for (int64_t i = begin; i < end; ++i) out[i - begin] = 0;
+  if (view.position == 1) {
+    for (int64_t c = 0; c < channels; ++c)
+      for (int64_t i = begin; i < end; ++i) out[i - begin] += f(i, c);
+  } else {
+    for (int64_t i = begin; i < end; ++i) {
+      double lane[8] = {};
+      int64_t c = 0;
+      for (; c + 8 <= channels; c += 8)
+        for (int64_t l = 0; l < 8; ++l) lane[l] += f(i, c + l);
+      for (; c < channels; ++c) lane[0] += f(i, c);
+      for (double value : lane) out[i - begin] += value;
+    }
+  }
+}
+
+}  // namespace DNL_ISA
+}  // namespace dnl

@@ -1,0 +1,28 @@
+// Compiles what follows for DNL_TARGET. Standard headers come first: an inline function of theirs that was compiled for
+// AVX-512 could be the copy the linker keeps for everyone.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "core/cpu/kernels.h"
+
+#ifdef DNL_TARGET
+#if defined(__clang__)
+#define DNL_PRAGMA_(x) _Pragma(#x)
+#define DNL_PRAGMA(x) DNL_PRAGMA_(x)
+DNL_PRAGMA(clang attribute push(__attribute__((target(DNL_TARGET))), apply_to = function))
+#else
+#pragma GCC push_options
+#define DNL_PRAGMA_(x) _Pragma(#x)
+#define DNL_PRAGMA(x) DNL_PRAGMA_(x)
+DNL_PRAGMA(GCC target(DNL_TARGET))
+#endif
+#endif

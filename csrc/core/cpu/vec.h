@@ -1,0 +1,166 @@
+// Vectors of one instruction set, element types and exp2.
+//
+// Included by the isa_*.cpp files only, after they set the target and define DNL_ISA (the namespace) and
+// DNL_VECTOR_BYTES. GCC's vector extension carries the arithmetic, so that one source serves every instruction set;
+// intrinsics stand only where the language has no word for the instruction.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "core/types.h"
+
+namespace dnl {
+namespace DNL_ISA {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Element types in memory
+// ---------------------------------------------------------------------------------------------------------------------
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  _Float16 value;
+};
+
+inline double widen(double x) { return x; }
+inline float widen(float x) { return x; }
+inline float widen(f16 x) { return static_cast<float>(x.value); }
+inline float widen(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+
+template <class T, class S>
+inline T narrow(S x);
+template <>
+inline double narrow<double>(double x) { return x; }
+template <>
+inline float narrow<float>(float x) { return x; }
+template <>
+inline float narrow<float>(double x) { return static_cast<float>(x); }
+template <>
+inline f16 narrow<f16>(float x) { return f16{static_cast<_Float16>(x)}; }
+template <>
+inline bf16 narrow<bf16>(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  // Rounds to nearest even. A NaN would round up to infinity when its payload is all ones, so it keeps its top bits.
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const bool nan = (bits & 0x7fffffff) > 0x7f800000;
+  return bf16{static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : rounded)};
+}
+template <>
+inline f16 narrow<f16>(double x) { return narrow<f16>(static_cast<float>(x)); }
+template <>
+inline bf16 narrow<bf16>(double x) { return narrow<bf16>(static_cast<float>(x)); }
+
+// Type of sums and statistics over elements of type T.
+template <class T>
+struct AccOf { using type = float; };
+template <>
+struct AccOf<double> { using type = double; };
+template <class T>
+using Acc = typename AccOf<T>::type;
+
+template <class F>
+void dispatch(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f64: return f(double{});
+    case DType::f32: return f(float{});
+    case DType::bf16: return f(bf16{});
+    case DType::f16: return f(f16{});
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Vectors
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(DNL_VECTOR_BYTES), aligned(4), may_alias));
+  typedef int32_t integer __attribute__((vector_size(DNL_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(DNL_VECTOR_BYTES), aligned(8), may_alias));
+  typedef int64_t integer __attribute__((vector_size(DNL_VECTOR_BYTES), aligned(8), may_alias));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int kWidth = DNL_VECTOR_BYTES / sizeof(T);
+
+template <class T>
+inline Vec<T> load(const T* x) { return *reinterpret_cast<const Vec<T>*>(x); }
+template <class T>
+inline void store(T* x, Vec<T> v) { *reinterpret_cast<Vec<T>*>(x) = v; }
+template <class T>
+inline Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+// The larger of two, `a` where they do not compare: a NaN in `b` is left to the exponentials that follow.
+template <class V>
+inline V vmax(V a, V b) { return b > a ? b : a; }
+
+// 2^x, with relative error under 2e-7 (float) and 3e-16 (double). Below the normal range 0; NaN stays NaN.
+// x = n + f with |f| <= 1/2; a minimax polynomial (Remez, degree 6 and 12) for 2^f, then n into the exponent.
+inline Vec<float> exp2(Vec<float> x) {
+  using V = Vec<float>;
+  using I = typename VecOf<float>::integer;
+  const V least = broadcast(-126.0f), most = broadcast(127.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23
+  V y = x < least ? least : x;
+  y = y > most ? most : y;
+  const V t = y + magic;
+  const V f = y - (t - magic);
+  V p = broadcast(1.5461444698569129e-4f);
+  p = p * f + 1.3400428177615838e-3f;
+  p = p * f + 9.6180566785246381e-3f;
+  p = p * f + 5.5503272266703021e-2f;
+  p = p * f + 2.4022650922288759e-1f;
+  p = p * f + 6.9314720670283260e-1f;
+  p = p * f + 1.0f;
+  const I n = (I)t - (I)magic;
+  p = p * (V)((n + 127) << 23);
+  return x < least ? V{} : p;
+}
+
+inline Vec<double> exp2(Vec<double> x) {
+  using V = Vec<double>;
+  using I = typename VecOf<double>::integer;
+  const V least = broadcast(-1022.0), most = broadcast(1023.0), magic = broadcast(6755399441055744.0);  // 1.5 * 2^52
+  V y = x < least ? least : x;
+  y = y > most ? most : y;
+  const V t = y + magic;
+  const V f = y - (t - magic);
+  V p = broadcast(2.5733568308756891e-11);
+  p = p * f + 4.4566753410492059e-10;
+  p = p * f + 7.0548943863483480e-9;
+  p = p * f + 1.0178051190960649e-7;
+  p = p * f + 1.3215486815999977e-6;
+  p = p * f + 1.5252733856293466e-5;
+  p = p * f + 1.5403530393362756e-4;
+  p = p * f + 1.3333558146390353e-3;
+  p = p * f + 9.6181291076284831e-3;
+  p = p * f + 5.5504108664821699e-2;
+  p = p * f + 2.4022650695910071e-1;
+  p = p * f + 6.9314718055994531e-1;
+  p = p * f + 1.0;
+  const I n = (I)t - (I)magic;
+  p = p * (V)((n + 1023) << 52);
+  return x < least ? V{} : p;
+}
+
+template <class T>
+constexpr T kLog2e = T(1.44269504088896340735992468100189214);
+template <class T>
+constexpr T kLn2 = T(0.693147180559945309417232121458176568);
+
+}  // namespace DNL_ISA
+}  // namespace dnl

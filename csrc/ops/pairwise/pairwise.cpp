@@ -1,0 +1,78 @@
+// Pairwise attention: schemas and the CPU route.
+#include "core/cpu/kernels.h"
+#include "ops/pairwise/pairwise_op.h"
+
+namespace dnl {
+
+using PairwiseForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using PairwiseBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+std::tuple<Tensor, Tensor> unary_forward_cpu(const Tensor& mask_logits, const Tensor& value);
+
+static Tensor workspace_of(const Tensor& like, size_t bytes) {
+  return empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+}
+
+PairwiseForwardResult pairwise_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
+                                           const std::optional<Tensor>& mask_logits, double scale,
+                                           const std::optional<std::string>& whiten, bool save_residual) {
+  PairwiseCall call(query, key, value, mask_logits, scale, whiten, save_residual);
+  if (mask_logits) {
+    const auto [pooled, mask_lse] = unary_forward_cpu(*mask_logits, value);
+    call.set_unary(pooled, mask_lse);
+  }
+  if (!call.empty()) {
+    const Executor executor = torch_threads();
+    const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_forward_workspace(call.args, executor));
+    cpu_kernels().pairwise_forward(call.args, workspace.data_ptr(), executor);
+  }
+  return {call.output, call.lse, call.residual, call.pooled, call.mask_lse};
+}
+
+PairwiseBackwardResult pairwise_backward_cpu(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                             const Tensor& value, const std::optional<Tensor>& mask_logits,
+                                             const Tensor& output, const Tensor& lse, const Tensor& residual,
+                                             const Tensor& pooled, const Tensor& mask_lse, double scale,
+                                             const std::optional<std::string>& whiten, bool need_query, bool need_key,
+                                             bool need_value, bool need_mask) {
+  PairwiseCall call(grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale,
+                    whiten, need_query, need_key, need_value, need_mask);
+  if (call.args.batches && call.args.queries == 0) {
+    for (Tensor* grad : {&call.grad_query, &call.grad_key, &call.grad_value, &call.grad_mask})
+      torch::stable::zero_(*grad);
+  } else if (call.args.batches) {
+    const Executor executor = torch_threads();
+    const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_backward_workspace(call.args, executor));
+    cpu_kernels().pairwise_backward(call.args, workspace.data_ptr(), executor);
+  }
+  return {call.grad_query, call.grad_key, call.grad_value, call.grad_mask};
+}
+
+// The checks alone, for the map that Python composes.
+void check_pairwise_map(const Tensor& query, const Tensor& key, const std::optional<std::string>& whiten) {
+  parse_whiten(whiten);
+  check_query_key(query, key);
+}
+
+}  // namespace dnl
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
+  m.def(
+      "pairwise_forward(Tensor query, Tensor key, Tensor value, Tensor? mask_logits, float scale, str? whiten, bool "
+      "save_residual) -> (Tensor output, Tensor lse, Tensor residual, Tensor pooled, Tensor mask_lse)");
+  m.def(
+      "pairwise_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask_logits, Tensor "
+      "output, Tensor lse, Tensor residual, Tensor pooled, Tensor mask_lse, float scale, str? whiten, bool need_query, bool need_key, "
+      "bool need_value, bool need_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
+      "grad_mask_logits)");
+  m.def("check_pairwise(Tensor query, Tensor key, str? whiten) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
+  m.impl("pairwise_forward", TORCH_BOX(&dnl::pairwise_forward_cpu));
+  m.impl("pairwise_backward", TORCH_BOX(&dnl::pairwise_backward_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CompositeExplicitAutograd, m) {
+  m.impl("check_pairwise", TORCH_BOX(&dnl::check_pairwise_map));
+}

@@ -1,0 +1,38 @@
+// Whitened pairwise attention with an optional unary term.
+//
+//   forward   S_ij = scale <q_i - mu_q, k_j - mu_k>,  P = softmax_j(S),  y_i = sum_j P_ij v_j + pooled
+//   backward  Delta_i = <dy_i, y_i - pooled>,  dS_ij = P_ij (<dy_i, v_j> - Delta_i)
+//             dq_i = scale sum_j dS_ij k'_j, less its mean over i;  dk_j = scale sum_i dS_ij q'_i
+//             dv_j = sum_i P_ij dy_i + u_j G,  G = sum_i dy_i
+//
+// q' and k' are the centred query and key. Rows of dS sum to zero, so dk needs no mean removed and sums to zero itself.
+// A 16-bit output has lost what Delta needs when values share a large mean; `residual` keeps it for the backward.
+// `pooled` = sum_j u_j v_j and u = softmax(m) come from ops/unary; without mask logits they are absent.
+#pragma once
+
+#include "core/types.h"
+
+namespace dnl {
+
+// Accumulated quantities (lse, pooled, mask_lse) are float, or double where dtype is f64, and dense.
+struct PairwiseArgs {
+  View query;   // (batches, queries, width)
+  View key;     // (batches, keys, width)
+  View value;   // (batches, keys, channels)
+  View output;  // (batches, queries, channels)
+  void* lse;    // (batches, queries), natural logarithm
+  View residual;  // (batches, queries, channels): what rounding took from output, or data = nullptr
+  const void* pooled = nullptr;  // (batches, channels), or nullptr
+  DType dtype;
+  int64_t batches, queries, keys, width, channels;
+  double scale;
+  bool whiten;
+
+  // Backward only. A gradient with data = nullptr is not wanted.
+  View grad_output;                // (batches, queries, channels)
+  View mask;                       // (batches, keys), data = nullptr without the unary term
+  const void* mask_lse = nullptr;  // (batches)
+  View grad_query, grad_key, grad_value, grad_mask;
+};
+
+}  // namespace dnl

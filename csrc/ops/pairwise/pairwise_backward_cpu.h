@@ -1,0 +1,390 @@
+// Backward of whitened pairwise attention on the CPU.
+//
+//   P = exp(S - lse),  dS = P (dO V^T - Delta),  Delta_i = <dy_i, y_i - pooled>
+//   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
+//
+// A thread owns a tile of keys (on the lanes), packs K and V for it once, and takes blocks of queries: S = Q K and
+// dP = dO V (queries x keys) become P and dS in place; dV^T += dO^T P and dK^T += Q^T dS (channels x keys) stay with the
+// tile; dQ += dS K goes to a buffer that all threads share. So that no two touch the same query at once, the queries are
+// cut into as many ranges as threads share a batch element, and in step s thread t works on range (t + s) modulo that
+// number: no buffer per thread, no lock, and a sum whose order is fixed for a number of threads.
+//
+// Query and dO are packed once per group of batch elements, by rows (the depth is the channel) and by channels (the depth
+// is the query).
+#pragma once
+
+#include "ops/pairwise/pairwise_cpu.h"
+
+namespace dnl {
+namespace DNL_ISA {
+
+template <class Src, class E>
+struct PairwiseBackward {
+  using A = Acc<E>;
+  using B = Block<E>;
+  static constexpr int L = B::kLanes, G = B::kGroup, W = kWidth<A>;
+  static constexpr int64_t kQueryBlock = 192;
+  static constexpr int64_t kTilePanels = 4;
+  static_assert(kQueryBlock % B::kRows == 0 && kQueryBlock % G == 0, "a block of queries is whole rows and groups");
+
+  const PairwiseArgs& args;
+  const Executor& executor;
+  const A c;
+  const bool need_value, need_logits;  // logits: any gradient that goes through dS
+  int64_t tile, tiles, query_blocks, group, sharing;
+  int64_t width_pitch, channel_pitch, width_panels;
+
+  Means<Src, E> means;
+  E *query_rows, *query_columns, *grad_rows, *grad_columns;
+  A *lse, *delta, *grad_query, *grad_pooled, *unary;
+  size_t bytes;
+
+  struct Slot {
+    E *key, *key_columns, *value;     // panels: K (depth = channel), K (depth = key), V (depth = channel)
+    A *bias, *column_sum;             // per lane
+    A *logits, *grad;                 // S then P; dP then dS
+    E *probability, *grad_pairs, *grad_rows;  // P and dS as pairs, dS as rows: with bfloat16 products only
+    A *grad_key, *grad_value;
+  };
+  std::vector<Slot> slots;
+
+  PairwiseBackward(const PairwiseArgs& a, void* workspace, const Executor& e)
+      : PairwiseBackward(a, Arena(workspace), e) {}
+
+  void run() {
+    means.compute(args, executor);
+    unary_gradients();
+    for (int64_t first = 0; first < args.batches; first += group) {
+      const int64_t count = std::min(group, args.batches - first);
+      executor.parallel(count * query_blocks, [&](int64_t task) {
+        pack_queries(first + task / query_blocks, task / query_blocks, task % query_blocks);
+      });
+      if (sharing == 1) {
+        executor.parallel(count, [&](int64_t place) {
+          for (int64_t key = 0; key < tiles; ++key) step(first + place, place, key, 0, slots[place]);
+        });
+      } else {
+        for (int64_t round = 0; round < tiles; round += sharing)
+          for (int64_t s = 0; s < sharing; ++s)
+            executor.parallel(count * sharing, [&](int64_t task) {
+              const int64_t place = task / sharing, key = round + task % sharing;
+              if (key < tiles) step(first + place, place, key, s, slots[task]);
+            });
+      }
+      if (args.grad_query.data)
+        executor.parallel(count * width_panels, [&](int64_t task) {
+          write_query(first + task / width_panels, task / width_panels, task % width_panels);
+        });
+    }
+  }
+
+ private:
+  PairwiseBackward(const PairwiseArgs& a, Arena arena, const Executor& e)
+      : args(a),
+        executor(e),
+        c(static_cast<A>(a.scale * kLog2e<double>)),
+        need_value(a.grad_value.data),
+        need_logits(a.grad_query.data || a.grad_key.data),
+        means(a, arena) {
+    width_pitch = round_up(args.width, G);
+    channel_pitch = round_up(args.channels, G);
+    width_panels = ceil_div(args.width, L);
+    query_blocks = ceil_div(args.queries, kQueryBlock);
+
+    // Enough batch elements to give each thread its own, or threads that share one.
+    const int64_t threads = executor.threads;
+    int64_t panels = kTilePanels;
+    if (args.batches % threads == 0 || args.batches >= 4 * threads) {
+      sharing = 1;
+      group = std::min(args.batches, threads);
+    } else {
+      while (panels > 1 && ceil_div(args.keys, panels * L) < 2 * threads) --panels;
+      sharing = std::min({threads, ceil_div(args.keys, panels * L), query_blocks});
+      group = std::min(args.batches, std::max<int64_t>(1, threads / sharing));
+    }
+    panels = std::min(panels, ceil_div(args.keys, L));
+    tile = panels * L;
+    tiles = ceil_div(args.keys, tile);
+
+    const int64_t queries = query_blocks * kQueryBlock;
+    const bool want_query = args.grad_query.data, want_key = args.grad_key.data;
+    query_rows = arena.take<E>(group * args.queries * width_pitch);
+    query_columns = want_key ? arena.take<E>(group * queries * args.width) : nullptr;
+    grad_rows = need_logits ? arena.take<E>(group * args.queries * channel_pitch) : nullptr;
+    grad_columns = need_value ? arena.take<E>(group * queries * args.channels) : nullptr;
+    lse = arena.take<A>(group * args.queries);
+    delta = arena.take<A>(group * args.queries);
+    grad_query = want_query ? arena.take<A>(group * width_panels * args.queries * L) : nullptr;
+    const bool has_unary = args.mask.data;
+    grad_pooled = has_unary ? arena.take<A>(args.batches * args.channels) : nullptr;
+    unary = has_unary ? arena.take<A>(args.batches * args.keys) : nullptr;
+    slots.resize(group * sharing);
+    for (Slot& slot : slots) {
+      slot.key = arena.take<E>(panels * width_pitch * L);
+      slot.key_columns = want_query ? arena.take<E>(width_panels * round_up(tile, G) * L) : nullptr;
+      slot.value = need_logits ? arena.take<E>(panels * channel_pitch * L) : nullptr;
+      slot.bias = arena.take<A>(tile);
+      slot.column_sum = arena.take<A>(tile);
+      slot.logits = arena.take<A>(panels * kQueryBlock * L);
+      slot.grad = need_logits ? arena.take<A>(panels * kQueryBlock * L) : nullptr;
+      slot.probability = kRawProducts<E> ? arena.take<E>(panels * kQueryBlock * L) : nullptr;
+      slot.grad_pairs = kRawProducts<E> ? arena.take<E>(panels * kQueryBlock * L) : nullptr;
+      slot.grad_rows = kRawProducts<E> ? arena.take<E>(panels * kQueryBlock * L) : nullptr;
+      slot.grad_key = want_key ? arena.take<A>(panels * args.width * L) : nullptr;
+      slot.grad_value = need_value ? arena.take<A>(panels * args.channels * L) : nullptr;
+    }
+    bytes = arena.used();
+  }
+
+  const A* mean(const A* means_of, int64_t batch) const {
+    return means_of ? means_of + batch * args.width : nullptr;
+  }
+  const A* packing_mean(const A* means_of, int64_t batch) const {
+    return kRawProducts<E> ? nullptr : mean(means_of, batch);
+  }
+
+  const A* value_mean(int64_t batch) const {
+    return means.value ? means.value + batch * args.channels : nullptr;
+  }
+
+  // G = sum_i dy_i, u, and dm, which need no map.
+  void unary_gradients() {
+    if (!args.mask.data) return;
+    all_column_sums<Src>(args.grad_output, args.batches, args.queries, args.channels, nullptr, 0, 1.0, grad_pooled,
+                         executor);
+    unary_map<Src>(args.mask, static_cast<const A*>(args.mask_lse), args.batches, args.keys, unary, executor);
+    if (!args.grad_mask.data) return;
+    UnaryArgs pool{};
+    pool.value = args.value;
+    pool.grad_pooled = grad_pooled;
+    pool.grad_mask = args.grad_mask;
+    pool.batches = args.batches;
+    pool.keys = args.keys;
+    pool.channels = args.channels;
+    unary_mask_gradient<Src>(pool, unary, executor);
+  }
+
+  void pack_queries(int64_t batch, int64_t place, int64_t block) {
+    const int64_t first = block * kQueryBlock, count = std::min(kQueryBlock, args.queries - first);
+    const int64_t row = place * args.queries + first, column = (place * query_blocks + block) * kQueryBlock;
+    const A* query_mean = packing_mean(means.query, batch);
+    pack_rows(by_position<Src>(args.query, batch, first, query_mean), count, args.width, width_pitch,
+              query_rows + row * width_pitch);
+    if (query_columns)
+      pack_rows(by_channel<Src>(args.query, batch, first, query_mean), args.width, count, kQueryBlock,
+                query_columns + column * args.width);
+    if (grad_rows)
+      pack_rows(by_position<Src>(args.grad_output, batch, first, nullptr), count, args.channels, channel_pitch,
+                grad_rows + row * channel_pitch);
+    if (grad_columns)
+      pack_rows(by_channel<Src>(args.grad_output, batch, first, nullptr), args.channels, count, kQueryBlock,
+                grad_columns + column * args.channels);
+
+    const A* saved = static_cast<const A*>(args.lse) + batch * args.queries + first;
+    for (int64_t i = 0; i < count; ++i) lse[row + i] = saved[i] * kLog2e<A>;
+    if (need_logits) compute_delta(batch, first, count, delta + row);
+    if (grad_query)
+      for (int64_t p = 0; p < width_panels; ++p) {
+        A* out = grad_query + ((place * width_panels + p) * args.queries + first) * L;
+        std::fill(out, out + count * L, A(0));
+      }
+  }
+
+  void compute_delta(int64_t batch, int64_t first, int64_t count, A* out) const {
+    const Src *dy = element<Src>(args.grad_output, batch), *y = element<Src>(args.output, batch);
+    const View &dv = args.grad_output, &yv = args.output, &rv = args.residual;
+    const Src* rest = rv.data ? element<Src>(rv, batch) : nullptr;
+    const A* pooled = args.pooled ? static_cast<const A*>(args.pooled) + batch * args.channels : nullptr;
+    const A* centre = value_mean(batch);
+    for (int64_t begin = first; begin < first + count; begin += kReduceBlock) {
+      const int64_t end = std::min(first + count, begin + kReduceBlock);
+      double sums[kReduceBlock];
+      row_sums(yv, begin, end, args.channels, sums, [&](int64_t i, int64_t ch) {
+        double value = widen(y[i * yv.position + ch * yv.channel]);
+        if (rest) value += widen(rest[i * rv.position + ch * rv.channel]);
+        if (pooled) value -= pooled[ch];
+        if (centre) value -= centre[ch];
+        return double(widen(dy[i * dv.position + ch * dv.channel])) * value;
+      });
+      for (int64_t i = begin; i < end; ++i) out[i - first] = static_cast<A>(sums[i - begin]);
+    }
+  }
+
+  // Tile `key` against the s-th of its ranges of queries; packs the tile first and writes its gradients last.
+  void step(int64_t batch, int64_t place, int64_t key, int64_t s, const Slot& slot) {
+    const int64_t first = key * tile, count = std::min(tile, args.keys - first), panels = ceil_div(count, L);
+    if (s == 0) pack_tile(batch, first, count, slot);
+    const int64_t range = (key % sharing + s) % sharing;
+    const int64_t begin = query_blocks * range / sharing, end = query_blocks * (range + 1) / sharing;
+    for (int64_t block = begin; block < end; ++block)
+      run_block(place, block, count, panels, s == 0 && block == begin ? Into::store : Into::add, slot);
+    if (s == sharing - 1) write_tile(batch, first, count, slot);
+  }
+
+  void pack_tile(int64_t batch, int64_t first, int64_t count, const Slot& slot) {
+    pack_panels(by_channel<Src>(args.key, batch, first, packing_mean(means.key, batch)), args.width, count, slot.key,
+                width_pitch * L);
+    if (slot.key_columns)  // dS multiplies the centred key in every type: rows of dS sum to zero only up to rounding
+      pack_panels(by_position<Src>(args.key, batch, first, mean(means.key, batch)), count, args.width,
+                  slot.key_columns, round_up(tile, G) * L);
+    if (slot.value)
+      pack_panels(by_channel<Src>(args.value, batch, first, value_mean(batch)), args.channels, count, slot.value,
+                  channel_pitch * L);
+    // Lanes beyond the last key get P = 0: a pair of bfloat16 depths may read one of them.
+    std::fill(slot.bias, slot.bias + count, A(0));
+    std::fill(slot.bias + count, slot.bias + tile, -std::numeric_limits<A>::infinity());
+    if (kRawProducts<E> && means.query)
+      key_bias<Src>(args, batch, first, first + count, means.query, args.scale * kLog2e<double>, slot.bias);
+    std::fill(slot.column_sum, slot.column_sum + tile, A(0));
+  }
+
+  void run_block(int64_t place, int64_t block, int64_t keys, int64_t panels, Into into, const Slot& slot) {
+    const int64_t first = block * kQueryBlock, rows = std::min(kQueryBlock, args.queries - first);
+    const int64_t row = place * args.queries + first, column = (place * query_blocks + block) * kQueryBlock;
+    constexpr int64_t kPanel = kQueryBlock * L;
+    product<E, Into::store>(rows, panels, width_pitch,
+                            {query_rows + row * width_pitch, width_pitch, width_pitch, 0},
+                            {slot.key, width_pitch * L}, {slot.logits, kPanel});
+    if (need_logits)
+      product<E, Into::store>(rows, panels, channel_pitch,
+                              {grad_rows + row * channel_pitch, channel_pitch, channel_pitch, 0},
+                              {slot.value, channel_pitch * L}, {slot.grad, kPanel});
+    for (int64_t p = 0; p < panels; ++p) softmax_step(slot, p, rows, lse + row, delta + row);
+
+    const int64_t depth = round_up(rows, G);
+    if (need_value)
+      product<E>(into, args.channels, panels, depth,
+                 {grad_columns + column * args.channels, kQueryBlock, kQueryBlock, 0}, {probability(slot), kPanel},
+                 {slot.grad_value, args.channels * L});
+    if (slot.grad_key)
+      product<E>(into, args.width, panels, depth, {query_columns + column * args.width, kQueryBlock, kQueryBlock, 0},
+                 {grad_pairs(slot), kPanel}, {slot.grad_key, args.width * L});
+    if (grad_query)
+      product<E, Into::add>(rows, width_panels, round_up(keys, G), {grad_row_operand(slot), L, L, kPanel},
+                            {slot.key_columns, round_up(tile, G) * L},
+                            {grad_query + (place * width_panels * args.queries + first) * L, args.queries * L});
+  }
+
+  static E* probability(const Slot& slot) {
+    if constexpr (kRawProducts<E>) return slot.probability;
+    else return slot.logits;
+  }
+  static E* grad_pairs(const Slot& slot) {
+    if constexpr (kRawProducts<E>) return slot.grad_pairs;
+    else return slot.grad;
+  }
+  static E* grad_row_operand(const Slot& slot) {
+    if constexpr (kRawProducts<E>) return slot.grad_rows;
+    else return slot.grad;
+  }
+
+  // P = 2^(c S + bias - lse), dS = P (dP - Delta), for one panel (queries x keys).
+  void softmax_step(const Slot& slot, int64_t panel, int64_t rows, const A* row_lse, const A* row_delta) const {
+    A *s = slot.logits + panel * kQueryBlock * L, *d = slot.grad + panel * kQueryBlock * L;
+    constexpr int V = B::kVectors;
+    Vec<A> bias[V], column_sum[V];
+    for (int v = 0; v < V; ++v) {
+      bias[v] = load(slot.bias + panel * L + v * W);
+      column_sum[v] = load(slot.column_sum + panel * L + v * W);
+    }
+    for (int64_t r = 0; r < rows; r += G)
+      for (int v = 0; v < V; ++v) {
+        Vec<A> p[G], g[G];
+        for (int i = 0; i < G; ++i) {
+          p[i] = g[i] = Vec<A>{};
+          if (G > 1 && r + i >= rows) continue;
+          const int64_t at = (r + i) * L + v * W;
+          p[i] = exp2(load(s + at) * c + (bias[v] - row_lse[r + i]));
+          if (need_logits) g[i] = p[i] * (load(d + at) - row_delta[r + i]);
+        }
+        if constexpr (G == 1) {
+          store(s + r * L + v * W, p[0]);
+          if (need_logits) store(d + r * L + v * W, g[0]);
+        } else {
+          store_half_rows(slot, panel, r, v, p, g, column_sum[v]);
+        }
+      }
+    for (int v = 0; v < V; ++v) store(slot.column_sum + panel * L + v * W, column_sum[v]);
+  }
+
+  // P and dS of two query rows, rounded, as pairs; dS as rows too, and its column sums as rounded, which is what makes
+  // the correction by the query mean in write_tile exact.
+  template <int N>
+  void store_half_rows(const Slot& slot, int64_t panel, int64_t r, int v, const Vec<A> (&p)[N], const Vec<A> (&g)[N],
+                       Vec<A>& column_sum) const {
+#ifdef DNL_BF16_PRODUCTS
+    const int64_t pairs = panel * kQueryBlock * L + r * L + v * W * G;
+    store_pair(slot.probability + pairs, p[0], p[1]);
+    if (!need_logits) return;
+    store_pair(slot.grad_pairs + pairs, g[0], g[1]);
+    for (int i = 0; i < G; ++i) {
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)g[i]);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(slot.grad_rows + (panel * kQueryBlock + r + i) * L + v * W),
+                          rounded);
+      column_sum += (Vec<A>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+    }
+#endif
+  }
+
+  void write_tile(int64_t batch, int64_t first, int64_t count, const Slot& slot) const {
+    const A* query_mean = kRawProducts<E> ? mean(means.query, batch) : nullptr;
+    const A* g = grad_pooled ? grad_pooled + batch * args.channels : nullptr;
+    const A* u = unary ? unary + batch * args.keys + first : nullptr;
+    if (slot.grad_key)
+      write_panels(args.grad_key, batch, first, count, args.width, slot.grad_key, [&](int64_t ch, int64_t lane, A x) {
+        if (query_mean) x -= slot.column_sum[lane] * query_mean[ch];
+        return static_cast<A>(args.scale) * x;
+      });
+    if (need_value)
+      write_panels(args.grad_value, batch, first, count, args.channels, slot.grad_value,
+                   [&](int64_t ch, int64_t lane, A x) { return g ? x + u[lane] * g[ch] : x; });
+  }
+
+  template <class F>
+  static void write_panels(const View& view, int64_t batch, int64_t first, int64_t count, int64_t channels,
+                           const A* from, const F& f) {
+    Src* out = static_cast<Src*>(view.data) + view.batch[batch] + first * view.position;
+    for (int64_t p = 0; p * L < count; ++p)
+      visit(channels, std::min<int64_t>(L, count - p * L), view.channel == 1 && view.position != 1,
+            [&](int64_t ch, int64_t lane) {
+              const A value = f(ch, p * L + lane, from[(p * channels + ch) * L + lane]);
+              out[(p * L + lane) * view.position + ch * view.channel] = narrow<Src>(value);
+            });
+  }
+
+  // dq = scale (accumulated - its mean over queries), for one panel of channels.
+  void write_query(int64_t batch, int64_t place, int64_t panel) const {
+    const A* from = grad_query + (place * width_panels + panel) * args.queries * L;
+    const int64_t channels = std::min<int64_t>(L, args.width - panel * L);
+    A mean_of[L] = {};
+    if (args.whiten) {
+      double sum[L] = {};
+      for (int64_t i = 0; i < args.queries; ++i)
+        for (int64_t ch = 0; ch < L; ++ch) sum[ch] += double(from[i * L + ch]);
+      for (int64_t ch = 0; ch < L; ++ch) mean_of[ch] = static_cast<A>(sum[ch] / args.queries);
+    }
+    const View& view = args.grad_query;
+    Src* out = static_cast<Src*>(view.data) + view.batch[batch] + panel * L * view.channel;
+    visit(args.queries, channels, view.position == 1 && view.channel != 1, [&](int64_t i, int64_t ch) {
+      out[i * view.position + ch * view.channel] =
+          narrow<Src>(static_cast<A>(args.scale) * (from[i * L + ch] - mean_of[ch]));
+    });
+  }
+};
+
+inline size_t pairwise_backward_workspace(const PairwiseArgs& args, const Executor& executor) {
+  size_t bytes = 0;
+  dispatch_products(args.dtype, [&](auto src, auto e) {
+    bytes = PairwiseBackward<decltype(src), decltype(e)>(args, nullptr, executor).bytes;
+  });
+  return bytes;
+}
+
+inline void pairwise_backward(const PairwiseArgs& args, void* workspace, const Executor& executor) {
+  dispatch_products(args.dtype, [&](auto src, auto e) {
+    PairwiseBackward<decltype(src), decltype(e)>(args, workspace, executor).run();
+  });
+}
+
+}  // namespace DNL_ISA
+}  // namespace dnl

@@ -1,0 +1,121 @@
+// Whitened pairwise attention on the CPU: what forward and backward share.
+//
+// Both are one tiled algorithm (pairwise_forward_cpu.h, pairwise_backward_cpu.h): a thread owns a tile, which lies on the
+// lanes of the vectors, and streams blocks of the other side past it, so that a block of logits lives and dies in that
+// core's cache and no buffer grows with Nq * Nk. In the forward a thread owns queries, in the backward keys.
+//
+// Centring. In float and double, operands are centred while they are packed. bfloat16 operands are multiplied as they
+// are, exactly, in float accumulators; the query mean enters as a bias per key, -<mu_q, k_j>, because rounding centred
+// values again would lose what the inputs still had. Values are centred like keys: rows of P sum to one, so their mean
+// can be added at the end, and Delta and dO V^T lose the same multiple of it.
+#pragma once
+
+#include <atomic>
+#include <vector>
+
+#include "core/cpu/pack.h"
+#include "core/cpu/reduce.h"
+#include "ops/pairwise/pairwise.h"
+#include "ops/unary/unary_cpu.h"
+
+namespace dnl {
+namespace DNL_ISA {
+
+// Matrix `x` of one batch element read as (positions, channels) or as (channels, positions), centred by `mean` per
+// channel where that is not null.
+template <class Src>
+inline Source<Src> by_position(const View& x, int64_t batch, int64_t first, const Acc<Src>* mean) {
+  return {element<Src>(x, batch) + first * x.position, x.position, x.channel, nullptr, mean};
+}
+template <class Src>
+inline Source<Src> by_channel(const View& x, int64_t batch, int64_t first, const Acc<Src>* mean) {
+  return {element<Src>(x, batch) + first * x.position, x.channel, x.position, mean, nullptr};
+}
+
+// Whether products run on the raw operands, with the query mean as a bias.
+template <class E>
+constexpr bool kRawProducts = Block<E>::kGroup > 1;
+
+// Per-channel means of query and key (batches, width) and value (batches, channels), or null where not centred.
+template <class Src, class E>
+struct Means {
+  Acc<Src>* query = nullptr;
+  Acc<Src>* key = nullptr;
+  Acc<Src>* value = nullptr;
+
+  Means(const PairwiseArgs& args, Arena& arena) {
+    if (!kRawProducts<E>) value = arena.take<Acc<Src>>(args.batches * args.channels);
+    if (!args.whiten) return;
+    query = arena.take<Acc<Src>>(args.batches * args.width);
+    key = arena.take<Acc<Src>>(args.batches * args.width);
+  }
+  void compute(const PairwiseArgs& args, const Executor& executor) const {
+    if (value)
+      all_column_sums<Src>(args.value, args.batches, args.keys, args.channels, nullptr, 0, 1.0 / args.keys, value,
+                           executor);
+    if (!query) return;
+    all_column_sums<Src>(args.query, args.batches, args.queries, args.width, nullptr, 0, 1.0 / args.queries, query,
+                         executor);
+    all_column_sums<Src>(args.key, args.batches, args.keys, args.width, nullptr, 0, 1.0 / args.keys, key, executor);
+  }
+};
+
+// -<mu_q, k_j> * factor for keys [begin, end).
+template <class Src>
+inline void key_bias(const PairwiseArgs& args, int64_t batch, int64_t begin, int64_t end, const Acc<Src>* query_mean,
+                     double factor, Acc<Src>* bias) {
+  const Src* k = element<Src>(args.key, batch);
+  const Acc<Src>* mean = query_mean + batch * args.width;
+  for (int64_t j0 = begin; j0 < end; j0 += kReduceBlock) {
+    const int64_t j1 = std::min(end, j0 + kReduceBlock);
+    double sums[kReduceBlock];
+    row_sums(args.key, j0, j1, args.width, sums, [&](int64_t j, int64_t c) {
+      return double(mean[c]) * double(widen(k[j * args.key.position + c * args.key.channel]));
+    });
+    for (int64_t j = j0; j < j1; ++j) bias[j - begin] = static_cast<Acc<Src>>(-factor * sums[j - j0]);
+  }
+}
+
+// Two rows of accumulators, rounded and interleaved as the depth pairs of a panel: lane l holds (low[l], high[l]).
+// Returns low + high as rounded.
+template <class E>
+inline Vec<float> store_pair(E* out, Vec<float> low, Vec<float> high);
+
+#ifdef DNL_BF16_PRODUCTS
+inline __m512i round_to_bf16(Vec<float> x) {  // in the low half of each lane
+  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+template <>
+inline Vec<float> store_pair<bf16>(bf16* out, Vec<float> low, Vec<float> high) {
+  const __m512i a = round_to_bf16(low), b = _mm512_slli_epi32(round_to_bf16(high), 16);
+  _mm512_storeu_si512(out, _mm512_or_si512(a, b));
+  return (Vec<float>)_mm512_slli_epi32(a, 16) + (Vec<float>)b;
+}
+#endif
+
+// Runs f(task, worker) for every task, on at most `workers` workers that take tasks as they come free.
+template <class F>
+inline void share_out(const Executor& executor, int64_t workers, int64_t tasks, const F& f) {
+  std::atomic<int64_t> next{0};
+  executor.parallel(std::min(workers, tasks), [&](int64_t worker) {
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task, worker);
+  });
+}
+
+// Calls f(Src{}, E{}): the element type in memory and the one that is multiplied.
+template <class F>
+void dispatch_products(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f64: return f(double{}, double{});
+    case DType::f32: return f(float{}, float{});
+    case DType::f16: return f(f16{}, float{});
+#ifdef DNL_BF16_PRODUCTS
+    case DType::bf16: return f(bf16{}, bf16{});
+#else
+    case DType::bf16: return f(bf16{}, float{});
+#endif
+  }
+}
+
+}  // namespace DNL_ISA
+}  // namespace dnl

@@ -1,0 +1,49 @@
+// softmax and unary pooling: schemas and the CPU route.
+#include "core/cpu/kernels.h"
+#include "ops/unary/unary_op.h"
+
+namespace dnl {
+
+Tensor softmax_cpu(const Tensor& x) {
+  SoftmaxCall call("x", x);
+  if (!call.empty()) cpu_kernels().softmax(call.args, torch_threads());
+  return call.output;
+}
+
+Tensor softmax_backward_cpu(const Tensor& grad_output, const Tensor& output) {
+  SoftmaxCall call("grad_output", grad_output, &output);
+  if (!call.empty()) cpu_kernels().softmax_backward(call.args, torch_threads());
+  return call.output;
+}
+
+std::tuple<Tensor, Tensor> unary_forward_cpu(const Tensor& mask_logits, const Tensor& value) {
+  UnaryCall call(mask_logits, value);
+  if (!call.empty()) cpu_kernels().unary_forward(call.args, torch_threads());
+  return {call.pooled, call.lse};
+}
+
+std::tuple<Tensor, Tensor> unary_backward_cpu(const Tensor& grad_pooled, const Tensor& mask_logits,
+                                              const Tensor& value, const Tensor& pooled, const Tensor& lse,
+                                              bool need_mask, bool need_value) {
+  UnaryCall call(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value);
+  if (!call.empty()) cpu_kernels().unary_backward(call.args, torch_threads());
+  return {call.grad_mask, call.grad_value};
+}
+
+}  // namespace dnl
+
+STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
+  m.def("softmax(Tensor x) -> Tensor");
+  m.def("softmax_backward(Tensor grad_output, Tensor output) -> Tensor");
+  m.def("unary_forward(Tensor mask_logits, Tensor value) -> (Tensor pooled, Tensor lse)");
+  m.def(
+      "unary_backward(Tensor grad_pooled, Tensor mask_logits, Tensor value, Tensor pooled, Tensor lse, bool need_mask, "
+      "bool need_value) -> (Tensor grad_mask_logits, Tensor grad_value)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
+  m.impl("softmax", TORCH_BOX(&dnl::softmax_cpu));
+  m.impl("softmax_backward", TORCH_BOX(&dnl::softmax_backward_cpu));
+  m.impl("unary_forward", TORCH_BOX(&dnl::unary_forward_cpu));
+  m.impl("unary_backward", TORCH_BOX(&dnl::unary_backward_cpu));
+}

@@ -1,0 +1,32 @@
+"""Exact global attention for convolutional networks, in memory linear in the number of positions.
+
+Functions: :func:`disentangled_attention`, :func:`pairwise_attention`, :func:`unary_attention`, :func:`mean_subtract`,
+:func:`pairwise_softmax`, :func:`unary_softmax`; the same names in plain PyTorch under :mod:`dnl_ext.reference`.
+"""
+
+from . import _load  # noqa: F401  (the compiled operators, before anything that calls them)
+from . import reference
+from .modules import DisentangledNonLocal1d, DisentangledNonLocal2d, DisentangledNonLocal3d
+from .ops import (
+    disentangled_attention,
+    mean_subtract,
+    pairwise_attention,
+    pairwise_softmax,
+    unary_attention,
+    unary_softmax,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DisentangledNonLocal1d",
+    "DisentangledNonLocal2d",
+    "DisentangledNonLocal3d",
+    "disentangled_attention",
+    "mean_subtract",
+    "pairwise_attention",
+    "pairwise_softmax",
+    "reference",
+    "unary_attention",
+    "unary_softmax",
+]

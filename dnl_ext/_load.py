@@ -1,0 +1,16 @@
+"""Loads the compiled operators, or says in one sentence why they cannot be loaded."""
+
+import torch  # noqa: F401  (its libraries must be loaded before ours, which link to them)
+
+REBUILD = "rebuild it against the torch you run: pip install --no-build-isolation --force-reinstall --no-deps ."
+
+try:
+    from . import _C
+except ImportError as error:
+    if "dnl_ext" in str(error) and "_C" in str(error) and "undefined symbol" not in str(error):
+        reason = "dnl_ext is not built: its compiled part, dnl_ext._C, is missing"
+    else:
+        reason = f"dnl_ext._C was built for another torch or Python and does not load into torch {torch.__version__}"
+    raise ImportError(f"{reason}; {REBUILD} ({error})") from error
+
+__all__ = ["_C"]

@@ -1,0 +1,93 @@
+"""Layers, checks and layout rules shared by the blocks of 1, 2 and 3 spatial dimensions."""
+
+import math
+
+import torch
+from torch import nn
+
+CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+
+#: Window and stride of the sub-sampling: space by 2, time (the first dimension of three) not at all.
+POOL_WINDOW = {1: (2,), 2: (2, 2), 3: (1, 2, 2)}
+
+#: mmcv's names of norm layers: a word of the class name and the attribute under which the layer is kept.
+_NORM_KEYS = (("instance", "in"), ("batch", "bn"), ("group", "gn"), ("layer", "ln"))
+
+
+class ConvNorm(nn.Module):
+    """A convolution and an optional norm under the key names of mmcv's ConvModule: ``conv``, ``bn`` / ``gn`` / ..."""
+
+    def __init__(self, conv, norm=None):
+        super().__init__()
+        self.conv = conv
+        self.norm_key = None if norm is None else _norm_key(norm)
+        if norm is not None:
+            self.add_module(self.norm_key, norm)
+
+    @property
+    def norm(self):
+        return None if self.norm_key is None else getattr(self, self.norm_key)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x if self.norm is None else self.norm(x)
+
+
+def _norm_key(norm):
+    name = type(norm).__name__.lower()
+    return next((key for word, key in _NORM_KEYS if word in name), "norm_layer")
+
+
+def make_norm(norm, dims, channels):
+    """The norm layer for `channels` channels: ``"batch"``, a callable ``channels -> nn.Module``, or None for none."""
+    if norm is None:
+        return None
+    if isinstance(norm, str) and norm == "batch":
+        return BATCH_NORM[dims](channels)
+    if isinstance(norm, nn.Module) or not callable(norm):
+        raise ValueError(f"norm: expected 'batch', None or a callable that takes the number of channels, got {norm!r}")
+    layer = norm(channels)
+    if not isinstance(layer, nn.Module):
+        raise ValueError(f"norm: expected a callable that returns an nn.Module, got a {type(layer).__name__} from it")
+    return layer
+
+
+def check_choice(name, value, choices):
+    """Raise ValueError unless `value` is one of `choices` (by type too: True is not 1)."""
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def check_width(name, value):
+    """Raise ValueError unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected a positive int, got {value!r}")
+    return value
+
+
+def check_temperature(value):
+    """Raise ValueError unless `value` is a finite number above 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"temperature: expected a finite number above 0, got {value!r}")
+    return float(value)
+
+
+def check_input(x, dims, channels, window):
+    """Check a block's input (B, channels, *spatial); `window` is the smallest spatial size of each dimension."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"input: expected a torch.Tensor, got {type(x).__name__}")
+    if x.dim() != dims + 2:
+        axes = ", ".join(("B", "C", *("T", "H", "W")[3 - dims :])) if dims > 1 else "B, C, L"
+        raise ValueError(f"input: expected {dims + 2} dimensions ({axes}), got shape {tuple(x.shape)}")
+    if x.shape[1] != channels:
+        raise ValueError(f"input: expected {channels} channels in dimension 1, got shape {tuple(x.shape)}")
+    if any(size < least for size, least in zip(x.shape[2:], window, strict=True)):
+        raise ValueError(f"input: expected spatial sizes of at least {tuple(window)}, got shape {tuple(x.shape)}")
+
+
+def positions_last_but_one(x):
+    """(B, C, *spatial) as (B, N, C): a view of a contiguous or channels-last tensor, which the operators read."""
+    return x.flatten(2).transpose(1, 2)

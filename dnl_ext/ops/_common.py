@@ -1,0 +1,78 @@
+"""Checks and layout rules shared by the operators' Python side."""
+
+import torch
+
+ops = torch.ops.dnl_ext
+
+
+def check_tensor(name, x):
+    """Raise what the compiled operator cannot: it never sees a non-tensor or a layout without strides."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
+        raise NotImplementedError(f"{name}: expected a dense strided tensor, got a {kind} one")
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {x.device}")
+
+
+def accumulate_type(dtype):
+    """Type of sums and softmax statistics: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty_like_layout(x, sizes, dtype=None):
+    """A dense tensor of `sizes` whose dimensions are ordered in memory as those of `x` (same number of dimensions).
+
+    The same rule as `empty_like_layout` in csrc/core/operator.h; dimensions of stride 0 keep their place.
+    """
+    order = list(range(x.dim()))
+    for i in range(1, x.dim()):
+        j = i
+        while j > 0:
+            outer, inner = order[j - 1], order[j]
+            outer_stride, inner_stride = x.stride(outer), x.stride(inner)
+            if outer_stride == 0 or inner_stride == 0 or outer_stride >= inner_stride:
+                break
+            if x.size(outer) == 1 or x.size(inner) == 1:
+                break
+            order[j - 1], order[j] = inner, outer
+            j -= 1
+    strides, step = [0] * x.dim(), 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step *= max(sizes[dim], 1)
+    return torch.empty_strided(sizes, strides, dtype=dtype or x.dtype, device=x.device)
+
+
+def once_differentiable(backward):
+    """Mark a backward as not differentiable: asking for a second derivative raises NotImplementedError.
+
+    torch's decorator of this name does the same with a RuntimeError, which NotImplementedError is.
+    """
+    from torch.autograd.function import once_differentiable as torch_once_differentiable
+
+    return torch_once_differentiable(backward)
+
+
+def register_batching(name):
+    """Register `function` as the vmap rule of operator `name`: the new dimension becomes the first leading one.
+
+    Every tensor argument of the operators here has leading dimensions, so moving the mapped dimension to the front
+    (expanding tensors that are not mapped) is all there is to do.
+    """
+
+    def register(function):
+        def rule(info, in_dims, *args):
+            def lead(x, dim):
+                if not isinstance(x, torch.Tensor):
+                    return x
+                return x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
+
+            result = function(*(lead(x, dim) for x, dim in zip(args, in_dims)))
+            return result, (tuple(0 for _ in result) if isinstance(result, tuple) else 0)
+
+        torch.library.register_vmap(name, rule)
+        return function
+
+    return register

@@ -1,0 +1,151 @@
+"""Whitened pairwise attention, alone and with the unary term, in memory linear in the number of positions."""
+
+import math
+
+import torch
+from torch.autograd import Function
+
+from ._common import accumulate_type, check_tensor, empty_like_layout, once_differentiable, ops, register_batching
+from .unary import Softmax
+from .whiten import mean_subtract
+
+
+class DisentangledAttention(Function):
+    """y_i = sum_j (P_ij + u_j) v_j with P = softmax(scale <q'_i, k'_j>) and u = softmax(m).
+
+    Backward, with G = sum_i dy_i, pooled = sum_j u_j v_j and Delta_i = <dy_i, y_i - pooled>:
+    dS_ij = P_ij (<dy_i, v_j> - Delta_i), dq_i = scale (sum_j dS_ij k'_j less its mean), dk_j = scale sum_i dS_ij q'_i,
+    dv_j = sum_i P_ij dy_i + u_j G, dm_j = u_j (<G, v_j> - <G, pooled>).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query, key, value, mask_logits, scale, whiten, save_residual):
+        return ops.pairwise_forward(query, key, value, mask_logits, scale, whiten, save_residual)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, mask_logits, ctx.scale, ctx.whiten, _ = inputs
+        ctx.save_for_backward(query, key, value, mask_logits, *output)
+        ctx.mark_non_differentiable(*output[1:])  # lse, residual, pooled, mask_lse
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output, *_):
+        needs = ctx.needs_input_grad[:4]
+        if grad_output is None or not any(needs):
+            return (None,) * 7
+        grads = ops.pairwise_backward(grad_output, *ctx.saved_tensors, ctx.scale, ctx.whiten, *needs)
+        grads = [grad if need else None for grad, need in zip(grads, needs)]
+        return *grads, None, None, None  # scale, whiten, save_residual
+
+
+@torch.library.register_fake("dnl_ext::pairwise_forward")
+def _(query, key, value, mask_logits, scale, whiten, save_residual):
+    dtype, lead = accumulate_type(query.dtype), query.shape[:-2]
+    output = empty_like_layout(query, (*query.shape[:-1], value.shape[-1]))
+    lse = query.new_empty(query.shape[:-1], dtype=dtype)
+    has_residual = save_residual and query.dtype.itemsize == 2
+    residual = empty_like_layout(query, output.shape) if has_residual else query.new_empty((*lead, 0))
+    if mask_logits is None:
+        return output, lse, residual, query.new_empty((*lead, 0), dtype=dtype), query.new_empty((*lead, 0), dtype=dtype)
+    pooled = value.new_empty((*lead, value.shape[-1]), dtype=dtype)
+    return output, lse, residual, pooled, value.new_empty(lead, dtype=dtype)
+
+
+@torch.library.register_fake("dnl_ext::pairwise_backward")
+def _(
+    grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale, whiten,
+    need_query, need_key, need_value, need_mask,
+):  # fmt: skip
+    needs = (need_query, need_key, need_value, need_mask and mask_logits is not None)
+    return tuple(
+        empty_like_layout(x, x.shape) if need else query.new_empty((*query.shape[:-2], 0))
+        for x, need in zip((query, key, value, mask_logits), needs)
+    )
+
+
+register_batching("dnl_ext::pairwise_forward")(ops.pairwise_forward)
+register_batching("dnl_ext::pairwise_backward")(ops.pairwise_backward)
+
+
+def _scale(query, scale):
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+        return float(scale)
+    return 1.0 / math.sqrt(query.shape[-1]) if query.dim() and query.shape[-1] else 1.0
+
+
+def _whiten(whiten):
+    if whiten is not None and not isinstance(whiten, str):
+        raise TypeError(f"whiten: expected a string or None, got {type(whiten).__name__}")
+    return whiten
+
+
+def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, whiten="channel"):
+    """Disentangled non-local attention, exact, in memory linear in Nq and Nk.
+
+    y_i = sum_j (P_ij + u_j) v_j,  P_ij = softmax_j(scale <q_i - mean(q), k_j - mean(k)>),  u_j = softmax_j(m_j)
+
+    Args:
+        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16. Any strides: the view
+            ``x.flatten(2).transpose(1, 2)`` of a convolution's output is read where it lies.
+        key: tensor (..., Nk, Dqk) with Nk >= 1.
+        value: tensor (..., Nk, Dv).
+        mask_logits: tensor (..., Nk), the unary term's logits; None leaves the unary term out.
+        scale: factor of the logits; None means 1 / sqrt(Dqk). A temperature T is ``scale=1 / (sqrt(Dqk) * T)``.
+        whiten: ``"channel"`` (the paper's, per-channel mean over positions) or None (a standard non-local block).
+
+    All tensors share dtype, device and leading dimensions.
+
+    Returns:
+        Tensor (..., Nq, Dv) of the dtype and dimension order of ``query``: channel-first in, channel-first out.
+
+    Raises:
+        TypeError: a non-tensor. ValueError: a shape, dtype, device or option that does not fit.
+        NotImplementedError: complex, sparse, nested or quantised input; second derivatives.
+
+    Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 10.
+    """
+    check_tensor("query", query)
+    check_tensor("key", key)
+    check_tensor("value", value)
+    if mask_logits is not None:
+        check_tensor("mask_logits", mask_logits)
+    inputs = [x for x in (query, key, value, mask_logits) if x is not None]
+    # A 16-bit output alone is too coarse for the backward; what its rounding lost is kept only if there may be one.
+    save_residual = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return DisentangledAttention.apply(
+        query, key, value, mask_logits, _scale(query, scale), _whiten(whiten), save_residual
+    )[0]
+
+
+def pairwise_attention(query, key, value, *, scale=None, whiten="channel"):
+    """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``; the same arguments and errors."""
+    return disentangled_attention(query, key, value, scale=scale, whiten=whiten)
+
+
+def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
+    """The whitened pairwise map P itself, for looking at: it holds Nq * Nk values by definition.
+
+    Args:
+        query: tensor (..., Nq, Dqk). key: tensor (..., Nk, Dqk). scale, whiten: as in :func:`disentangled_attention`.
+
+    Returns:
+        Tensor (..., Nq, Nk) of the dtype of ``query``. Logits are computed in float32 or wider.
+
+    Raises:
+        As :func:`disentangled_attention`.
+    """
+    check_tensor("query", query)
+    check_tensor("key", key)
+    scale, whiten = _scale(query, scale), _whiten(whiten)
+    ops.check_pairwise(query, key, whiten)
+    wide = accumulate_type(query.dtype)
+    wide_query, wide_key = query.to(wide), key.to(wide)
+    if whiten == "channel":
+        wide_query, wide_key = mean_subtract(wide_query), mean_subtract(wide_key)
+    return Softmax.apply((wide_query * scale) @ wide_key.transpose(-2, -1)).to(query.dtype)

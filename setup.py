@@ -1,0 +1,68 @@
+"""Builds dnl_ext._C, for CPU alone or for CPU and CUDA.
+
+Environment:
+    DNL_EXT_CPU_ONLY=1      leave CUDA out even where it could be built
+    FORCE_CUDA=1            build CUDA even where no GPU is seen (CUDA_HOME names the toolkit)
+    TORCH_CUDA_ARCH_LIST    architectures, default "8.0;9.0+PTX"
+    MAX_JOBS                parallel compilations
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+except ImportError:
+    sys.exit("dnl_ext builds against an installed torch: pip install torch, then pip install --no-build-isolation .")
+
+ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHS = "8.0;9.0+PTX"
+# The stable ABI version the operators are written for; a binary built with a later torch runs with this one too.
+TORCH_TARGET = "0x020a000000000000"
+
+
+def flag(name):
+    return os.environ.get(name, "0").lower() not in ("", "0", "false", "off", "no")
+
+
+def with_cuda():
+    if flag("DNL_EXT_CPU_ONLY"):
+        return False
+    can_build = torch.version.cuda is not None and CUDA_HOME is not None
+    if flag("FORCE_CUDA"):
+        if not can_build:
+            missing = "a CUDA build of torch" if torch.version.cuda is None else "a CUDA toolkit (set CUDA_HOME)"
+            sys.exit(f"FORCE_CUDA=1: building with CUDA needs {missing}; torch here is {torch.__version__}")
+        return True
+    return can_build
+
+
+def extension():
+    cuda = with_cuda()
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
+    defines = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("DNL_EXT_TORCH_VERSION", f'"{torch.__version__}"')]
+    # Of fast-math only what keeps NaN, Inf and the order of sums. -Wno-maybe-uninitialized: GCC's own AVX-512 headers.
+    arguments = {
+        "cxx": ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
+        + ["-Wno-maybe-uninitialized"]
+    }
+    if cuda:
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+        sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu"))
+        defines += [("DNL_EXT_WITH_CUDA", None), ("USE_CUDA", None), ("DNL_EXT_CUDA_ARCHS", f'"{archs}"')]
+        arguments["nvcc"] = ["-O3", "-lineinfo", "-Xptxas=-v", "--expt-relaxed-constexpr"]
+    return (CUDAExtension if cuda else CppExtension)(
+        "dnl_ext._C",
+        sources,
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=defines,
+        extra_compile_args=arguments,
+    )
+
+
+# Metadata commands (sdist, egg_info) need no compiler options, but building one object for all keeps this file flat.
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
