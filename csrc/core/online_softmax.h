@@ -19,8 +19,8 @@
 
 namespace dnl {
 
-constexpr double kLog2E = 1.4426950408889634;
-constexpr double kLn2Value = 0.6931471805599453;
+constexpr double kLog2OfE = 1.4426950408889634;
+constexpr double kLnOf2 = 0.6931471805599453;
 
 DNL_HOST_DEVICE float exp2_of(float x) { return ::exp2f(x); }
 DNL_HOST_DEVICE double exp2_of(double x) { return ::exp2(x); }
@@ -33,7 +33,7 @@ struct OnlineSoftmax {
   A sum = 0;
 
   // b^x
-  DNL_HOST_DEVICE static A power(A x) { return exp2_of(kBase2 ? x : x * A(kLog2E)); }
+  DNL_HOST_DEVICE static A power(A x) { return exp2_of(kBase2 ? x : x * A(kLog2OfE)); }
 
   // What is taken off before the exponential: the maximum, unless there is none yet (-inf less -inf is NaN).
   DNL_HOST_DEVICE A shift() const { return most == -std::numeric_limits<A>::infinity() ? A(0) : most; }
@@ -58,7 +58,7 @@ struct OnlineSoftmax {
   // Natural logarithm of sum_j b^x_j.
   DNL_HOST_DEVICE A lse() const {
     const A tail = log2_of(sum);
-    return kBase2 ? (most + tail) * A(kLn2Value) : most + tail * A(kLn2Value);
+    return kBase2 ? (most + tail) * A(kLnOf2) : most + tail * A(kLnOf2);
   }
 };
 

@@ -92,11 +92,13 @@ constexpr int kMaxBatchDims = 8;
 // Element offset of a flattened batch index over up to kMaxBatchDims dimensions, innermost first.
 struct Batch {
   int dims = 0;
+  int64_t first = 0;  // added to every index: a run of batch elements that starts later
   int64_t size[kMaxBatchDims] = {};
   int64_t stride[kMaxBatchDims] = {};
 
   DNL_HOST_DEVICE int64_t offset(int64_t index) const {
     int64_t result = 0;
+    index += first;
     for (int d = 0; d + 1 < dims; ++d) {
       result += index % size[d] * stride[d];
       index /= size[d];
@@ -141,7 +143,22 @@ struct Matrix {
     return element(b) + i * position + c * channel;
   }
   Matrix<const T> read() const { return {data, batch, position, channel}; }
+
+  // The same matrix from batch element b and position i on.
+  Matrix from(int64_t b, int64_t i) const {
+    Matrix result = *this;
+    result.batch.first += b;
+    result.data += i * position;
+    return result;
+  }
+  Matrix transposed() const { return {data, batch, channel, position}; }
 };
+
+// A (batches, rows, columns) buffer of our own with rows `pitch` apart.
+template <class T>
+Matrix<T> dense(T* data, int64_t batches, int64_t rows, int64_t pitch) {
+  return {data, single_batch(batches, rows * pitch), pitch, 1};
+}
 
 // A vector per batch element, dense; data = nullptr where there is none.
 template <class T>
@@ -151,6 +168,7 @@ struct Rows {
 
   DNL_HOST_DEVICE T* element(int64_t b) const { return data + b * batch; }
   Rows<const T> read() const { return {data, batch}; }
+  Rows from(int64_t b, int64_t i) const { return {data ? data + b * batch + i : nullptr, batch}; }
 };
 
 // Whether neighbouring lanes should take neighbouring positions rather than neighbouring channels.

@@ -1,0 +1,87 @@
+# Everything a fresh clone needs, in a virtual environment of its own.
+#
+#   make demo    train two small networks on real photographs and look at their attention     (runs/demo/)
+#   make test    build, then all tests
+#   make help    the other targets
+#
+# Settings:  PYTHON=python3  VENV=.venv  TORCH="torch==2.13.0"  MAX_JOBS=2
+# A CPU build of torch elsewhere than on PyPI:  make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_CUDA ?= torch==2.11.0
+CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda /usr/local/cuda-*))
+BIN := $(VENV)/bin
+CUDA_BIN := .venv-cuda/bin
+PIP := -m pip install --quiet --disable-pip-version-check
+SOURCES := $(shell find csrc dnl_ext -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py pyproject.toml
+
+.PHONY: help demo test test-slow bench lint format host-test cuda-build dist clean
+
+help:
+	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
+	@echo "  make test-slow   the long form of the suites"
+	@echo "  make bench       time and memory against every peer that runs here"
+	@echo "  make host-test   the kernels without torch or Python, under CMake and CTest"
+	@echo "  make cuda-build  build the CUDA extension (no GPU needed) and check that it loads"
+	@echo "  make dist        sdist and wheel, the wheel built from the sdist"
+	@echo "  make lint        formatting and lint;  make format  mends what it can"
+
+# torch comes first and alone: a package that depends on it would otherwise choose which build to fetch.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) --upgrade pip "setuptools>=77" wheel ninja numpy
+	$(BIN)/python $(PIP) $(TORCH)
+	touch $@
+
+$(VENV)/.built: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python $(PIP) --no-build-isolation --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/.built
+	$(BIN)/python -m dnl_ext demo
+
+test: $(VENV)/.built
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.built
+	$(BIN)/python -m pytest -q --slow
+
+bench: $(VENV)/.built
+	$(BIN)/python -m dnl_ext bench
+
+host-test: $(VENV)/.torch
+	$(BIN)/python $(PIP) cmake
+	$(BIN)/cmake -S . -B build/host -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) $(HOST_FLAGS)
+	$(BIN)/cmake --build build/host
+	$(BIN)/ctest --test-dir build/host --output-on-failure
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+# In a tree of its own: an extension built in place for one torch would shadow the other's.
+cuda-build:
+	@test -n "$(CUDA_HOME)" || { echo "no CUDA toolkit found: set CUDA_HOME" >&2; exit 3; }
+	test -e .venv-cuda/.torch || { $(PYTHON) -m venv .venv-cuda && \
+	  $(CUDA_BIN)/python $(PIP) --upgrade pip "setuptools>=77" wheel ninja numpy && \
+	  $(CUDA_BIN)/python $(PIP) $(TORCH_CUDA) && touch .venv-cuda/.torch; }
+	mkdir -p build/cuda
+	CUDA_HOME=$(CUDA_HOME) FORCE_CUDA=1 $(CUDA_BIN)/python -m pip wheel -v --no-deps --no-build-isolation \
+	  --wheel-dir build/cuda . > build/cuda/build.log 2>&1 || { tail -40 build/cuda/build.log; exit 1; }
+	$(CUDA_BIN)/python tests/ptxas_table.py build/cuda/build.log
+	$(CUDA_BIN)/python $(PIP) --no-deps --force-reinstall build/cuda/dnl_ext-*.whl
+	cd build/cuda && ../../$(CUDA_BIN)/python ../../tests/check_cuda_build.py
+
+dist: $(VENV)/.built
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+clean:
+	rm -rf build dist runs $(VENV) .venv-cuda *.egg-info dnl_ext/*.so

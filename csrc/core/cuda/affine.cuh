@@ -1,0 +1,93 @@
+// out = f_b (alpha_p x + beta_p gamma_c): the one elementwise kernel. It centres (alpha = 1, beta = -1, gamma = mean),
+// copies into another pitch or layout, and writes every result: a sum in float scaled, a rank-one term added, rounded
+// once to the output's type and placed where the output lies.
+//
+// A block takes a tile of kTileSlow x kTileFast elements, lanes along whichever of positions and channels lies closer
+// together in the output. Traded away: vector loads, as in reduce.cuh.
+#pragma once
+
+#include "core/cuda/device.cuh"
+
+namespace dnl {
+
+constexpr int kPerLane = 4;
+constexpr int kTileFast = kWarp * kPerLane;
+constexpr int kTileSlow = 32;
+static_assert(kTileSlow % kWarps == 0, "warps share the rows of a tile evenly");
+
+template <class In, class Out>
+struct Affine {
+  using A = AccOf<Out>;
+  Matrix<const In> in;  // (batches, positions, channels); data = nullptr leaves the first term out
+  Matrix<Out> out;      // the same shape
+  int64_t batches, positions, channels;
+  A alpha = 1;
+  Rows<const A> alpha_row;       // (batches, positions), multiplies alpha; or null
+  A beta = 1;
+  Rows<const A> beta_row;        // (batches, positions), multiplies beta; or null
+  const A* gamma = nullptr;      // (batches, channels); nullptr leaves the second term out
+  const A* factor = nullptr;     // (batches), or nullptr
+};
+
+template <class In, class Out, bool kPositionFast>
+__global__ void __launch_bounds__(kThreads) affine_kernel(Affine<In, Out> op, int64_t tasks) {
+  using A = AccOf<Out>;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t slow_count = kPositionFast ? op.channels : op.positions;
+  const int64_t fast_count = kPositionFast ? op.positions : op.channels;
+  const int64_t fast_tiles = ceil_div_of(fast_count, kTileFast), slow_tiles = ceil_div_of(slow_count, kTileSlow);
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int64_t fast = task % fast_tiles * kTileFast, slow = task / fast_tiles % slow_tiles * kTileSlow;
+    const int64_t b = task / fast_tiles / slow_tiles;
+    const In* in = op.in.data ? op.in.element(b) : nullptr;
+    Out* out = op.out.element(b);
+    const A* alpha = op.alpha_row.data ? op.alpha_row.element(b) : nullptr;
+    const A* beta = op.beta_row.data ? op.beta_row.element(b) : nullptr;
+    const A* gamma = op.gamma ? op.gamma + b * op.channels : nullptr;
+    const A factor = op.factor ? op.factor[b] : A(1);
+    for (int64_t s = slow + warp; s < slow + kTileSlow && s < slow_count; s += kWarps) {
+#pragma unroll
+      for (int u = 0; u < kPerLane; ++u) {
+        const int64_t f = fast + u * kWarp + lane;
+        if (f >= fast_count) break;
+        const int64_t i = kPositionFast ? f : s, c = kPositionFast ? s : f;
+        A value = 0;
+        if (in) value = op.alpha * (alpha ? alpha[i] : A(1)) * wide(in[i * op.in.position + c * op.in.channel]);
+        if (gamma) value += op.beta * (beta ? beta[i] : A(1)) * gamma[c];
+        out[i * op.out.position + c * op.out.channel] = rounded<Out>(factor * value);
+      }
+    }
+  }
+}
+
+template <class In, class Out, class Device>
+void affine(Device& device, const Affine<In, Out>& op) {
+  const bool position_fast = position_is_fast(op.out, op.positions, op.channels);
+  const int64_t slow = position_fast ? op.channels : op.positions, fast = position_fast ? op.positions : op.channels;
+  const int64_t tasks = op.batches * ceil_div_of(slow, kTileSlow) * ceil_div_of(fast, kTileFast);
+  device.launch(position_fast ? &affine_kernel<In, Out, true> : &affine_kernel<In, Out, false>, tasks, op, tasks);
+}
+
+// sum += more, for `count` values of a buffer of our own.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    add_kernel(A* sum,         // (quads * kQuad)
+               const A* more,  // the same
+               int64_t quads, int64_t tasks) {
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int64_t quad = task * kThreads + threadIdx.x;
+    if (quad >= quads) continue;
+    Quad<A> total = load_quad(sum, quad);
+    const Quad<A> term = load_quad(more, quad);
+    for (int i = 0; i < kQuad; ++i) total.value[i] += term.value[i];
+    store_quad(sum, quad, total);
+  }
+}
+
+template <class A, class Device>
+void add(Device& device, A* sum, const A* more, int64_t count) {
+  const int64_t quads = count / kQuad, tasks = ceil_div_of(quads, kThreads);
+  device.launch(&add_kernel<A>, tasks, sum, more, quads, tasks);
+}
+
+}  // namespace dnl

@@ -1,0 +1,323 @@
+// Backward of whitened pairwise attention on CUDA, in chunks of keys (the map lies transposed, a row per key):
+//
+//   S' = K Q^T, dP' = V dO^T         library products, float out    (keys x queries)
+//   P' = 2^(c S' + bias_j - lse_i)   our kernel, a block per key    (keys x queries, of the operands' type)
+//   dS' = P' (dP' - Delta_i), and its sum over the queries
+//   dv = P' dO + u G                 library product, then our write with the unary term
+//   dk = scale (dS' Q - (sum_i dS'_ji) mu_q)      the second term for halves, whose Q is not centred
+//   dQ += dS K'                      library product into a buffer of its own, then added
+//   dq = scale (dQ - its mean over queries)       once all keys have passed
+//
+// The sum over queries uses dS as rounded, which is what makes the correction exact. Only dQ (queries x width) is held in
+// float over the whole call. Traded away: adding dQ costs a pass over it per chunk, because the product that adds to its
+// output is not reachable through the stable ABI for halves.
+//
+// float16 alone has a range to fear. P' is stored times 2^12, and dS' times a power of two that a bound on
+// |dO_i| |v_j| gives per batch element; both are divided out in float. For the other types these factors are 1.
+#pragma once
+
+#include "ops/pairwise/pairwise_cuda.cuh"
+
+namespace dnl {
+
+template <class T>
+constexpr int kProbabilityExponent = std::is_same_v<T, __half> ? 12 : 0;
+template <class T>
+constexpr bool kScaledGradient = std::is_same_v<T, __half>;
+constexpr float kGradientBound = 32768;  // of scaled dS, half of what float16 can hold
+static_assert((1 << kProbabilityExponent<__half>) * 2 <= kGradientBound, "P is at most 1, give or take a rounding");
+
+// scale[b] = the power of two that brings 2 max_i |dO_i| max_j |v_j| just under kGradientBound, 1 where that is 0 or not
+// finite; inverse[b] = 1 / scale[b]. One block per batch element.
+template <class A>
+__global__ void __launch_bounds__(kThreads)
+    gradient_scale_kernel(Rows<const A> grad_square,   // (batches, queries): |dO_i|^2
+                          Rows<const A> value_square,  // (batches, keys): |v_j|^2
+                          A* scale,                    // (batches)
+                          A* inverse,                  // (batches)
+                          int64_t queries, int64_t keys, int64_t batches) {
+  __shared__ A most[kWarps][2];
+  for (int64_t b = blockIdx.x; b < batches; b += gridDim.x) {
+    A g = 0, v = 0;
+    for (int64_t i = threadIdx.x; i < queries; i += kThreads) g = fmax(g, grad_square.element(b)[i]);
+    for (int64_t j = threadIdx.x; j < keys; j += kThreads) v = fmax(v, value_square.element(b)[j]);
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      g = fmax(g, __shfl_xor_sync(kAllLanes, g, step));
+      v = fmax(v, __shfl_xor_sync(kAllLanes, v, step));
+    }
+    if (threadIdx.x % kWarp == 0) {
+      most[threadIdx.x / kWarp][0] = g;
+      most[threadIdx.x / kWarp][1] = v;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      for (int w = 1; w < kWarps; ++w) {
+        g = fmax(g, most[w][0]);
+        v = fmax(v, most[w][1]);
+      }
+      const A bound = 2 * sqrt(g) * sqrt(v);
+      const bool usable = bound > 0 && bound < std::numeric_limits<A>::infinity();
+      const A exponent = usable ? floor(log2_of(A(kGradientBound) / bound)) : A(0);
+      scale[b] = exp2_of(exponent);
+      inverse[b] = exp2_of(-exponent);
+    }
+    __syncthreads();  // before the next element overwrites `most`
+  }
+}
+
+template <class T>
+struct SoftmaxBackwardStep {
+  using A = AccOf<T>;
+  const A* logits;                  // (group, rows, pitch): S'
+  const A* grad_probability;        // (group, rows, pitch): dP', or null: only P' is wanted
+  T* probability;                   // (group, rows, pitch): P', which may take the place of S'
+  T* grad_logits;                   // (group, rows, pitch): dS', which may take the place of dP'
+  A* row_sum;                       // (group, rows): sum of dS', or null
+  Rows<const A> bias;               // (group, rows), base 2, or null
+  Rows<const A> lse;                // (group, columns), base 2; whole quads
+  Rows<const A> delta;              // (group, columns); whole quads
+  const A* grad_scale;              // (group), or null
+  int64_t rows, columns, pitch;
+  A scale;
+};
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) pairwise_softmax_backward_kernel(SoftmaxBackwardStep<T> step,
+                                                                             int64_t tasks) {
+  using A = AccOf<T>;
+  __shared__ A scratch[kWarps];
+  const int64_t quads = ceil_div_of(step.columns, kQuad);
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int64_t b = task / step.rows, j = task % step.rows, row = task * step.pitch;
+    const A *lse = step.lse.element(b), *delta = step.delta.element(b);
+    const A bias = step.bias.data ? step.bias.element(b)[j] : A(0);
+    const A grad_scale =
+        exp2_of(A(-kProbabilityExponent<T>)) * (step.grad_scale ? step.grad_scale[b] : A(1));
+    A sum = 0;
+    for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
+      const Quad<A> s = load_quad(step.logits + row, quad), l = load_quad(lse, quad);
+      Quad<A> p;
+      Quad<T> out;
+      for (int u = 0; u < kQuad; ++u) {
+        // Beyond the last column the buffers hold anything; zeros there are never read but must not reach `sum`.
+        const bool inside = quad * kQuad + u < step.columns;
+        const A logit = s.value[u] * step.scale + (bias - l.value[u]);
+        p.value[u] = inside ? exp2_of(logit + A(kProbabilityExponent<T>)) : A(0);
+        out.value[u] = rounded<T>(p.value[u]);
+      }
+      if (step.probability) store_quad(step.probability + row, quad, out);
+      if (step.grad_probability) {
+        const Quad<A> dp = load_quad(step.grad_probability + row, quad), d = load_quad(delta, quad);
+        for (int u = 0; u < kQuad; ++u) {
+          const bool inside = quad * kQuad + u < step.columns;
+          const A ds = inside ? softmax_jacobian(p.value[u] * grad_scale, dp.value[u], d.value[u]) : A(0);
+          out.value[u] = rounded<T>(ds);
+          sum += wide(out.value[u]);
+        }
+        store_quad(step.grad_logits + row, quad, out);
+      }
+    }
+    if (step.row_sum) {
+      sum = block_sum(sum, scratch);
+      if (threadIdx.x == 0) step.row_sum[task] = sum;
+      __syncthreads();  // before the next row overwrites `scratch`
+    }
+  }
+}
+
+// G = sum_i dy_i (batches, channels) and u (batches, keys) of the unary term, and dm, which need no map. Absent without
+// mask logits.
+template <class T>
+struct UnaryTerm {
+  using A = AccOf<T>;
+  A* grad_pooled = nullptr;
+  Rows<A> map;
+
+  template <class Device>
+  UnaryTerm(const PairwiseArgs& args, Device& device) {
+    if (!args.mask.data) return;
+    grad_pooled = device.template allocate<A>(args.batches * args.channels);
+    column_sums<T>(device, matrix_of<const T>("grad_output", args.grad_output, args.batches), args.batches,
+                   args.queries, args.channels, {}, 1.0, grad_pooled);
+    map = unary_map<T>(device, args.mask, args.batches, args.keys, nullptr);
+    if (args.grad_mask.data)
+      unary_mask_gradient<T>(device, matrix_of<const T>("value", args.value, args.batches), map.read(), grad_pooled,
+                             static_cast<const A*>(args.pooled), args.grad_mask, args.batches, args.keys,
+                             args.channels);
+  }
+};
+
+template <class T, class Device>
+struct PairwiseBackwardChain {
+  using A = AccOf<T>;
+  const PairwiseArgs& args;
+  Device& device;
+  const UnaryTerm<T>& unary;
+  const PairwiseOperands<T, Device> in;
+  const bool need_logits;  // any gradient that goes through dS
+  Matrix<const T> grad_output, centred_key;
+  Rows<A> lse, delta;
+  A *grad_scale = nullptr, *grad_inverse = nullptr;
+
+  PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u)
+      : args(a), device(d), unary(u), in(a, d), need_logits(a.grad_query.data || a.grad_key.data) {}
+
+  void run(const ChunkLimits& limits) {
+    const auto grad = matrix_of<const T>("grad_output", args.grad_output, args.batches);
+    grad_output = product_operand(device, grad, args.batches, args.queries, args.channels, nullptr);
+    row_statistics(grad);
+    centred_key = in.key;
+    if (kHalf<T> && args.whiten && args.grad_query.data)
+      centred_key = product_operand(device, matrix_of<const T>("key", args.key, args.batches), args.batches, args.keys,
+                                    args.width, in.key_mean);
+    run_chunks(limits);
+  }
+
+ private:
+  // Base-2 lse and Delta_i = <dy_i, y_i - pooled>, in rows of whole quads; the gradient's power of two.
+  void row_statistics(const Matrix<const T>& grad) {
+    const int64_t pitch = pitch_of(args.queries);
+    lse = {device.template allocate<A>(args.batches * pitch), pitch};
+    delta = {device.template allocate<A>(args.batches * pitch), pitch};
+    Affine<A, A> base2{{static_cast<const A*>(args.lse), single_batch(args.batches, args.queries), 1, 1},
+                       {lse.data, single_batch(args.batches, pitch), 1, 1},
+                       args.batches,
+                       args.queries,
+                       1};
+    base2.alpha = A(kLog2OfE);
+    affine(device, base2);
+    if (!need_logits) return;
+
+    const bool fast = position_is_fast(grad, args.queries, args.channels);
+    const auto output = matrix_of<const T>("output", args.output, args.batches);
+    const InnerProduct<T> inner{grad,         output,        nullptr, static_cast<const A*>(args.pooled), args.batches,
+                                args.queries, args.channels, delta,   A(1)};
+    row_sums(device, inner, fast);
+    if (!kScaledGradient<T>) return;
+
+    Rows<A> grad_square{device.template allocate<A>(args.batches * args.queries), args.queries};
+    Rows<A> value_square{device.template allocate<A>(args.batches * args.keys), args.keys};
+    grad_scale = device.template allocate<A>(args.batches);
+    grad_inverse = device.template allocate<A>(args.batches);
+    row_sums(device,
+             InnerProduct<T>{grad, grad, nullptr, nullptr, args.batches, args.queries, args.channels, grad_square, A(1)},
+             fast);
+    const auto value = matrix_of<const T>("value", args.value, args.batches);
+    row_sums(device,
+             InnerProduct<T>{value, value, nullptr, nullptr, args.batches, args.keys, args.channels, value_square, A(1)},
+             position_is_fast(value, args.keys, args.channels));
+    device.launch(&gradient_scale_kernel<A>, args.batches, grad_square.read(), value_square.read(), grad_scale,
+                  grad_inverse, args.queries, args.keys, args.batches);
+  }
+
+  void run_chunks(const ChunkLimits& limits) {
+    const bool want_query = args.grad_query.data, want_key = args.grad_key.data, want_value = args.grad_value.data;
+    const Chunks chunks(args.batches, args.keys, args.queries, sizeof(A), limits);
+    const int64_t pitch = pitch_of(args.queries), map = chunks.group * chunks.rows * pitch;
+    const int64_t query_size = like_order_size(chunks.group, args.queries, args.width);
+    const bool several = chunks.rows < args.keys;
+
+    // S' is done with when dQ is made: its buffer then takes the chunk's part of dQ.
+    A* logits = device.template allocate<A>(several && want_query ? std::max(map, query_size) : map);
+    A* grad = need_logits ? device.template allocate<A>(map) : nullptr;
+    T *probability, *grad_logits;
+    if constexpr (kHalf<T>) {
+      probability = want_value ? device.template allocate<T>(map) : nullptr;
+      grad_logits = need_logits ? device.template allocate<T>(map) : nullptr;
+    } else {
+      probability = logits;
+      grad_logits = grad;
+    }
+    const int64_t widest = std::max(want_key ? args.width : 0, want_value ? args.channels : 0);
+    A* sums = device.template allocate<A>(like_order_size(chunks.group, chunks.rows, widest));
+    const bool correct = kHalf<T> && args.whiten && want_key;
+    A* row_sum = correct ? device.template allocate<A>(chunks.group * chunks.rows) : nullptr;
+    A* grad_query = want_query ? device.template allocate<A>(query_size) : nullptr;
+    Matrix<T> out_query, out_key, out_value;
+    if (want_query) out_query = matrix_of<T>("query", args.grad_query, args.batches);
+    if (want_key) out_key = matrix_of<T>("key", args.grad_key, args.batches);
+    if (want_value) out_value = matrix_of<T>("value", args.grad_value, args.batches);
+
+    chunks.for_each(args.batches, args.keys, [&](int64_t b, int64_t group, int64_t first, int64_t rows) {
+      const A* inverse = grad_inverse ? grad_inverse + b : nullptr;
+      const auto query = in.query.from(b, 0), dy = grad_output.from(b, 0);
+      device.product(in.key.from(b, first), query.transposed(), dense(logits, group, rows, pitch), group, rows,
+                     args.queries, args.width);
+      if (need_logits)
+        device.product(in.value.from(b, first), dy.transposed(), dense(grad, group, rows, pitch), group, rows,
+                       args.queries, args.channels);
+      const SoftmaxBackwardStep<T> step{logits,
+                                        grad,
+                                        want_value ? probability : nullptr,
+                                        grad_logits,
+                                        row_sum,
+                                        in.bias.from(b, first),
+                                        lse.from(b, 0).read(),
+                                        delta.from(b, 0).read(),
+                                        grad_scale ? grad_scale + b : nullptr,
+                                        rows,
+                                        args.queries,
+                                        pitch,
+                                        in.scale};
+      device.launch(&pairwise_softmax_backward_kernel<T>, group * rows, step, group * rows);
+
+      const auto p = dense(static_cast<const T*>(probability), group, rows, pitch);
+      const auto ds = dense(static_cast<const T*>(grad_logits), group, rows, pitch);
+      if (want_value) {
+        const auto out = out_value.from(b, first);
+        const auto dv = like_order(out, sums, group, rows, args.channels);
+        device.product(p, dy, dv, group, rows, args.channels, args.queries);
+        Affine<A, T> write{dv.read(), out, group, rows, args.channels};
+        write.alpha = exp2_of(A(-kProbabilityExponent<T>));
+        write.beta_row = unary.map.from(b, first).read();
+        write.gamma = unary.grad_pooled ? unary.grad_pooled + b * args.channels : nullptr;
+        affine(device, write);
+      }
+      if (want_key) {
+        const auto out = out_key.from(b, first);
+        const auto dk = like_order(out, sums, group, rows, args.width);
+        device.product(ds, query, dk, group, rows, args.width, args.queries);
+        Affine<A, T> write{dk.read(), out, group, rows, args.width};
+        write.alpha = static_cast<A>(args.scale);
+        if (correct) {
+          write.beta = -static_cast<A>(args.scale);
+          write.beta_row = {row_sum, rows};
+          write.gamma = in.query_mean + b * args.width;
+        }
+        write.factor = inverse;
+        affine(device, write);
+      }
+      if (want_query) {
+        const auto out = out_query.from(b, 0);
+        const auto dq = like_order(out, first ? logits : grad_query, group, args.queries, args.width);
+        device.product(ds.transposed(), centred_key.from(b, first), dq, group, args.queries, args.width, rows);
+        if (first) add(device, grad_query, logits, group * dq.batch.stride[0]);
+        if (first + rows == args.keys) write_query(out, grad_query, b, group, inverse);
+      }
+    });
+  }
+
+  // dq = scale (sum - its mean over queries)
+  void write_query(const Matrix<T>& out, A* sum, int64_t b, int64_t group, const A* inverse) {
+    const auto dq = like_order(out, sum, group, args.queries, args.width).read();
+    Affine<A, T> write{dq, out, group, args.queries, args.width};
+    write.alpha = static_cast<A>(args.scale);
+    if (args.whiten) {
+      A* mean = device.template allocate<A>(group * args.width);
+      column_sums<A>(device, dq, group, args.queries, args.width, {}, 1.0 / args.queries, mean);
+      write.beta = -static_cast<A>(args.scale);
+      write.gamma = mean;
+    }
+    write.factor = inverse;
+    affine(device, write);
+  }
+};
+
+template <class T, class Device>
+void pairwise_backward_cuda(const PairwiseArgs& args, Device& device, const ChunkLimits& limits = {}) {
+  const UnaryTerm<T> unary(args, device);
+  if (args.grad_query.data || args.grad_key.data || args.grad_value.data)
+    PairwiseBackwardChain<T, Device>(args, device, unary).run(limits);
+}
+
+}  // namespace dnl

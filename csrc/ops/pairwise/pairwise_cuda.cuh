@@ -1,0 +1,141 @@
+// Whitened pairwise attention on CUDA as a chain of library products and our own kernels: what forward and backward share.
+//
+// The N x N map is made in chunks: a group of batch elements, or a run of rows of one, small enough that a chunk's
+// buffers stay under a fixed size. The forward cuts queries (a row's softmax needs all its keys); the backward, which has
+// the lse, cuts keys, so that dk and dv of a chunk are complete and only dq is summed over chunks
+// (pairwise_forward_cuda.cuh, pairwise_backward_cuda.cuh). Any width, any number of keys, every type; no atomics.
+//
+// Centring, as on the CPU: float and double operands are centred in a copy, before any rounding to TF32. Halves are
+// multiplied as they are and the query mean enters as a bias per key, -<mu_q, k_j>. Where dS multiplies keys they are
+// centred in every type (a rounded copy for halves: rows of dS sum to zero only up to rounding).
+//
+// `Device` is how the chain reaches the machine: allocate<T>(count), launch(kernel, tasks, arguments...) and
+// product(a, b, c, batches, m, n, k). The operators pass core/cuda/launch.h, the host test its own.
+#pragma once
+
+#include <algorithm>
+
+#include "core/cuda/affine.cuh"
+#include "core/cuda/operand.cuh"
+#include "core/cuda/reduce.cuh"
+#include "ops/pairwise/pairwise.h"
+#include "ops/unary/unary_cuda.cuh"
+
+namespace dnl {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Chunks
+// ---------------------------------------------------------------------------------------------------------------------
+
+// At least kRowStep rows, at most `rows`, and fewer where a chunk of accumulators would exceed `bytes`. Products of 4096
+// rows fill a large chip (32 x Dv / 128 tiles of 128 x 128); more rows would only cost memory.
+struct ChunkLimits {
+  int64_t rows = 4096;
+  int64_t bytes = int64_t(256) << 20;
+  int64_t step = 128;  // chunks start at multiples of it, so that their operands stay aligned
+};
+
+// `group` batch elements and `rows` rows of the map at a time; group > 1 only with all rows.
+struct Chunks {
+  int64_t group, rows;
+
+  Chunks(int64_t batches, int64_t all_rows, int64_t columns, int64_t element_bytes, const ChunkLimits& limits) {
+    const int64_t fit = std::min(limits.rows, limits.bytes / (pitch_of(columns) * element_bytes));
+    const int64_t most = std::max(limits.step, fit / limits.step * limits.step);
+    group = std::clamp<int64_t>(most / all_rows, 1, batches);
+    const int64_t count = ceil_div_of(all_rows, most);
+    rows = std::min(all_rows, round_up_to(ceil_div_of(all_rows, count), limits.step));  // of about equal size
+  }
+
+  // f(first batch element, their number, first row, their number)
+  template <class F>
+  void for_each(int64_t batches, int64_t all_rows, const F& f) const {
+    for (int64_t b = 0; b < batches; b += group)
+      for (int64_t i = 0; i < all_rows; i += rows) f(b, std::min(group, batches - b), i, std::min(rows, all_rows - i));
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Operands
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Whether the library multiplies x where it lies, at full speed: one batch stride, one dimension dense, rows aligned.
+template <class T>
+bool is_product_operand(const Matrix<const T>& x, int64_t positions, int64_t channels) {
+  constexpr int64_t kAlign = 16 / sizeof(T);
+  if (x.batch.dims > 1 || (x.batch.dims == 1 && x.batch.stride[0] % kAlign)) return false;
+  if (reinterpret_cast<uintptr_t>(x.data) % 16) return false;
+  if (x.channel == 1) return x.position >= channels && x.position % kAlign == 0;
+  return x.position == 1 && x.channel >= positions && x.channel % kAlign == 0;
+}
+
+// x less `mean` (batches, channels; null: nothing), as an operand of products: x itself where it can be, else a copy whose
+// faster dimension stays the faster one.
+template <class T, class Device>
+Matrix<const T> product_operand(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions,
+                                int64_t channels, const AccOf<T>* mean) {
+  if (!mean && is_product_operand(x, positions, channels)) return x;
+  const bool position_fast = position_is_fast(x, positions, channels);
+  const int64_t slow = position_fast ? channels : positions, pitch = pitch_of(position_fast ? positions : channels);
+  Matrix<T> copy = dense(device.template allocate<T>(batches * slow * pitch), batches, slow, pitch);
+  if (position_fast) copy = copy.transposed();
+  Affine<T, T> op{x, copy, batches, positions, channels};
+  op.beta = -1;
+  op.gamma = mean;
+  affine(device, op);
+  return copy.read();
+}
+
+// A float (or double) buffer for a product that is then written to `out`, ordered as `out` is, so that the write reads it
+// in the same order.
+template <class A, class T>
+Matrix<A> like_order(const Matrix<T>& out, A* data, int64_t batches, int64_t positions, int64_t channels) {
+  if (position_is_fast(out, positions, channels)) return dense(data, batches, channels, pitch_of(positions)).transposed();
+  return dense(data, batches, positions, pitch_of(channels));
+}
+inline int64_t like_order_size(int64_t batches, int64_t positions, int64_t channels) {
+  return batches * std::max(channels * pitch_of(positions), positions * pitch_of(channels));
+}
+
+// Query, key and value as operands, with what centring needs. Base-2 logit of query i and key j:
+// scale * log2(e) * <query_i, key_j> + bias_j.
+template <class T, class Device>
+struct PairwiseOperands {
+  using A = AccOf<T>;
+  const A* query_mean = nullptr;  // (batches, width), or null without whitening
+  const A* key_mean = nullptr;
+  Matrix<const T> query, key, value;
+  Rows<const A> bias;  // (batches, keys), or null
+  A scale;             // with log2(e)
+
+  PairwiseOperands(const PairwiseArgs& args, Device& device) : scale(static_cast<A>(args.scale * kLog2OfE)) {
+    const auto q = matrix_of<const T>("query", args.query, args.batches);
+    const auto k = matrix_of<const T>("key", args.key, args.batches);
+    const auto v = matrix_of<const T>("value", args.value, args.batches);
+    if (args.whiten) {
+      query_mean = means(device, q, args.batches, args.queries, args.width);
+      key_mean = means(device, k, args.batches, args.keys, args.width);
+    }
+    const bool copy = !kHalf<T>;
+    query = product_operand(device, q, args.batches, args.queries, args.width, copy ? query_mean : nullptr);
+    key = product_operand(device, k, args.batches, args.keys, args.width, copy ? key_mean : nullptr);
+    value = product_operand(device, v, args.batches, args.keys, args.channels, nullptr);
+    if (kHalf<T> && query_mean) {
+      Rows<A> out{device.template allocate<A>(args.batches * pitch_of(args.keys)), pitch_of(args.keys)};
+      const InnerProduct<T> op{k,         {},         query_mean, nullptr, args.batches,
+                               args.keys, args.width, out,        -scale};
+      row_sums(device, op, position_is_fast(k, args.keys, args.width));
+      bias = out.read();
+    }
+  }
+
+ private:
+  static const A* means(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions,
+                        int64_t channels) {
+    A* mean = device.template allocate<A>(batches * channels);
+    column_sums<T>(device, x, batches, positions, channels, {}, 1.0 / positions, mean);
+    return mean;
+  }
+};
+
+}  // namespace dnl

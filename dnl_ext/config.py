@@ -1,0 +1,291 @@
+"""What was built, what this machine has, and which path a given call takes and why. See :func:`show_config`."""
+
+import os
+import platform
+
+import torch
+
+from ._load import _C
+
+__all__ = ["Config", "show_config"]
+
+#: Environment variables that change what runs or how fast; every other DNL_EXT_* that is set is shown too.
+VARIABLES = (
+    "DNL_EXT_CPU_CAPABILITY",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "OMP_PROC_BIND",
+    "GOMP_CPU_AFFINITY",
+    "CUDA_VISIBLE_DEVICES",
+)
+DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+SHORT = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+INSTRUCTION_SETS = {"generic": "plain C++", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512"}
+
+
+class Config(dict):
+    """What :func:`show_config` returns: a dict (JSON-serialisable) that prints as text."""
+
+    def __str__(self):
+        lines = []
+        for title, section in self.items():
+            lines.append(title)
+            width = max((len(name) for name in section), default=0)
+            lines += [f"  {name:<{width}}  {_text(name, value)}" for name, value in section.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def show_config(
+    query=None, key=None, value=None, mask_logits=None, *, shape=None, dtype=None, device=None, whiten="channel"
+):
+    """Describe the build, the machine and, given tensors or a shape, the path that an attention call takes.
+
+    Args:
+        query, key, value, mask_logits: the tensors of a :func:`dnl_ext.disentangled_attention` call, or nothing.
+            They are looked at, not computed with; ``device="meta"`` tensors will do.
+        shape: in their place, (N, Dqk, Dv), or (batch, Nq, Nk, Dqk, Dv) where batch counts images times heads.
+        dtype: with ``shape``: a torch.dtype or its name ("float32", "fp32", ...). Default float32.
+        device: with ``shape``: "cpu", "cuda" or "meta". Default "cpu".
+        whiten: as in the call.
+
+    Returns:
+        Config: ``print`` it, or read it as a dict with the sections "versions", "cpu", "cuda", "environment" and, for a
+        call, "call". Sizes are in bytes.
+
+    Raises:
+        ValueError: a shape, dtype or device that no call can have.
+    """
+    config = Config(versions=_versions(), cpu=_cpu(), cuda=_cuda(), environment=_environment())
+    if query is not None:
+        if shape is not None or key is None or value is None:
+            raise ValueError("show_config: expected query, key and value, or shape alone")
+        config["call"] = _call_of_tensors(query, key, value, mask_logits, whiten)
+    elif shape is not None:
+        config["call"] = _call(*_sizes(shape), parse_dtype(dtype), str(device or "cpu"), whiten, unary=True)
+    return config
+
+
+def parse_dtype(dtype):
+    """A torch.dtype from itself, its name ("float32", "torch.float32") or its short name ("fp32"); None is float32."""
+    name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
+    name = SHORT.get(name, name)
+    if name not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join([*DTYPES, *SHORT])}, got {dtype}")
+    return DTYPES[name]
+
+
+def _versions():
+    built = _C.build_info()
+    try:
+        from importlib.metadata import version
+
+        own = version("dnl_ext")
+    except ImportError:  # PackageNotFoundError: built in place, not installed
+        from . import __version__ as own
+    return {
+        "dnl_ext": own,
+        "torch": torch.__version__,
+        "torch_built_with": built["torch"],
+        "python": platform.python_version(),
+        "compiler": built["compiler"],
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+
+
+def _cpu():
+    try:
+        capability = _C.cpu_capability()
+    except ValueError as error:  # DNL_EXT_CPU_CAPABILITY names one that cannot be had
+        capability = f"error: {error}"
+    return {
+        "model": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "capability": capability,
+        "capabilities": dict(_C.cpu_capabilities()),
+    }
+
+
+def cpu_model():
+    """The CPU's name with family and model numbers, or what `platform` knows."""
+    found = {}
+    try:
+        with open("/proc/cpuinfo") as lines:
+            for line in lines:
+                name, _, value = line.partition(":")
+                found.setdefault(name.strip(), value.strip())
+    except OSError:
+        return platform.processor() or platform.machine()
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
+
+
+def _cuda():
+    built = _C.build_info()
+    archs = [arch for arch in built["cuda_archs"].replace(",", ";").replace(" ", ";").split(";") if arch]
+    section = {"built": built["cuda"], "archs": archs, "torch_cuda": torch.version.cuda, "devices": []}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            capability = torch.cuda.get_device_capability(index)
+            name = torch.cuda.get_device_name(index)
+            how = arch_cover(archs, capability) if built["cuda"] else None
+            section["devices"].append({"name": name, "capability": "{}.{}".format(*capability), "code": how})
+    return section
+
+
+def arch_cover(archs, capability):
+    """How a binary built for `archs` ("8.0", "9.0a", "9.0+PTX", ...) runs on a device: "8.0", "9.0+PTX (JIT)" or None.
+
+    Machine code runs on its own major version from its minor version up; PTX on anything as new or newer; an "a"
+    architecture on exactly its own.
+    """
+    major, minor = capability
+    best = None
+    for arch in archs:
+        number = arch.removesuffix("+PTX")
+        exact = number.endswith("a")
+        own_major, own_minor = (int(part) for part in number.rstrip("af").split("."))
+        if (own_major, own_minor) == (major, minor) or (not exact and own_major == major and own_minor <= minor):
+            best = max(best or (0, 0, ""), (own_major, own_minor, number))
+    if best:
+        return best[2]
+    ptx = [arch for arch in archs if arch.endswith("+PTX")]
+    fits = [arch for arch in ptx if tuple(map(int, arch.removesuffix("+PTX").split("."))) <= (major, minor)]
+    return f"{fits[-1]} (JIT)" if fits else None
+
+
+def _environment():
+    names = dict.fromkeys([*VARIABLES, *sorted(name for name in os.environ if name.startswith("DNL_EXT_"))])
+    return {name: os.environ.get(name) for name in names}
+
+
+def _sizes(shape):
+    """(batch, Nq, Nk, Dqk, Dv) from (N, Dqk, Dv) or from all five."""
+    sizes = [int(size) for size in shape]
+    if len(sizes) == 3:
+        sizes = [1, sizes[0], *sizes]
+    if len(sizes) != 5 or min(sizes) < 0 or sizes[2] < 1:
+        raise ValueError(f"shape: expected (N, Dqk, Dv) or (batch, Nq, Nk, Dqk, Dv), got {tuple(shape)}")
+    return sizes
+
+
+def _call_of_tensors(query, key, value, mask_logits, whiten):
+    batch = query.shape[:-2].numel()
+    call = _call(
+        batch, query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1],
+        query.dtype, query.device.type, whiten, unary=mask_logits is not None,
+    )  # fmt: skip
+    named = {"query": query, "key": key, "value": value}
+    call["layout"] = {name: _layout(x) for name, x in named.items()}
+    return call
+
+
+def _layout(x):
+    if x.stride(-1) == 1:
+        return "rows (channels adjacent)"
+    if x.stride(-2) == 1:
+        return "channel-first (positions adjacent), read in place"
+    return f"strides {x.stride(-2)}, {x.stride(-1)}, read in place"
+
+
+def _call(batch, queries, keys, width, channels, dtype, device, whiten, unary):
+    name = str(dtype).removeprefix("torch.")
+    parse_dtype(name)
+    call = {
+        "shape": {"batch": batch, "Nq": queries, "Nk": keys, "Dqk": width, "Dv": channels},
+        "dtype": name,
+        "device": device,
+    }
+    if device == "cpu":
+        call |= _cpu_path(name)
+        call |= _cpu_workspace(name, batch, queries, keys, width, channels, whiten, unary)
+    elif device == "cuda":
+        call |= _cuda_path(name)
+    elif device == "meta":
+        call |= {"path": "shapes only", "why": "meta tensors hold no values"}
+    else:
+        raise ValueError(f"device: expected cpu, cuda or meta, got {device}")
+    call["map_bytes"] = batch * queries * keys * dtype.itemsize
+    return call
+
+
+def _cpu_path(dtype):
+    try:
+        capability, products = _C.cpu_capability(), _C.pairwise_compute_type(dtype)
+    except ValueError as error:
+        return {"path": "none", "why": str(error)}
+    kernels = INSTRUCTION_SETS.get(capability, capability)
+    if products == "bfloat16":
+        kernels += " BF16"
+    supported = [name for name, has in _C.cpu_capabilities() if has]
+    if os.environ.get("DNL_EXT_CPU_CAPABILITY"):
+        why = f"DNL_EXT_CPU_CAPABILITY={capability} (this CPU's best is {supported[-1]})"
+    else:
+        why = f"{capability} is the best of what was built that this CPU has"
+    sums = "float64" if dtype == "float64" else "float32"
+    return {
+        "path": f"tiled, {kernels} micro-kernels",
+        "why": why,
+        "products": f"{products} x {products} into {sums}",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_workspace(dtype, batch, queries, keys, width, channels, whiten, unary):
+    """Bytes the operator allocates once per call beyond inputs, outputs and gradients."""
+    if not hasattr(_C, "pairwise_workspace"):
+        return {}
+    forward, backward = _C.pairwise_workspace(
+        dtype, batch, queries, keys, width, channels, whiten == "channel", unary, torch.get_num_threads()
+    )
+    return {"workspace_forward_bytes": forward, "workspace_backward_bytes": backward}
+
+
+def _cuda_path(dtype):
+    cuda = _cuda()
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("dnl_ext::pairwise_forward", "CUDA"):
+        why = "built without CUDA kernels" if not cuda["built"] else "the CUDA kernels are not registered"
+        return {"path": "none", "why": f"{why}; rebuild with FORCE_CUDA=1 against a CUDA build of torch"}
+    chain = "GEMM chain: cuBLAS products over chunks of query rows, own kernels between them"
+    if not cuda["devices"]:
+        return {"path": chain, "why": f"built for {', '.join(cuda['archs'])}, but torch sees no GPU here"}
+    device = cuda["devices"][torch.cuda.current_device()]
+    if device["code"] is None:
+        return {"path": "none", "why": f"{device['name']} is {device['capability']}; built for {cuda['archs']}"}
+    why = f"the CUDA path for every size and dtype; {device['name']} runs the {device['code']} code"
+    tf32 = dtype == "float32" and torch.backends.cuda.matmul.allow_tf32
+    products = "TF32" if tf32 else dtype
+    return {"path": chain, "why": why, "products": f"{products} into {'float64' if dtype == 'float64' else 'float32'}"}
+
+
+def _bytes(count):
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _text(name, value):
+    if name.endswith("_bytes"):
+        return _bytes(value)
+    if name == "capabilities":
+        return ", ".join(f"{key} {'yes' if has else 'no'}" for key, has in value.items())
+    if name == "devices":
+        shown = (f"{d['name']} ({d['capability']}), code {d['code'] or 'none that fits'}" for d in value)
+        return "; ".join(shown) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value)) or "none"
+    if value is None:
+        return "not set" if name.isupper() else "none"
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)

@@ -1,0 +1,267 @@
+// Every CPU kernel of every instruction set this CPU has, without torch, against plain loops in double.
+//
+// Run it under the sanitizers too (CMakeLists.txt): buffers have their exact size, and threads are real.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "core/cpu/kernels.h"
+
+namespace {
+
+using dnl::CpuKernels;
+using dnl::DType;
+using dnl::Executor;
+using dnl::View;
+
+Executor threads(int count) {
+  static int n;
+  n = count;
+  Executor executor;
+  executor.threads = count;
+  executor.run = [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
+    std::vector<std::thread> pool;
+    for (int t = 0; t < n; ++t)
+      pool.emplace_back([=] { body(tasks * t / n, tasks * (t + 1) / n, context); });
+    for (auto& thread : pool) thread.join();
+  };
+  return executor;
+}
+
+std::mt19937 generator(1);
+
+// A (batches, positions, channels) matrix of float or bfloat16 bits, channel-first or not, and its values in double.
+struct Matrix {
+  int64_t batches, positions, channels;
+  DType dtype;
+  bool channel_first;
+  std::vector<float> f32;
+  std::vector<uint16_t> bf16;
+  std::vector<int64_t> offsets;
+
+  Matrix(int64_t b, int64_t n, int64_t c, DType type, bool first, double mean = 0)
+      : batches(b), positions(n), channels(c), dtype(type), channel_first(first) {
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < b; ++i) offsets.push_back(i * n * c);
+    f32.resize(type == DType::f32 ? b * n * c : 0);
+    bf16.resize(type == DType::bf16 ? b * n * c : 0);
+    for (int64_t i = 0; i < b * n * c; ++i) {
+      const float x = normal(generator) + static_cast<float>(mean);
+      if (type == DType::f32) f32[i] = x;
+      else std::memcpy(&bf16[i], reinterpret_cast<const char*>(&x) + 2, 2);
+    }
+  }
+  int64_t at(int64_t b, int64_t i, int64_t c) const {
+    return offsets[b] + (channel_first ? c * positions + i : i * channels + c);
+  }
+  double operator()(int64_t b, int64_t i, int64_t c) const {
+    if (dtype == DType::f32) return f32[at(b, i, c)];
+    float x = 0;
+    std::memcpy(reinterpret_cast<char*>(&x) + 2, &bf16[at(b, i, c)], 2);
+    return x;
+  }
+  View view() {
+    void* data = dtype == DType::f32 ? static_cast<void*>(f32.data()) : bf16.data();
+    return View{data, offsets.data(), channel_first ? 1 : channels, channel_first ? positions : 1};
+  }
+};
+
+double error(const std::vector<double>& x, const std::vector<double>& truth) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    difference += (x[i] - truth[i]) * (x[i] - truth[i]);
+    norm += truth[i] * truth[i];
+  }
+  return std::sqrt(difference / std::max(norm, 1e-30));
+}
+
+std::vector<double> values(const Matrix& x) {
+  std::vector<double> result;
+  for (int64_t b = 0; b < x.batches; ++b)
+    for (int64_t i = 0; i < x.positions; ++i)
+      for (int64_t c = 0; c < x.channels; ++c) result.push_back(x(b, i, c));
+  return result;
+}
+
+// Forward and backward of whitened pairwise attention in double: y, dq, dk, dv.
+struct Truth {
+  std::vector<double> y, dq, dk, dv;
+
+  Truth(const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& dy, double scale, bool whiten) {
+    const int64_t Q = q.positions, K = k.positions, D = q.channels, C = v.channels;
+    for (int64_t b = 0; b < q.batches; ++b) {
+      std::vector<double> mq(D), mk(D), P(Q * K), dS(Q * K);
+      for (int64_t c = 0; whiten && c < D; ++c) {
+        for (int64_t i = 0; i < Q; ++i) mq[c] += q(b, i, c) / Q;
+        for (int64_t j = 0; j < K; ++j) mk[c] += k(b, j, c) / K;
+      }
+      for (int64_t i = 0; i < Q; ++i) {
+        double most = -INFINITY, sum = 0, delta = 0;
+        for (int64_t j = 0; j < K; ++j) {
+          double s = 0;
+          for (int64_t c = 0; c < D; ++c) s += (q(b, i, c) - mq[c]) * (k(b, j, c) - mk[c]);
+          P[i * K + j] = s * scale;
+          most = std::max(most, s * scale);
+        }
+        for (int64_t j = 0; j < K; ++j) sum += P[i * K + j] = std::exp(P[i * K + j] - most);
+        for (int64_t j = 0; j < K; ++j) {
+          P[i * K + j] /= sum;
+          for (int64_t c = 0; c < C; ++c) dS[i * K + j] += dy(b, i, c) * v(b, j, c);
+          delta += P[i * K + j] * dS[i * K + j];
+        }
+        for (int64_t j = 0; j < K; ++j) dS[i * K + j] = scale * P[i * K + j] * (dS[i * K + j] - delta);
+      }
+      for (int64_t i = 0; i < Q; ++i)
+        for (int64_t c = 0; c < C; ++c) {
+          double s = 0;
+          for (int64_t j = 0; j < K; ++j) s += P[i * K + j] * v(b, j, c);
+          y.push_back(s);
+        }
+      std::vector<double> mean(D);
+      const size_t first = dq.size();
+      for (int64_t i = 0; i < Q; ++i)
+        for (int64_t c = 0; c < D; ++c) {
+          double s = 0;
+          for (int64_t j = 0; j < K; ++j) s += dS[i * K + j] * (k(b, j, c) - mk[c]);
+          dq.push_back(s);
+          mean[c] += s / Q;
+        }
+      for (size_t i = first; whiten && i < dq.size(); ++i) dq[i] -= mean[(i - first) % D];
+      for (int64_t j = 0; j < K; ++j) {
+        for (int64_t c = 0; c < D; ++c) {
+          double s = 0;
+          for (int64_t i = 0; i < Q; ++i) s += dS[i * K + j] * (q(b, i, c) - mq[c]);
+          dk.push_back(s);
+        }
+        for (int64_t c = 0; c < C; ++c) {
+          double s = 0;
+          for (int64_t i = 0; i < Q; ++i) s += P[i * K + j] * dy(b, i, c);
+          dv.push_back(s);
+        }
+      }
+    }
+  }
+};
+
+struct Shape {
+  int64_t batches, queries, keys, width, channels;
+};
+
+void test_pairwise(const CpuKernels& kernels, const Shape& shape, DType dtype, bool channel_first, bool whiten,
+                   int thread_count) {
+  const auto [B, Q, K, D, C] = shape;
+  const double offset = whiten ? 3 : 0;  // uncentred, a shared offset would only make the logits hot
+  Matrix q(B, Q, D, dtype, channel_first, offset), k(B, K, D, dtype, channel_first, -offset);
+  Matrix v(B, K, C, dtype, channel_first, 1);
+  Matrix dy(B, Q, C, dtype, !channel_first), y(B, Q, C, dtype, channel_first), rest(B, Q, C, dtype, channel_first);
+  Matrix dq = q, dk = k, dv = v;
+  std::vector<float> lse(B * Q);
+  dnl::PairwiseArgs args{};
+  args.query = q.view();
+  args.key = k.view();
+  args.value = v.view();
+  args.output = y.view();
+  if (dtype == DType::bf16) args.residual = rest.view();
+  args.lse = lse.data();
+  args.dtype = dtype;
+  args.batches = B;
+  args.queries = Q;
+  args.keys = K;
+  args.width = D;
+  args.channels = C;
+  args.scale = 1 / std::sqrt(double(D));
+  args.whiten = whiten;
+  const Executor executor = threads(thread_count);
+  {
+    const size_t bytes = kernels.pairwise_forward_workspace(args, executor);
+    std::unique_ptr<char[]> workspace(new (std::align_val_t(64)) char[bytes]);
+    std::memset(workspace.get(), 0xff, bytes);  // NaN: nothing may be read before it is written
+    kernels.pairwise_forward(args, workspace.get(), executor);
+    ::operator delete[](workspace.release(), std::align_val_t(64));
+  }
+  args.grad_output = dy.view();
+  args.grad_query = dq.view();
+  args.grad_key = dk.view();
+  args.grad_value = dv.view();
+  {
+    const size_t bytes = kernels.pairwise_backward_workspace(args, executor);
+    std::unique_ptr<char[]> workspace(new (std::align_val_t(64)) char[bytes]);
+    std::memset(workspace.get(), 0xff, bytes);
+    kernels.pairwise_backward(args, workspace.get(), executor);
+    ::operator delete[](workspace.release(), std::align_val_t(64));
+  }
+  const Truth truth(q, k, v, dy, args.scale, whiten);
+  const double bound = dtype == DType::f32 ? 2e-5 : 2e-2;
+  const auto check = [&](const char* name, const Matrix& x, const std::vector<double>& expected) {
+    const double e = error(values(x), expected);
+    // With one query or one key the true gradient of q and k is zero and the error is not relative to anything.
+    const bool degenerate = expected.size() && std::all_of(expected.begin(), expected.end(),
+                                                           [](double t) { return std::abs(t) < 1e-9; });
+    CHECK(degenerate || e < bound, "%s %s (%ld %ld %ld %ld %ld) dtype %d first %d whiten %d threads %d: error %g",
+          kernels.name, name, (long)B, (long)Q, (long)K, (long)D, (long)C, int(dtype), channel_first, whiten,
+          thread_count, e);
+  };
+  check("y", y, truth.y);
+  check("dq", dq, truth.dq);
+  check("dk", dk, truth.dk);
+  check("dv", dv, truth.dv);
+}
+
+void test_whiten(const CpuKernels& kernels, bool channel_first) {
+  Matrix x(3, 77, 19, DType::f32, channel_first, 5), y(3, 77, 19, DType::f32, !channel_first);
+  dnl::WhitenArgs args{x.view(), y.view(), DType::f32, 3, 77, 19};
+  kernels.whiten(args, threads(2));
+  std::vector<double> truth;
+  for (int64_t b = 0; b < 3; ++b)
+    for (int64_t i = 0; i < 77; ++i)
+      for (int64_t c = 0; c < 19; ++c) {
+        double mean = 0;
+        for (int64_t j = 0; j < 77; ++j) mean += x(b, j, c) / 77;
+        truth.push_back(x(b, i, c) - mean);
+      }
+  const double e = error(values(y), truth);
+  CHECK(e < 1e-6, "%s whiten first %d: error %g", kernels.name, channel_first, e);
+}
+
+void test_softmax(const CpuKernels& kernels, int64_t columns) {
+  Matrix x(4, columns, 1, DType::f32, false), p = x, dp(4, columns, 1, DType::f32, false), dx = x;
+  dnl::SoftmaxArgs args{x.view(), {}, p.view(), DType::f32, 4, columns};
+  kernels.softmax(args, threads(2));
+  args = {dp.view(), p.view(), dx.view(), DType::f32, 4, columns};
+  kernels.softmax_backward(args, threads(2));
+  std::vector<double> truth, gradient;
+  for (int64_t b = 0; b < 4; ++b) {
+    double sum = 0, dot = 0;
+    for (int64_t j = 0; j < columns; ++j) sum += std::exp(x(b, j, 0));
+    for (int64_t j = 0; j < columns; ++j) dot += std::exp(x(b, j, 0)) / sum * dp(b, j, 0);
+    for (int64_t j = 0; j < columns; ++j) {
+      truth.push_back(std::exp(x(b, j, 0)) / sum);
+      gradient.push_back(truth.back() * (dp(b, j, 0) - dot));
+    }
+  }
+  CHECK(error(values(p), truth) < 1e-6, "%s softmax of %ld", kernels.name, (long)columns);
+  CHECK(columns == 1 || error(values(dx), gradient) < 1e-5, "%s softmax backward of %ld", kernels.name, (long)columns);
+}
+
+}  // namespace
+
+int main() {
+  const Shape shapes[] = {{1, 1, 1, 1, 1},     {2, 65, 63, 5, 7},    {1, 200, 390, 33, 17}, {3, 7, 500, 16, 70},
+                          {1, 400, 129, 130, 9}, {5, 20, 20, 3, 129}, {1, 5, 1, 2, 3},      {1, 1, 9, 4, 4}};
+  for (const CpuKernels* kernels : dnl::all_cpu_kernels()) {
+    if (!kernels->supported()) continue;
+    for (const Shape& shape : shapes)
+      for (DType dtype : {DType::f32, DType::bf16})
+        for (int options = 0; options < 4; ++options)
+          for (int thread_count : {1, 3}) test_pairwise(*kernels, shape, dtype, options & 1, options & 2, thread_count);
+    test_whiten(*kernels, false);
+    test_whiten(*kernels, true);
+    for (int64_t columns : {1, 5, 256, 1000}) test_softmax(*kernels, columns);
+  }
+  return report();
+}
