@@ -1,6 +1,8 @@
 // Packing: from a strided matrix in memory, optionally centred, to the operands of core/cpu/product.h.
 #pragma once
 
+#include <type_traits>
+
 #include "core/cpu/product.h"
 
 namespace dnl {
@@ -13,23 +15,26 @@ struct Source {
   int64_t outer_stride, inner_stride;
   const Acc<Src>* outer_mean = nullptr;
   const Acc<Src>* inner_mean = nullptr;
-
-  template <class E>
-  E at(int64_t outer, int64_t inner) const {
-    const Src* x = data + outer * outer_stride + inner * inner_stride;
-    if constexpr (sizeof(E) == sizeof(Src) && sizeof(E) == 2) {  // bf16 to bf16: a copy unless centred
-      if (!outer_mean && !inner_mean) {
-        E copy;
-        std::memcpy(&copy, x, sizeof(E));
-        return copy;
-      }
-    }
-    Acc<Src> value = widen(*x);
-    if (outer_mean) value -= outer_mean[outer];
-    if (inner_mean) value -= inner_mean[inner];
-    return narrow<E>(value);
-  }
 };
+
+// Calls f(at), where at(outer, inner) is the element as E: one loop body per kind of centring, and a plain copy where
+// nothing changes.
+template <class E, class Src, class F>
+inline void with_elements(const Source<Src>& x, const F& f) {
+  const auto* data = x.data;
+  const int64_t outer_stride = x.outer_stride, inner_stride = x.inner_stride;
+  const auto* mean = x.outer_mean ? x.outer_mean : x.inner_mean;
+  const auto raw = [=](int64_t outer, int64_t inner) { return data[outer * outer_stride + inner * inner_stride]; };
+  if (x.outer_mean) {
+    f([=](int64_t outer, int64_t inner) { return narrow<E>(widen(raw(outer, inner)) - mean[outer]); });
+  } else if (x.inner_mean) {
+    f([=](int64_t outer, int64_t inner) { return narrow<E>(widen(raw(outer, inner)) - mean[inner]); });
+  } else if constexpr (std::is_same_v<E, Src>) {
+    f(raw);
+  } else {
+    f([=](int64_t outer, int64_t inner) { return narrow<E>(widen(raw(outer, inner))); });
+  }
+}
 
 // Visits an outer x inner matrix in tiles, the index that moves fastest in memory innermost, so that a transposition
 // reads whole cache lines and writes within a few.
@@ -52,8 +57,14 @@ inline void visit(int64_t outers, int64_t inners, bool outer_fastest, const F& f
 // Rows (outer) of `depth` (inner) elements, `pitch` apart, zero from depth to pitch.
 template <class E, class Src>
 void pack_rows(const Source<Src>& x, int64_t rows, int64_t depth, int64_t pitch, E* out) {
-  const bool outer_fastest = x.outer_stride == 1 && x.inner_stride != 1;
-  visit(rows, depth, outer_fastest, [&](int64_t r, int64_t k) { out[r * pitch + k] = x.template at<E>(r, k); });
+  with_elements<E>(x, [=](auto at) {
+    if (x.inner_stride == 1) {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < depth; ++k) out[r * pitch + k] = at(r, k);
+    } else {
+      visit(rows, depth, x.outer_stride == 1, [=](int64_t r, int64_t k) { out[r * pitch + k] = at(r, k); });
+    }
+  });
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = depth; k < pitch; ++k) out[r * pitch + k] = E{};
 }
@@ -61,20 +72,28 @@ void pack_rows(const Source<Src>& x, int64_t rows, int64_t depth, int64_t pitch,
 // Panels of `depth` (outer) by `lanes` (inner), zero in the lanes and the depths that fill up the last group.
 template <class E, class Src>
 void pack_panels(const Source<Src>& x, int64_t depth, int64_t lanes, E* out, int64_t panel) {
-  constexpr int L = Block<E>::kLanes, G = Block<E>::kGroup;
-  const bool outer_fastest = x.outer_stride == 1 && x.inner_stride != 1;
-  for (int64_t p = 0; p * L < lanes; ++p) {
-    E* to = out + p * panel;
-    const int64_t count = std::min<int64_t>(L, lanes - p * L);
-    Source<Src> from = x;
-    from.data += p * L * x.inner_stride;
-    if (from.inner_mean) from.inner_mean += p * L;
-    visit(depth, count, outer_fastest, [&](int64_t k, int64_t lane) {
-      to[(k / G) * G * L + lane * G + k % G] = from.template at<E>(k, lane);
-    });
-    for (int64_t k = 0; k < round_up(depth, G); ++k)
-      for (int64_t lane = k < depth ? count : 0; lane < L; ++lane) to[(k / G) * G * L + lane * G + k % G] = E{};
-  }
+  constexpr int64_t L = Block<E>::kLanes, G = Block<E>::kGroup;
+  const auto place = [](int64_t k, int64_t lane) { return k / G * G * L + lane * G + k % G; };
+  with_elements<E>(x, [=](auto at) {
+    for (int64_t first = 0; first < lanes; first += L) {
+      E* to = out + first / L * panel;
+      if (x.inner_stride == 1 && lanes - first >= L) {
+        for (int64_t k = 0; k + G <= depth; k += G)
+          for (int64_t lane = 0; lane < L; ++lane)
+            for (int64_t g = 0; g < G; ++g) to[k * L + lane * G + g] = at(k + g, first + lane);
+        for (int64_t k = depth / G * G; k < depth; ++k)
+          for (int64_t lane = 0; lane < L; ++lane) to[place(k, lane)] = at(k, first + lane);
+      } else {
+        visit(depth, std::min(L, lanes - first), x.outer_stride == 1 && x.inner_stride != 1,
+              [=](int64_t k, int64_t lane) { to[place(k, lane)] = at(k, first + lane); });
+      }
+    }
+  });
+  const int64_t filled = round_up(depth, G);
+  for (int64_t first = 0; first < lanes; first += L)
+    for (int64_t k = 0; k < filled; ++k)
+      for (int64_t lane = k < depth ? std::min(L, lanes - first) : 0; lane < L; ++lane)
+        out[first / L * panel + place(k, lane)] = E{};
 }
 
 // Bytes from a workspace in order; with a null base it only counts.

@@ -143,18 +143,21 @@ void product_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a,
   }
 }
 
-// A sum over a long depth is cut into slices of this many: each starts from zero, which halves the rounding error of one
-// running sum over 512, and a panel's slice stays in L1. The slice is whole groups and whole runs of a panel's rows.
-constexpr int64_t kDepthSlice = 128;
+// A sum over a long depth is cut into slices that each start from zero: in float and double that halves the rounding
+// error of one running sum over 512, and a panel's slice stays in L1. Products of bfloat16 are exact in the accumulator
+// and far finer than their operands; there a slice only costs a pass over C. A slice is whole groups and whole runs.
+template <class E>
+constexpr int64_t kDepthSlice = Block<E>::kGroup == 1 ? 128 : 512;
 
 template <class E, Into into>
 void product(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b, PanelResult<Acc<E>> c,
              const Acc<E>* alpha = nullptr) {
-  product_slice<E, into>(rows, panels, std::min(depth, kDepthSlice), a, b, c, alpha);
-  for (int64_t k = kDepthSlice; k < depth; k += kDepthSlice) {
-    a.data += kDepthSlice / a.run * a.jump + kDepthSlice % a.run;
-    b.data += kDepthSlice * Block<E>::kLanes;
-    product_slice<E, Into::add>(rows, panels, std::min(depth - k, kDepthSlice), a, b, c, nullptr);
+  constexpr int64_t slice = kDepthSlice<E>;
+  product_slice<E, into>(rows, panels, std::min(depth, slice), a, b, c, alpha);
+  for (int64_t k = slice; k < depth; k += slice) {
+    a.data += slice / a.run * a.jump + slice % a.run;
+    b.data += slice * Block<E>::kLanes;
+    product_slice<E, Into::add>(rows, panels, std::min(depth - k, slice), a, b, c, nullptr);
   }
 }
 

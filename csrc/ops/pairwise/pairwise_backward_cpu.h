@@ -10,7 +10,7 @@
 // number: no buffer per thread, no lock, and a sum whose order is fixed for a number of threads.
 //
 // Query and dO are packed once per group of batch elements, by rows (the depth is the channel) and by channels (the depth
-// is the query).
+// is the query); of the two, dO has one that already lies in memory as the product wants it, and that is read in place.
 #pragma once
 
 #include "ops/pairwise/pairwise_cpu.h"
@@ -33,6 +33,7 @@ struct PairwiseBackward {
   const bool need_value, need_logits;  // logits: any gradient that goes through dS
   int64_t tile, tiles, query_blocks, group, sharing;
   int64_t width_pitch, channel_pitch, width_panels;
+  bool rows_in_place, columns_in_place;  // of dO
 
   Means<Src, E> means;
   E *query_rows, *query_columns, *grad_rows, *grad_columns;
@@ -110,8 +111,10 @@ struct PairwiseBackward {
     const bool want_query = args.grad_query.data, want_key = args.grad_key.data;
     query_rows = arena.take<E>(group * args.queries * width_pitch);
     query_columns = want_key ? arena.take<E>(group * queries * args.width) : nullptr;
-    grad_rows = need_logits ? arena.take<E>(group * args.queries * channel_pitch) : nullptr;
-    grad_columns = need_value ? arena.take<E>(group * queries * args.channels) : nullptr;
+    rows_in_place = lies_ready(args.grad_output.channel, args.channels);
+    columns_in_place = lies_ready(args.grad_output.position, args.queries);
+    grad_rows = need_logits && !rows_in_place ? arena.take<E>(group * args.queries * channel_pitch) : nullptr;
+    grad_columns = need_value && !columns_in_place ? arena.take<E>(group * queries * args.channels) : nullptr;
     lse = arena.take<A>(group * args.queries);
     delta = arena.take<A>(group * args.queries);
     grad_query = want_query ? arena.take<A>(group * width_panels * args.queries * L) : nullptr;
@@ -134,6 +137,23 @@ struct PairwiseBackward {
       slot.grad_value = need_value ? arena.take<A>(panels * args.channels * L) : nullptr;
     }
     bytes = arena.used();
+  }
+
+  // Whether rows of `depth` elements `stride` apart can be an operand as they are.
+  static bool lies_ready(int64_t stride, int64_t depth) {
+    return std::is_same_v<Src, E> && stride == 1 && depth % G == 0;
+  }
+  // dO of queries from `first` on by rows, and by channels.
+  RowOperand<E> grad_rows_from(int64_t batch, int64_t place, int64_t first) const {
+    if (rows_in_place) return {in_place(batch, first), args.grad_output.position, args.channels, 0};
+    return {grad_rows + (place * args.queries + first) * channel_pitch, channel_pitch, channel_pitch, 0};
+  }
+  RowOperand<E> grad_columns_from(int64_t batch, int64_t place, int64_t first) const {
+    if (columns_in_place) return {in_place(batch, first), args.grad_output.channel, kQueryBlock, 0};
+    return {grad_columns + (place * query_blocks * kQueryBlock + first) * args.channels, kQueryBlock, kQueryBlock, 0};
+  }
+  const E* in_place(int64_t batch, int64_t first) const {
+    return reinterpret_cast<const E*>(element<Src>(args.grad_output, batch) + first * args.grad_output.position);
   }
 
   const A* mean(const A* means_of, int64_t batch) const {
@@ -217,7 +237,7 @@ struct PairwiseBackward {
     const int64_t range = (key % sharing + s) % sharing;
     const int64_t begin = query_blocks * range / sharing, end = query_blocks * (range + 1) / sharing;
     for (int64_t block = begin; block < end; ++block)
-      run_block(place, block, count, panels, s == 0 && block == begin ? Into::store : Into::add, slot);
+      run_block(batch, place, block, count, panels, s == 0 && block == begin ? Into::store : Into::add, slot);
     if (s == sharing - 1) write_tile(batch, first, count, slot);
   }
 
@@ -238,23 +258,22 @@ struct PairwiseBackward {
     std::fill(slot.column_sum, slot.column_sum + tile, A(0));
   }
 
-  void run_block(int64_t place, int64_t block, int64_t keys, int64_t panels, Into into, const Slot& slot) {
+  void run_block(int64_t batch, int64_t place, int64_t block, int64_t keys, int64_t panels, Into into, const Slot& slot) {
     const int64_t first = block * kQueryBlock, rows = std::min(kQueryBlock, args.queries - first);
     const int64_t row = place * args.queries + first, column = (place * query_blocks + block) * kQueryBlock;
     constexpr int64_t kPanel = kQueryBlock * L;
-    product<E, Into::store>(rows, panels, width_pitch,
-                            {query_rows + row * width_pitch, width_pitch, width_pitch, 0},
-                            {slot.key, width_pitch * L}, {slot.logits, kPanel});
-    if (need_logits)
-      product<E, Into::store>(rows, panels, channel_pitch,
-                              {grad_rows + row * channel_pitch, channel_pitch, channel_pitch, 0},
-                              {slot.value, channel_pitch * L}, {slot.grad, kPanel});
-    for (int64_t p = 0; p < panels; ++p) softmax_step(slot, p, rows, lse + row, delta + row);
+    // Panel by panel, so that the step finds its logits in L2.
+    for (int64_t p = 0; p < panels; ++p) {
+      product<E, Into::store>(rows, 1, width_pitch, {query_rows + row * width_pitch, width_pitch, width_pitch, 0},
+                              {slot.key + p * width_pitch * L, 0}, {slot.logits + p * kPanel, 0});
+      if (need_logits)
+        product<E, Into::store>(rows, 1, channel_pitch, grad_rows_from(batch, place, first), {slot.value + p * channel_pitch * L, 0}, {slot.grad + p * kPanel, 0});
+      softmax_step(slot, p, rows, lse + row, delta + row);
+    }
 
     const int64_t depth = round_up(rows, G);
     if (need_value)
-      product<E>(into, args.channels, panels, depth,
-                 {grad_columns + column * args.channels, kQueryBlock, kQueryBlock, 0}, {probability(slot), kPanel},
+      product<E>(into, args.channels, panels, depth, grad_columns_from(batch, place, first), {probability(slot), kPanel},
                  {slot.grad_value, args.channels * L});
     if (slot.grad_key)
       product<E>(into, args.width, panels, depth, {query_columns + column * args.width, kQueryBlock, kQueryBlock, 0},

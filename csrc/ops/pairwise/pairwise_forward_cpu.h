@@ -118,11 +118,13 @@ struct PairwiseForward {
 
     for (int64_t block = 0; block < key_blocks; ++block) {
       const int64_t key = block * kKeyBlock, rows = std::min(kKeyBlock, args.keys - key);
-      product<E, Into::store>(rows, panels, panel_depth,
-                              {key_rows + (place * args.keys + key) * key_pitch, key_pitch, panel_depth, 0},
-                              {slot.query, panel_depth * L}, {slot.logits, kKeyBlock * L});
-      for (int64_t p = 0; p < panels; ++p)
+      // Panel by panel, so that the step finds its logits in L2.
+      for (int64_t p = 0; p < panels; ++p) {
+        product<E, Into::store>(rows, 1, panel_depth,
+                                {key_rows + (place * args.keys + key) * key_pitch, key_pitch, panel_depth, 0},
+                                {slot.query + p * panel_depth * L, 0}, {slot.logits + p * kKeyBlock * L, 0});
         softmax_step(slot, p, rows, bias ? bias + place * args.keys + key : nullptr);
+      }
       product<E>(block == 0 ? Into::store : Into::rescale, args.channels, panels, round_up(rows, G),
                  {value_rows + (place * key_blocks + block) * args.channels * kKeyBlock, kKeyBlock, kKeyBlock, 0},
                  {probability(slot), kKeyBlock * L}, {slot.output, args.channels * L}, slot.alpha);
