@@ -1,6 +1,7 @@
 """Checks and layout rules shared by the operators' Python side."""
 
 import torch
+from torch.autograd import Function
 
 ops = torch.ops.dnl_ext
 
@@ -45,14 +46,33 @@ def empty_like_layout(x, sizes, dtype=None):
     return torch.empty_strided(sizes, strides, dtype=dtype or x.dtype, device=x.device)
 
 
-def once_differentiable(backward):
-    """Mark a backward as not differentiable: asking for a second derivative raises NotImplementedError.
+def first_derivative(operator):
+    """The function that runs a backward operator; asking for the derivative of its result raises NotImplementedError.
 
-    torch's decorator of this name does the same with a RuntimeError, which NotImplementedError is.
+    torch's ``once_differentiable`` cuts the graph behind the result, and then a caller who allows unused inputs gets
+    None for a second derivative that is not zero. Here the graph goes on to every input and raises at this node.
     """
-    from torch.autograd.function import once_differentiable as torch_once_differentiable
 
-    return torch_once_differentiable(backward)
+    class FirstDerivative(Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(*args):
+            return operator(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise NotImplementedError("dnl_ext: second derivatives are not implemented")
+
+    def run(*args):
+        # A compiled graph has no second derivative to guard (torch.compile raises by itself), and no nested Functions.
+        return operator(*args) if torch.compiler.is_compiling() else FirstDerivative.apply(*args)
+
+    return run
 
 
 def register_batching(name):
@@ -69,7 +89,7 @@ def register_batching(name):
                     return x
                 return x.movedim(dim, 0) if dim is not None else x.expand(info.batch_size, *x.shape)
 
-            result = function(*(lead(x, dim) for x, dim in zip(args, in_dims)))
+            result = function(*(lead(x, dim) for x, dim in zip(args, in_dims, strict=True)))
             return result, (tuple(0 for _ in result) if isinstance(result, tuple) else 0)
 
         torch.library.register_vmap(name, rule)

@@ -5,9 +5,11 @@ import math
 import torch
 from torch.autograd import Function
 
-from ._common import accumulate_type, check_tensor, empty_like_layout, once_differentiable, ops, register_batching
+from ._common import accumulate_type, check_tensor, empty_like_layout, first_derivative, ops, register_batching
 from .unary import Softmax
 from .whiten import mean_subtract
+
+_pairwise_backward = first_derivative(ops.pairwise_backward)
 
 
 class DisentangledAttention(Function):
@@ -32,13 +34,12 @@ class DisentangledAttention(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output, *_):
         needs = ctx.needs_input_grad[:4]
         if grad_output is None or not any(needs):
             return (None,) * 7
-        grads = ops.pairwise_backward(grad_output, *ctx.saved_tensors, ctx.scale, ctx.whiten, *needs)
-        grads = [grad if need else None for grad, need in zip(grads, needs)]
+        grads = _pairwise_backward(grad_output, *ctx.saved_tensors, ctx.scale, ctx.whiten, *needs)
+        grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return *grads, None, None, None  # scale, whiten, save_residual
 
 
@@ -63,7 +64,7 @@ def _(
     needs = (need_query, need_key, need_value, need_mask and mask_logits is not None)
     return tuple(
         empty_like_layout(x, x.shape) if need else query.new_empty((*query.shape[:-2], 0))
-        for x, need in zip((query, key, value, mask_logits), needs)
+        for x, need in zip((query, key, value, mask_logits), needs, strict=True)
     )
 
 
@@ -124,7 +125,7 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
 
 
 def pairwise_attention(query, key, value, *, scale=None, whiten="channel"):
-    """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``; the same arguments and errors."""
+    """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``; arguments and errors as there."""
     return disentangled_attention(query, key, value, scale=scale, whiten=whiten)
 
 

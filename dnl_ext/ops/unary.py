@@ -1,9 +1,12 @@
-"""Unary softmax and pooling: the term of the attention that does not depend on the query. See :func:`unary_attention`."""
+"""Unary softmax and pooling: the term of the attention that does not depend on the query."""
 
 import torch
 from torch.autograd import Function
 
-from ._common import accumulate_type, check_tensor, empty_like_layout, once_differentiable, ops, register_batching
+from ._common import accumulate_type, check_tensor, empty_like_layout, first_derivative, ops, register_batching
+
+_softmax_backward = first_derivative(ops.softmax_backward)
+_unary_backward = first_derivative(ops.unary_backward)
 
 
 class Softmax(Function):
@@ -20,10 +23,9 @@ class Softmax(Function):
         ctx.save_for_backward(output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
         (output,) = ctx.saved_tensors
-        return ops.softmax_backward(grad_output, output)
+        return _softmax_backward(grad_output, output)
 
 
 class UnaryAttention(Function):
@@ -42,11 +44,10 @@ class UnaryAttention(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_pooled, _grad_lse):
         if grad_pooled is None:
             return None, None
-        grad_mask, grad_value = ops.unary_backward(grad_pooled, *ctx.saved_tensors, *ctx.needs_input_grad)
+        grad_mask, grad_value = _unary_backward(grad_pooled, *ctx.saved_tensors, *ctx.needs_input_grad)
         need_mask, need_value = ctx.needs_input_grad
         return grad_mask if need_mask else None, grad_value if need_value else None
 

@@ -3,7 +3,9 @@
 import torch
 from torch.autograd import Function
 
-from ._common import check_tensor, empty_like_layout, once_differentiable, ops, register_batching
+from ._common import check_tensor, empty_like_layout, first_derivative, ops, register_batching
+
+_mean_subtract = first_derivative(ops.mean_subtract)
 
 
 class MeanSubtract(Function):
@@ -20,9 +22,8 @@ class MeanSubtract(Function):
         ctx.dim = inputs[1]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output):
-        return ops.mean_subtract(grad_output, ctx.dim), None  # dim
+        return _mean_subtract(grad_output, ctx.dim), None  # dim
 
 
 @torch.library.register_fake("dnl_ext::mean_subtract")
