@@ -125,7 +125,7 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
 
 
 def pairwise_attention(query, key, value, *, scale=None, whiten="channel"):
-    """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``; arguments and errors as there."""
+    """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``, same arguments and errors."""
     return disentangled_attention(query, key, value, scale=scale, whiten=whiten)
 
 
