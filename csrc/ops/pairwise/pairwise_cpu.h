@@ -50,9 +50,13 @@ struct Means {
     key = arena.take<Acc<Src>>(args.batches * args.width);
   }
   void compute(const PairwiseArgs& args, const Executor& executor) const {
-    if (value)
+    if (value) {
       all_column_sums<Src>(args.value, args.batches, args.keys, args.channels, nullptr, 0, 1.0 / args.keys, value,
                            executor);
+      // A value that is not finite spoils its own products only, as it would uncentred.
+      for (int64_t i = 0; i < args.batches * args.channels; ++i)
+        if (!(value[i] - value[i] == 0)) value[i] = 0;
+    }
     if (!query) return;
     all_column_sums<Src>(args.query, args.batches, args.queries, args.width, nullptr, 0, 1.0 / args.queries, query,
                          executor);
