@@ -46,10 +46,8 @@ def extension():
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
     defines = [("TORCH_TARGET_VERSION", TORCH_TARGET), ("DNL_EXT_TORCH_VERSION", f'"{torch.__version__}"')]
     # Of fast-math only what keeps NaN, Inf and the order of sums. -Wno-maybe-uninitialized: GCC's own AVX-512 headers.
-    arguments = {
-        "cxx": ["-O3", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall"]
-        + ["-Wno-maybe-uninitialized"]
-    }
+    cxx = "-O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Wno-maybe-uninitialized"
+    arguments = {"cxx": cxx.split()}
     if cuda:
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
         sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu"))
@@ -64,5 +62,4 @@ def extension():
     )
 
 
-# Metadata commands (sdist, egg_info) need no compiler options, but building one object for all keeps this file flat.
 setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

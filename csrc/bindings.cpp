@@ -41,15 +41,21 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.def("cpu_capability", [] { return dnl::cpu_kernels().name; }, "Instruction set the CPU kernels run with.");
-  m.def("cpu_capabilities", [] {
-    py::list names;
-    for (const dnl::CpuKernels* kernels : dnl::all_cpu_kernels())
-      names.append(py::make_tuple(kernels->name, kernels->supported()));
-    return names;
-  }, "Every instruction set that was built, and whether this CPU has it.");
-  m.def("pairwise_compute_type", [](const std::string& dtype) {
-    const auto& kernels = dnl::cpu_kernels();
-    if (dtype == "float64") return "float64";
-    return dtype == "bfloat16" && kernels.bf16_products ? "bfloat16" : "float32";
-  }, "Type in which the CPU path multiplies tensors of `dtype`; sums are float32 or wider.");
+  m.def(
+      "cpu_capabilities",
+      [] {
+        py::list names;
+        for (const dnl::CpuKernels* kernels : dnl::all_cpu_kernels())
+          names.append(py::make_tuple(kernels->name, kernels->supported()));
+        return names;
+      },
+      "Every instruction set that was built, and whether this CPU has it.");
+  m.def(
+      "pairwise_compute_type",
+      [](const std::string& dtype) {
+        const auto& kernels = dnl::cpu_kernels();
+        if (dtype == "float64") return "float64";
+        return dtype == "bfloat16" && kernels.bf16_products ? "bfloat16" : "float32";
+      },
+      "Type in which the CPU path multiplies tensors of `dtype`; sums are float32 or wider.");
 }

@@ -1,9 +1,9 @@
 // The softmax of a row that is read in pieces, and its Jacobian, once for host and device.
 //
-//   most = max_j x_j,  sum = sum_j b^(x_j - most),  lse = most + log sum,  p_j = b^(x_j - most) / sum
+//   most = max_j x_j,  sum = sum_j exp(x_j - most),  lse = most + log sum,  p_j = exp(x_j - most) / sum
 //
-// `kBase2` says which exponential: rows of natural logits (b = e), or rows whose scale already carries log2(e) (b = 2).
-// Either way the maximum is taken off before anything is scaled, so that a large offset common to a row costs no digits.
+// The exponential is e's and the maximum is taken off first: a large offset common to a row then costs no digits, and the
+// lse is rounded once. Scaling logits to base 2 would save an instruction and round everything once more.
 // NaN and +inf end in sum = NaN, as in a softmax that is computed in one go. A row of -inf keeps sum = 0; dividing by it
 // gives the NaN that the reference has.
 #pragma once
@@ -19,21 +19,15 @@
 
 namespace dnl {
 
-constexpr double kLog2OfE = 1.4426950408889634;
-constexpr double kLnOf2 = 0.6931471805599453;
+DNL_HOST_DEVICE float exp_of(float x) { return ::expf(x); }
+DNL_HOST_DEVICE double exp_of(double x) { return ::exp(x); }
+DNL_HOST_DEVICE float log_of(float x) { return ::logf(x); }
+DNL_HOST_DEVICE double log_of(double x) { return ::log(x); }
 
-DNL_HOST_DEVICE float exp2_of(float x) { return ::exp2f(x); }
-DNL_HOST_DEVICE double exp2_of(double x) { return ::exp2(x); }
-DNL_HOST_DEVICE float log2_of(float x) { return ::log2f(x); }
-DNL_HOST_DEVICE double log2_of(double x) { return ::log2(x); }
-
-template <class A, bool kBase2>
+template <class A>
 struct OnlineSoftmax {
   A most = -std::numeric_limits<A>::infinity();
   A sum = 0;
-
-  // b^x
-  DNL_HOST_DEVICE static A power(A x) { return exp2_of(kBase2 ? x : x * A(kLog2OfE)); }
 
   // What is taken off before the exponential: the maximum, unless there is none yet (-inf less -inf is NaN).
   DNL_HOST_DEVICE A shift() const { return most == -std::numeric_limits<A>::infinity() ? A(0) : most; }
@@ -44,22 +38,18 @@ struct OnlineSoftmax {
     for (int i = 0; i < N; ++i) most = x[i] > most ? x[i] : most;
     const A off = shift();
     A more = 0;
-    for (int i = 0; i < N; ++i) more += power(x[i] - off);
-    sum = sum * power(before - off) + more;
+    for (int i = 0; i < N; ++i) more += exp_of(x[i] - off);
+    sum = sum * exp_of(before - off) + more;
   }
 
   DNL_HOST_DEVICE void merge(const OnlineSoftmax& other) {
     const A before = most;
     most = other.most > most ? other.most : most;
     const A off = shift();
-    sum = sum * power(before - off) + other.sum * power(other.most - off);
+    sum = sum * exp_of(before - off) + other.sum * exp_of(other.most - off);
   }
 
-  // Natural logarithm of sum_j b^x_j.
-  DNL_HOST_DEVICE A lse() const {
-    const A tail = log2_of(sum);
-    return kBase2 ? (most + tail) * A(kLnOf2) : most + tail * A(kLnOf2);
-  }
+  DNL_HOST_DEVICE A lse() const { return most + log_of(sum); }
 };
 
 // One entry of dp -> p (dp - <p, dp>), with `mean` = <p, dp>.

@@ -41,11 +41,16 @@ inline std::string to_string(const Sizes& sizes) {
 
 inline DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: throw ValueError("unsupported dtype");  // check_float comes first, with the argument's name
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      throw ValueError("unsupported dtype");  // check_float comes first, with the argument's name
   }
 }
 
@@ -71,7 +76,8 @@ inline void check_float(const char* name, const Tensor& x) {
     case ScalarType::Double:
     case ScalarType::Float:
     case ScalarType::BFloat16:
-    case ScalarType::Half: return;
+    case ScalarType::Half:
+      return;
     case ScalarType::ComplexHalf:
     case ScalarType::ComplexFloat:
     case ScalarType::ComplexDouble:
@@ -83,8 +89,7 @@ inline void check_float(const char* name, const Tensor& x) {
 }
 
 inline void check_dims(const char* name, const Tensor& x, int64_t least, const char* shape) {
-  if (x.dim() < least)
-    throw ValueError(message(name, ": expected shape ", shape, ", got ", to_string(sizes_of(x))));
+  if (x.dim() < least) throw ValueError(message(name, ": expected shape ", shape, ", got ", to_string(sizes_of(x))));
 }
 
 inline void check_sizes(const char* name, const Tensor& x, const Sizes& expected) {
@@ -124,8 +129,7 @@ inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes&
   AtenTensorHandle result;
   const auto device = like.device();
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
+      sizes.size(), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
       torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &result));
   return Tensor(result);
 }

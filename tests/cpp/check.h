@@ -6,15 +6,15 @@
 inline int failures = 0;
 inline int checks = 0;
 
-#define CHECK(condition, ...)                              \
-  do {                                                     \
-    ++checks;                                              \
-    if (!(condition)) {                                    \
-      ++failures;                                          \
+#define CHECK(condition, ...)                                     \
+  do {                                                            \
+    ++checks;                                                     \
+    if (!(condition)) {                                           \
+      ++failures;                                                 \
       std::printf("%s:%d: %s  ", __FILE__, __LINE__, #condition); \
-      std::printf(__VA_ARGS__);                            \
-      std::printf("\n");                                   \
-    }                                                      \
+      std::printf(__VA_ARGS__);                                   \
+      std::printf("\n");                                          \
+    }                                                             \
   } while (0)
 
 inline int report() {

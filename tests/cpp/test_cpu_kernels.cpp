@@ -26,8 +26,7 @@ Executor threads(int count) {
   executor.threads = count;
   executor.run = [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
     std::vector<std::thread> pool;
-    for (int t = 0; t < n; ++t)
-      pool.emplace_back([=] { body(tasks * t / n, tasks * (t + 1) / n, context); });
+    for (int t = 0; t < n; ++t) pool.emplace_back([=] { body(tasks * t / n, tasks * (t + 1) / n, context); });
     for (auto& thread : pool) thread.join();
   };
   return executor;
@@ -52,8 +51,10 @@ struct Matrix {
     bf16.resize(type == DType::bf16 ? b * n * c : 0);
     for (int64_t i = 0; i < b * n * c; ++i) {
       const float x = normal(generator) + static_cast<float>(mean);
-      if (type == DType::f32) f32[i] = x;
-      else std::memcpy(&bf16[i], reinterpret_cast<const char*>(&x) + 2, 2);
+      if (type == DType::f32)
+        f32[i] = x;
+      else
+        std::memcpy(&bf16[i], reinterpret_cast<const char*>(&x) + 2, 2);
     }
   }
   int64_t at(int64_t b, int64_t i, int64_t c) const {
@@ -200,8 +201,8 @@ void test_pairwise(const CpuKernels& kernels, const Shape& shape, DType dtype, b
   const auto check = [&](const char* name, const Matrix& x, const std::vector<double>& expected) {
     const double e = error(values(x), expected);
     // With one query or one key the true gradient of q and k is zero and the error is not relative to anything.
-    const bool degenerate = expected.size() && std::all_of(expected.begin(), expected.end(),
-                                                           [](double t) { return std::abs(t) < 1e-9; });
+    const bool degenerate =
+        expected.size() && std::all_of(expected.begin(), expected.end(), [](double t) { return std::abs(t) < 1e-9; });
     CHECK(degenerate || e < bound, "%s %s (%ld %ld %ld %ld %ld) dtype %d first %d whiten %d threads %d: error %g",
           kernels.name, name, (long)B, (long)Q, (long)K, (long)D, (long)C, int(dtype), channel_first, whiten,
           thread_count, e);
@@ -251,8 +252,8 @@ void test_softmax(const CpuKernels& kernels, int64_t columns) {
 }  // namespace
 
 int main() {
-  const Shape shapes[] = {{1, 1, 1, 1, 1},     {2, 65, 63, 5, 7},    {1, 200, 390, 33, 17}, {3, 7, 500, 16, 70},
-                          {1, 400, 129, 130, 9}, {5, 20, 20, 3, 129}, {1, 5, 1, 2, 3},      {1, 1, 9, 4, 4}};
+  const Shape shapes[] = {{1, 1, 1, 1, 1},       {2, 65, 63, 5, 7},   {1, 200, 390, 33, 17}, {3, 7, 500, 16, 70},
+                          {1, 400, 129, 130, 9}, {5, 20, 20, 3, 129}, {1, 5, 1, 2, 3},       {1, 1, 9, 4, 4}};
   for (const CpuKernels* kernels : dnl::all_cpu_kernels()) {
     if (!kernels->supported()) continue;
     for (const Shape& shape : shapes)

@@ -9,9 +9,7 @@
 #include "core/cpu/target_end.h"
 // clang-format on
 
-static bool supported() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+static bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 DNL_TABLE(avx2, supported)
 #endif

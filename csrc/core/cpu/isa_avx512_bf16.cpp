@@ -10,9 +10,7 @@
 #include "core/cpu/target_end.h"
 // clang-format on
 
-static bool supported() {
-  return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl");
-}
+static bool supported() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"); }
 
 DNL_TABLE(avx512_bf16, supported)
 #endif

@@ -7,8 +7,6 @@
 #include "core/cpu/target_end.h"
 // clang-format on
 
-static bool supported() {
-  return true;
-}
+static bool supported() { return true; }
 
 DNL_TABLE(generic, supported)

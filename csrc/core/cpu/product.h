@@ -2,8 +2,8 @@
 //
 // B is cut into panels of kLanes columns; a block is kRows rows of A by one panel, and its kRows x kLanes sums stay in
 // vector registers over the whole depth: each step loads one row of the panel and broadcasts one element of each row of
-// A. The panel streams from L1/L2; nothing is written until the block is done. With AVX-512 a block is 6 x 64 floats: 24
-// sums, 4 vectors of B, 1 of A, of 32 registers.
+// A. The panel streams from L1/L2; nothing is written until the block is done. With AVX-512 a block is 6 x 64 floats:
+// 24 sums, 4 vectors of B, 1 of A, of 32 registers.
 //
 // The result C comes in panels too, and a C in panels is both a B (its rows the depth) and an A (its columns the depth)
 // for a following product: a tile of softmax probabilities needs no repacking between the products it takes part in.
@@ -58,7 +58,9 @@ struct PanelResult {
 enum class Into { store, add, rescale };  // C = AB;  C = C + AB;  C = C * alpha + AB, alpha a factor per lane
 
 template <class T>
-inline Vec<T> multiply_add(Vec<T> c, Vec<T> a, Vec<T> b) { return c + a * b; }
+inline Vec<T> multiply_add(Vec<T> c, Vec<T> a, Vec<T> b) {
+  return c + a * b;
+}
 
 // One row of a block, one step of the depth.
 template <class E>
@@ -133,12 +135,23 @@ void product_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a,
     const E* rest = a.data + r * a.row;
     Acc<E>* out = cp + r * B::kLanes;
     switch (rows - r) {
-      case 5: block<E, 5, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor); break;
-      case 4: block<E, 4, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor); break;
-      case 3: block<E, 3, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor); break;
-      case 2: block<E, 2, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor); break;
-      case 1: block<E, 1, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor); break;
-      default: break;
+      case 5:
+        block<E, 5, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor);
+        break;
+      case 4:
+        block<E, 4, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor);
+        break;
+      case 3:
+        block<E, 3, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor);
+        break;
+      case 2:
+        block<E, 2, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor);
+        break;
+      case 1:
+        block<E, 1, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor);
+        break;
+      default:
+        break;
     }
   }
 }
@@ -165,9 +178,12 @@ template <class E>
 void product(Into into, int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
              PanelResult<Acc<E>> c, const Acc<E>* alpha = nullptr) {
   switch (into) {
-    case Into::store: return product<E, Into::store>(rows, panels, depth, a, b, c);
-    case Into::add: return product<E, Into::add>(rows, panels, depth, a, b, c);
-    case Into::rescale: return product<E, Into::rescale>(rows, panels, depth, a, b, c, alpha);
+    case Into::store:
+      return product<E, Into::store>(rows, panels, depth, a, b, c);
+    case Into::add:
+      return product<E, Into::add>(rows, panels, depth, a, b, c);
+    case Into::rescale:
+      return product<E, Into::rescale>(rows, panels, depth, a, b, c, alpha);
   }
 }
 

@@ -39,13 +39,21 @@ inline float widen(bf16 x) {
 template <class T, class S>
 inline T narrow(S x);
 template <>
-inline double narrow<double>(double x) { return x; }
+inline double narrow<double>(double x) {
+  return x;
+}
 template <>
-inline float narrow<float>(float x) { return x; }
+inline float narrow<float>(float x) {
+  return x;
+}
 template <>
-inline float narrow<float>(double x) { return static_cast<float>(x); }
+inline float narrow<float>(double x) {
+  return static_cast<float>(x);
+}
 template <>
-inline f16 narrow<f16>(float x) { return f16{static_cast<_Float16>(x)}; }
+inline f16 narrow<f16>(float x) {
+  return f16{static_cast<_Float16>(x)};
+}
 template <>
 inline bf16 narrow<bf16>(float x) {
   uint32_t bits;
@@ -56,25 +64,37 @@ inline bf16 narrow<bf16>(float x) {
   return bf16{static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : rounded)};
 }
 template <>
-inline f16 narrow<f16>(double x) { return narrow<f16>(static_cast<float>(x)); }
+inline f16 narrow<f16>(double x) {
+  return narrow<f16>(static_cast<float>(x));
+}
 template <>
-inline bf16 narrow<bf16>(double x) { return narrow<bf16>(static_cast<float>(x)); }
+inline bf16 narrow<bf16>(double x) {
+  return narrow<bf16>(static_cast<float>(x));
+}
 
 // Type of sums and statistics over elements of type T.
 template <class T>
-struct AccOf { using type = float; };
+struct AccOf {
+  using type = float;
+};
 template <>
-struct AccOf<double> { using type = double; };
+struct AccOf<double> {
+  using type = double;
+};
 template <class T>
 using Acc = typename AccOf<T>::type;
 
 template <class F>
 void dispatch(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::f64: return f(double{});
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(bf16{});
-    case DType::f16: return f(f16{});
+    case DType::f64:
+      return f(double{});
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(bf16{});
+    case DType::f16:
+      return f(f16{});
   }
 }
 
@@ -100,14 +120,22 @@ template <class T>
 constexpr int kWidth = DNL_VECTOR_BYTES / sizeof(T);
 
 template <class T>
-inline Vec<T> load(const T* x) { return *reinterpret_cast<const Vec<T>*>(x); }
+inline Vec<T> load(const T* x) {
+  return *reinterpret_cast<const Vec<T>*>(x);
+}
 template <class T>
-inline void store(T* x, Vec<T> v) { *reinterpret_cast<Vec<T>*>(x) = v; }
+inline void store(T* x, Vec<T> v) {
+  *reinterpret_cast<Vec<T>*>(x) = v;
+}
 template <class T>
-inline Vec<T> broadcast(T x) { return Vec<T>{} + x; }
+inline Vec<T> broadcast(T x) {
+  return Vec<T>{} + x;
+}
 // The larger of two, `a` where they do not compare: a NaN in `b` is left to the exponentials that follow.
 template <class V>
-inline V vmax(V a, V b) { return b > a ? b : a; }
+inline V vmax(V a, V b) {
+  return b > a ? b : a;
+}
 
 // 2^x, with relative error under 2e-7 (float) and 3e-16 (double). Below the normal range 0; NaN stays NaN.
 // x = n + f with |f| <= 1/2; a minimax polynomial (Remez, degree 6 and 12) for 2^f, then n into the exponent.

@@ -35,8 +35,8 @@ PairwiseBackwardResult pairwise_backward_cpu(const Tensor& grad_output, const Te
                                              const Tensor& pooled, const Tensor& mask_lse, double scale,
                                              const std::optional<std::string>& whiten, bool need_query, bool need_key,
                                              bool need_value, bool need_mask) {
-  PairwiseCall call(grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale,
-                    whiten, need_query, need_key, need_value, need_mask);
+  PairwiseCall call(grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale, whiten,
+                    need_query, need_key, need_value, need_mask);
   if (call.args.batches && call.args.queries == 0) {
     for (Tensor* grad : {&call.grad_query, &call.grad_key, &call.grad_value, &call.grad_mask})
       torch::stable::zero_(*grad);
@@ -62,7 +62,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
       "save_residual) -> (Tensor output, Tensor lse, Tensor residual, Tensor pooled, Tensor mask_lse)");
   m.def(
       "pairwise_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask_logits, Tensor "
-      "output, Tensor lse, Tensor residual, Tensor pooled, Tensor mask_lse, float scale, str? whiten, bool need_query, bool need_key, "
+      "output, Tensor lse, Tensor residual, Tensor pooled, Tensor mask_lse, float scale, str? whiten, bool need_query, "
+      "bool need_key, "
       "bool need_value, bool need_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
       "grad_mask_logits)");
   m.def("check_pairwise(Tensor query, Tensor key, str? whiten) -> ()");

@@ -16,12 +16,12 @@ namespace dnl {
 
 // Accumulated quantities (lse, pooled, mask_lse) are float, or double where dtype is f64, and dense.
 struct PairwiseArgs {
-  View query;   // (batches, queries, width)
-  View key;     // (batches, keys, width)
-  View value;   // (batches, keys, channels)
-  View output;  // (batches, queries, channels)
-  void* lse;    // (batches, queries), natural logarithm
-  View residual;  // (batches, queries, channels): what rounding took from output, or data = nullptr
+  View query;                    // (batches, queries, width)
+  View key;                      // (batches, keys, width)
+  View value;                    // (batches, keys, channels)
+  View output;                   // (batches, queries, channels)
+  void* lse;                     // (batches, queries), natural logarithm
+  View residual;                 // (batches, queries, channels): what rounding took from output, or data = nullptr
   const void* pooled = nullptr;  // (batches, channels), or nullptr
   DType dtype;
   int64_t batches, queries, keys, width, channels;

@@ -4,13 +4,14 @@
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
 //
 // A thread owns a tile of keys (on the lanes), packs K and V for it once, and takes blocks of queries: S = Q K and
-// dP = dO V (queries x keys) become P and dS in place; dV^T += dO^T P and dK^T += Q^T dS (channels x keys) stay with the
-// tile; dQ += dS K goes to a buffer that all threads share. So that no two touch the same query at once, the queries are
-// cut into as many ranges as threads share a batch element, and in step s thread t works on range (t + s) modulo that
-// number: no buffer per thread, no lock, and a sum whose order is fixed for a number of threads.
+// dP = dO V (queries x keys) become P and dS in place; dV^T += dO^T P and dK^T += Q^T dS (channels x keys) stay with
+// the tile; dQ += dS K goes to a buffer that all threads share. So that no two touch the same query at once, the
+// queries are cut into as many ranges as threads share a batch element, and in step s thread t works on range (t + s)
+// modulo that number: no buffer per thread, no lock, and a sum whose order is fixed for a number of threads.
 //
-// Query and dO are packed once per group of batch elements, by rows (the depth is the channel) and by channels (the depth
-// is the query); of the two, dO has one that already lies in memory as the product wants it, and that is read in place.
+// Query and dO are packed once per group of batch elements, by rows (the depth is the channel) and by channels (the
+// depth is the query); of the two, dO has one that already lies in memory as the product wants it, and that is read in
+// place.
 #pragma once
 
 #include "ops/pairwise/pairwise_cpu.h"
@@ -41,9 +42,9 @@ struct PairwiseBackward {
   size_t bytes;
 
   struct Slot {
-    E *key, *key_columns, *value;     // panels: K (depth = channel), K (depth = key), V (depth = channel)
-    A *bias, *column_sum;             // per lane
-    A *logits, *grad;                 // S then P; dP then dS
+    E *key, *key_columns, *value;             // panels: K (depth = channel), K (depth = key), V (depth = channel)
+    A *bias, *column_sum;                     // per lane
+    A *logits, *grad;                         // S then P; dP then dS
     E *probability, *grad_pairs, *grad_rows;  // P and dS as pairs, dS as rows: with bfloat16 products only
     A *grad_key, *grad_value;
   };
@@ -156,16 +157,12 @@ struct PairwiseBackward {
     return reinterpret_cast<const E*>(element<Src>(args.grad_output, batch) + first * args.grad_output.position);
   }
 
-  const A* mean(const A* means_of, int64_t batch) const {
-    return means_of ? means_of + batch * args.width : nullptr;
-  }
+  const A* mean(const A* means_of, int64_t batch) const { return means_of ? means_of + batch * args.width : nullptr; }
   const A* packing_mean(const A* means_of, int64_t batch) const {
     return kRawProducts<E> ? nullptr : mean(means_of, batch);
   }
 
-  const A* value_mean(int64_t batch) const {
-    return means.value ? means.value + batch * args.channels : nullptr;
-  }
+  const A* value_mean(int64_t batch) const { return means.value ? means.value + batch * args.channels : nullptr; }
 
   // G = sum_i dy_i, u, and dm, which need no map.
   void unary_gradients() {
@@ -245,8 +242,8 @@ struct PairwiseBackward {
     pack_panels(by_channel<Src>(args.key, batch, first, packing_mean(means.key, batch)), args.width, count, slot.key,
                 width_pitch * L);
     if (slot.key_columns)  // dS multiplies the centred key in every type: rows of dS sum to zero only up to rounding
-      pack_panels(by_position<Src>(args.key, batch, first, mean(means.key, batch)), count, args.width,
-                  slot.key_columns, round_up(tile, G) * L);
+      pack_panels(by_position<Src>(args.key, batch, first, mean(means.key, batch)), count, args.width, slot.key_columns,
+                  round_up(tile, G) * L);
     if (slot.value)
       pack_panels(by_channel<Src>(args.value, batch, first, value_mean(batch)), args.channels, count, slot.value,
                   channel_pitch * L);
@@ -258,7 +255,8 @@ struct PairwiseBackward {
     std::fill(slot.column_sum, slot.column_sum + tile, A(0));
   }
 
-  void run_block(int64_t batch, int64_t place, int64_t block, int64_t keys, int64_t panels, Into into, const Slot& slot) {
+  void run_block(int64_t batch, int64_t place, int64_t block, int64_t keys, int64_t panels, Into into,
+                 const Slot& slot) {
     const int64_t first = block * kQueryBlock, rows = std::min(kQueryBlock, args.queries - first);
     const int64_t row = place * args.queries + first, column = (place * query_blocks + block) * kQueryBlock;
     constexpr int64_t kPanel = kQueryBlock * L;
@@ -267,14 +265,15 @@ struct PairwiseBackward {
       product<E, Into::store>(rows, 1, width_pitch, {query_rows + row * width_pitch, width_pitch, width_pitch, 0},
                               {slot.key + p * width_pitch * L, 0}, {slot.logits + p * kPanel, 0});
       if (need_logits)
-        product<E, Into::store>(rows, 1, channel_pitch, grad_rows_from(batch, place, first), {slot.value + p * channel_pitch * L, 0}, {slot.grad + p * kPanel, 0});
+        product<E, Into::store>(rows, 1, channel_pitch, grad_rows_from(batch, place, first),
+                                {slot.value + p * channel_pitch * L, 0}, {slot.grad + p * kPanel, 0});
       softmax_step(slot, p, rows, lse + row, delta + row);
     }
 
     const int64_t depth = round_up(rows, G);
     if (need_value)
-      product<E>(into, args.channels, panels, depth, grad_columns_from(batch, place, first), {probability(slot), kPanel},
-                 {slot.grad_value, args.channels * L});
+      product<E>(into, args.channels, panels, depth, grad_columns_from(batch, place, first),
+                 {probability(slot), kPanel}, {slot.grad_value, args.channels * L});
     if (slot.grad_key)
       product<E>(into, args.width, panels, depth, {query_columns + column * args.width, kQueryBlock, kQueryBlock, 0},
                  {grad_pairs(slot), kPanel}, {slot.grad_key, args.width * L});
@@ -285,16 +284,22 @@ struct PairwiseBackward {
   }
 
   static E* probability(const Slot& slot) {
-    if constexpr (kRawProducts<E>) return slot.probability;
-    else return slot.logits;
+    if constexpr (kRawProducts<E>)
+      return slot.probability;
+    else
+      return slot.logits;
   }
   static E* grad_pairs(const Slot& slot) {
-    if constexpr (kRawProducts<E>) return slot.grad_pairs;
-    else return slot.grad;
+    if constexpr (kRawProducts<E>)
+      return slot.grad_pairs;
+    else
+      return slot.grad;
   }
   static E* grad_row_operand(const Slot& slot) {
-    if constexpr (kRawProducts<E>) return slot.grad_rows;
-    else return slot.grad;
+    if constexpr (kRawProducts<E>)
+      return slot.grad_rows;
+    else
+      return slot.grad;
   }
 
   // P = 2^(c S + bias - lse), dS = P (dP - Delta), for one panel (queries x keys).

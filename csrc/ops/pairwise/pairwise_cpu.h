@@ -1,8 +1,8 @@
 // Whitened pairwise attention on the CPU: what forward and backward share.
 //
-// Both are one tiled algorithm (pairwise_forward_cpu.h, pairwise_backward_cpu.h): a thread owns a tile, which lies on the
-// lanes of the vectors, and streams blocks of the other side past it, so that a block of logits lives and dies in that
-// core's cache and no buffer grows with Nq * Nk. In the forward a thread owns queries, in the backward keys.
+// Both are one tiled algorithm (pairwise_forward_cpu.h, pairwise_backward_cpu.h): a thread owns a tile, which lies on
+// the lanes of the vectors, and streams blocks of the other side past it, so that a block of logits lives and dies in
+// that core's cache and no buffer grows with Nq * Nk. In the forward a thread owns queries, in the backward keys.
 //
 // Centring. In float and double, operands are centred while they are packed. bfloat16 operands are multiplied as they
 // are, exactly, in float accumulators; the query mean enters as a bias per key, -<mu_q, k_j>, because rounding centred
@@ -110,13 +110,18 @@ inline void share_out(const Executor& executor, int64_t workers, int64_t tasks, 
 template <class F>
 void dispatch_products(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::f64: return f(double{}, double{});
-    case DType::f32: return f(float{}, float{});
-    case DType::f16: return f(f16{}, float{});
+    case DType::f64:
+      return f(double{}, double{});
+    case DType::f32:
+      return f(float{}, float{});
+    case DType::f16:
+      return f(f16{}, float{});
 #ifdef DNL_BF16_PRODUCTS
-    case DType::bf16: return f(bf16{}, bf16{});
+    case DType::bf16:
+      return f(bf16{}, bf16{});
 #else
-    case DType::bf16: return f(bf16{}, float{});
+    case DType::bf16:
+      return f(bf16{}, float{});
 #endif
   }
 }

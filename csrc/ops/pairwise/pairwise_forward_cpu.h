@@ -1,10 +1,10 @@
 // Forward of whitened pairwise attention on the CPU.
 //
-// Once per call K is packed by rows and V by channels, in blocks of kKeyBlock keys. Then a thread takes a tile of queries
-// (on the lanes), packs it, and for each block of keys computes S = K Q (keys x queries), turns it into P = 2^(S - m)
-// with a running maximum m per query, and adds V P (channels x queries) to its output, rescaled by 2^(m_old - m) on the
-// way. A key is a row here, so maximum and sum run down the rows with no reduction across lanes, and a last partial
-// block simply has fewer rows.
+// Once per call K is packed by rows and V by channels, in blocks of kKeyBlock keys. Then a thread takes a tile of
+// queries (on the lanes), packs it, and for each block of keys computes S = K Q (keys x queries), turns it into P =
+// 2^(S - m) with a running maximum m per query, and adds V P (channels x queries) to its output, rescaled by 2^(m_old -
+// m) on the way. A key is a row here, so maximum and sum run down the rows with no reduction across lanes, and a last
+// partial block simply has fewer rows.
 #pragma once
 
 #include "ops/pairwise/pairwise_cpu.h"
@@ -92,9 +92,7 @@ struct PairwiseForward {
     return kRawProducts<E> || !means_of ? nullptr : means_of + batch * args.width;
   }
 
-  const A* value_mean(int64_t batch) const {
-    return means.value ? means.value + batch * args.channels : nullptr;
-  }
+  const A* value_mean(int64_t batch) const { return means.value ? means.value + batch * args.channels : nullptr; }
 
   void pack_keys(int64_t batch, int64_t place, int64_t block) {
     const int64_t first = block * kKeyBlock, count = std::min(kKeyBlock, args.keys - first);
@@ -133,12 +131,14 @@ struct PairwiseForward {
   }
 
   static E* probability(const Slot& slot) {
-    if constexpr (kRawProducts<E>) return slot.probability;
-    else return slot.logits;
+    if constexpr (kRawProducts<E>)
+      return slot.probability;
+    else
+      return slot.logits;
   }
 
-  // One block of logits of one panel (rows x lanes) becomes probabilities relative to the maximum so far. `alpha` is what
-  // earlier blocks' sums must be multiplied by. A lane whose logits are all -inf keeps most = -inf and sum = 0.
+  // One block of logits of one panel (rows x lanes) becomes probabilities relative to the maximum so far. `alpha` is
+  // what earlier blocks' sums must be multiplied by. A lane whose logits are all -inf keeps most = -inf and sum = 0.
   void softmax_step(const Slot& slot, int64_t panel, int64_t rows, const A* row_bias) const {
     A* s = slot.logits + panel * kKeyBlock * L;
     E* p = probability(slot) + panel * kKeyBlock * L;

@@ -54,8 +54,15 @@ struct PairwiseCall {
   // Forward. With mask logits, the caller computes `pooled` and `mask_lse` by the unary operator and sets them.
   PairwiseCall(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask_logits,
                double scale, const std::optional<std::string>& whiten, bool save_residual)
-      : output(query), lse(query), residual(query), pooled(query), mask_lse(query), grad_query(query), grad_key(query),
-        grad_value(query), grad_mask(query) {
+      : output(query),
+        lse(query),
+        residual(query),
+        pooled(query),
+        mask_lse(query),
+        grad_query(query),
+        grad_key(query),
+        grad_value(query),
+        grad_mask(query) {
     args.whiten = parse_whiten(whiten);
     check_pairwise(query, key, value, mask_logits, scale);
     output = empty_like_layout(query, leading(query, 1) + std::initializer_list<int64_t>{value.size(-1)});
@@ -77,11 +84,18 @@ struct PairwiseCall {
   // Backward: output, lse, residual, pooled and mask_lse are what the forward returned.
   PairwiseCall(const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
                const std::optional<Tensor>& mask_logits, const Tensor& forward_output, const Tensor& forward_lse,
-               const Tensor& forward_residual, const Tensor& forward_pooled, const Tensor& forward_mask_lse, double scale,
-               const std::optional<std::string>& whiten, bool need_query, bool need_key, bool need_value,
+               const Tensor& forward_residual, const Tensor& forward_pooled, const Tensor& forward_mask_lse,
+               double scale, const std::optional<std::string>& whiten, bool need_query, bool need_key, bool need_value,
                bool need_mask)
-      : output(forward_output), lse(forward_lse), residual(forward_residual), pooled(forward_pooled), mask_lse(forward_mask_lse),
-        grad_query(query), grad_key(key), grad_value(value), grad_mask(value) {
+      : output(forward_output),
+        lse(forward_lse),
+        residual(forward_residual),
+        pooled(forward_pooled),
+        mask_lse(forward_mask_lse),
+        grad_query(query),
+        grad_key(key),
+        grad_value(value),
+        grad_mask(value) {
     args.whiten = parse_whiten(whiten);
     check_pairwise(query, key, value, mask_logits, scale);
     const Sizes lead = leading(query, 2);
@@ -155,7 +169,8 @@ struct PairwiseCall {
     args.scale = scale;
   }
 
-  Operand query_, key_, value_, output_, residual_, grad_output_, mask_, grad_query_, grad_key_, grad_value_, grad_mask_;
+  Operand query_, key_, value_, output_, residual_, grad_output_, mask_, grad_query_, grad_key_, grad_value_,
+      grad_mask_;
 };
 
 }  // namespace dnl

@@ -22,9 +22,9 @@ std::tuple<Tensor, Tensor> unary_forward_cpu(const Tensor& mask_logits, const Te
   return {call.pooled, call.lse};
 }
 
-std::tuple<Tensor, Tensor> unary_backward_cpu(const Tensor& grad_pooled, const Tensor& mask_logits,
-                                              const Tensor& value, const Tensor& pooled, const Tensor& lse,
-                                              bool need_mask, bool need_value) {
+std::tuple<Tensor, Tensor> unary_backward_cpu(const Tensor& grad_pooled, const Tensor& mask_logits, const Tensor& value,
+                                              const Tensor& pooled, const Tensor& lse, bool need_mask,
+                                              bool need_value) {
   UnaryCall call(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value);
   if (!call.empty()) cpu_kernels().unary_backward(call.args, torch_threads());
   return {call.grad_mask, call.grad_value};

@@ -22,10 +22,10 @@ struct SoftmaxArgs {
 
 // All accumulated quantities are float, or double where dtype is f64.
 struct UnaryArgs {
-  View mask;         // (batches, keys): m
-  View value;        // (batches, keys, channels): v
-  void* pooled;      // (batches, channels), accumulate type: y
-  void* lse;         // (batches), accumulate type
+  View mask;     // (batches, keys): m
+  View value;    // (batches, keys, channels): v
+  void* pooled;  // (batches, channels), accumulate type: y
+  void* lse;     // (batches), accumulate type
   DType dtype;
   int64_t batches, keys, channels;
   // Backward only.

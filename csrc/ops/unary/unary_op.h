@@ -57,7 +57,8 @@ struct UnaryCall {
   UnaryCall(const Tensor& mask_logits, const Tensor& value)
       : pooled(value), lse(value), grad_mask(value), grad_value(value) {
     check_unary(mask_logits, value);
-    pooled = dnl::empty(value, leading(value, 2) + std::initializer_list<int64_t>{value.size(-1)}, accumulate_type(value));
+    pooled =
+        dnl::empty(value, leading(value, 2) + std::initializer_list<int64_t>{value.size(-1)}, accumulate_type(value));
     lse = dnl::empty(value, leading(value, 2), accumulate_type(value));
     set(mask_logits, value);
   }
