@@ -44,9 +44,18 @@ inline void exponentials(A* block, A offset) {
     store(block + i, exp2(load(block + i) * kLog2e<A> - broadcast(offset)));
 }
 
-// lse of a row, as a base-2 logarithm: log2 sum_i 2^(x_i log2 e). NaN in the row, or a row of -inf, gives NaN.
+// Maximum of a row in base 2 and the sum of 2^(x_i log2 e - most). NaN in the row, or a row of -inf, makes the sum NaN.
+// Probabilities are divided by this sum rather than shifted by the lse, whose rounding all of them would share.
+template <class A>
+struct RowStatistics {
+  A most;
+  double sum;
+
+  A lse() const { return static_cast<A>((double(most) + std::log2(sum)) * kLn2<double>); }
+};
+
 template <class T>
-inline Acc<T> log2_sum_exp(const T* x, int64_t stride, int64_t count) {
+inline RowStatistics<Acc<T>> row_statistics(const T* x, int64_t stride, int64_t count) {
   using A = Acc<T>;
   const A infinity = std::numeric_limits<A>::infinity();
   alignas(64) A block[kRowBlock];
@@ -67,8 +76,8 @@ inline Acc<T> log2_sum_exp(const T* x, int64_t stride, int64_t count) {
     for (int64_t i = 0; i < kRowBlock; i += kWidth<A>) total += load(block + i);
     for (int i = 0; i < kWidth<A>; ++i) sum += double(total[i]);
   }
-  if (most == -infinity) return std::numeric_limits<A>::quiet_NaN();
-  return static_cast<A>(double(most) + std::log2(sum));
+  if (most == -infinity) return {A(0), std::numeric_limits<double>::quiet_NaN()};
+  return {most, sum};
 }
 
 template <class T>
@@ -76,12 +85,13 @@ void softmax_typed(const SoftmaxArgs& args, const Executor& executor) {
   executor.parallel(args.rows, [&](int64_t row) {
     const T* x = element<T>(args.input, row);
     T* out = static_cast<T*>(args.output.data) + args.output.batch[row];
-    const Acc<T> lse = log2_sum_exp(x, args.input.position, args.columns);
+    const auto statistics = row_statistics(x, args.input.position, args.columns);
+    const Acc<T> factor = static_cast<Acc<T>>(1 / statistics.sum);
     alignas(64) Acc<T> block[kRowBlock];
     for (int64_t begin = 0; begin < args.columns; begin += kRowBlock) {
       const int64_t n = gather(x, args.input.position, begin, args.columns, Acc<T>(0), block);
-      exponentials(block, lse);
-      for (int64_t i = 0; i < n; ++i) out[(begin + i) * args.output.position] = narrow<T>(block[i]);
+      exponentials(block, statistics.most);
+      for (int64_t i = 0; i < n; ++i) out[(begin + i) * args.output.position] = narrow<T>(block[i] * factor);
     }
   });
 }
@@ -106,17 +116,23 @@ void softmax_backward_typed(const SoftmaxArgs& args, const Executor& executor) {
   });
 }
 
-// u = softmax(m) for every batch element, from its lse (natural logarithm). u: (batches, keys).
+// u = softmax(m) for every batch element, from its lse (natural logarithm), which is only the shift: u is divided by
+// its own sum. u: (batches, keys).
 template <class T>
 void unary_map(const View& mask, const Acc<T>* lse, int64_t batches, int64_t keys, Acc<T>* u,
                const Executor& executor) {
   executor.parallel(batches, [&](int64_t b) {
     alignas(64) Acc<T> block[kRowBlock];
+    Acc<T>* map = u + b * keys;
+    double sum = 0;
     for (int64_t begin = 0; begin < keys; begin += kRowBlock) {
       const int64_t n = gather(element<T>(mask, b), mask.position, begin, keys, Acc<T>(0), block);
       exponentials(block, lse[b] * kLog2e<Acc<T>>);
-      std::copy(block, block + n, u + b * keys + begin);
+      std::copy(block, block + n, map + begin);
+      sum += strided_sum(map + begin, 1, n, static_cast<const Acc<T>*>(nullptr));
     }
+    const Acc<T> factor = static_cast<Acc<T>>(1 / sum);
+    for (int64_t j = 0; j < keys; ++j) map[j] *= factor;
   });
 }
 
@@ -125,7 +141,7 @@ void unary_forward_typed(const UnaryArgs& args, const Executor& executor) {
   using A = Acc<T>;
   A* lse = static_cast<A*>(args.lse);
   executor.parallel(args.batches, [&](int64_t b) {
-    lse[b] = log2_sum_exp(element<T>(args.mask, b), args.mask.position, args.keys) * kLn2<A>;
+    lse[b] = row_statistics(element<T>(args.mask, b), args.mask.position, args.keys).lse();
   });
   const Buffer<A> u(args.batches * args.keys);
   unary_map<T>(args.mask, lse, args.batches, args.keys, u.data, executor);

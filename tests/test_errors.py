@@ -1,0 +1,607 @@
+"""Every wrong call of docs/DESIGN section 6 raises, on both routes: the public functions and torch.ops.dnl_ext.*.
+
+A call is a function and its arguments by name, all valid. A fault replaces one argument; the table says which error
+must come. What reaches our checks names the argument, what was wanted and what came. What torch itself refuses
+(a backend without a kernel, a value of no tensor type) is held to its type alone.
+"""
+
+import math
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from helpers import one_thread  # noqa: F401
+
+import dnl_ext
+from dnl_ext import reference
+
+B, NQ, NK, DQK, DV = 2, 5, 7, 3, 4
+raw = torch.ops.dnl_ext
+
+
+def attention_inputs(dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"query": (B, NQ, DQK), "key": (B, NK, DQK), "value": (B, NK, DV), "mask_logits": (B, NK)}
+    return {name: torch.randn(s, generator=generator, dtype=dtype).to(device) for name, s in shapes.items()}
+
+
+def public_calls(device="cpu"):
+    inputs = attention_inputs(device=device)
+    pick = {name: {key: inputs[key] for key in names} for name, names in PUBLIC.items() if name != "mean_subtract"}
+    return {**pick, "mean_subtract": {"x": inputs["query"]}}
+
+
+PUBLIC = {
+    "disentangled_attention": ("query", "key", "value", "mask_logits"),
+    "pairwise_attention": ("query", "key", "value"),
+    "unary_attention": ("mask_logits", "value"),
+    "mean_subtract": ("x",),
+    "pairwise_softmax": ("query", "key"),
+    "unary_softmax": ("mask_logits",),
+}
+
+
+def raw_calls(device="cpu"):
+    inputs = attention_inputs(device=device)
+    q, k, v, m = inputs.values()
+
+    def new(*shape):
+        return torch.zeros(shape, device=device)
+
+    saved = {"output": new(B, NQ, DV), "lse": new(B, NQ), "residual": new(B, 0)}
+    needs = dict.fromkeys(("need_query", "need_key", "need_value", "need_mask"), True)
+    return {
+        "mean_subtract": {"x": q, "dim": -2},
+        "softmax": {"x": m},
+        "softmax_backward": {"grad_output": m, "output": m.clone()},
+        "unary_forward": {"mask_logits": m, "value": v},
+        "unary_backward": {
+            "grad_pooled": new(B, DV), "mask_logits": m, "value": v, "pooled": new(B, DV), "lse": new(B),
+            "need_mask": True, "need_value": True,
+        },
+        "check_pairwise": {"query": q, "key": k, "whiten": "channel"},
+        "pairwise_forward": {**inputs, "scale": 0.5, "whiten": "channel", "save_residual": False},
+        "pairwise_backward": {
+            "grad_output": new(B, NQ, DV), **inputs, **saved, "pooled": new(B, DV), "mask_lse": new(B),
+            "scale": 0.5, "whiten": "channel", **needs,
+        },
+    }  # fmt: skip
+
+
+def call(route, name, arguments):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if route == "raw":
+            return getattr(raw, name)(*arguments.values())
+        positional = [arguments[n] for n in PUBLIC[name]]
+        return getattr(dnl_ext, name)(*positional, **{n: x for n, x in arguments.items() if n not in PUBLIC[name]})
+
+
+CALLS = {"public": public_calls, "raw": raw_calls}
+EVERY_CALL = [(route, name) for route, calls in CALLS.items() for name in calls()]
+EVERY_TENSOR = [
+    (route, name, argument)
+    for route, calls in CALLS.items()
+    for name, arguments in calls().items()
+    for argument, x in arguments.items()
+    if isinstance(x, torch.Tensor)
+]
+# At least two tensors that must agree.
+SEVERAL = [
+    entry
+    for entry in EVERY_TENSOR
+    if sum(isinstance(x, torch.Tensor) for x in CALLS[entry[0]]()[entry[1]].values()) > 1
+]
+tensors = pytest.mark.parametrize(("route", "name", "argument"), EVERY_TENSOR)
+several = pytest.mark.parametrize(("route", "name", "argument"), SEVERAL)
+
+
+def expect(error, route, name, arguments, *, match=None):
+    with pytest.raises(error, match=match) as info:
+        call(route, name, arguments)
+    return info.value
+
+
+def with_fault(route, name, argument, fault, device="cpu"):
+    arguments = CALLS[route](device)[name]
+    return {**arguments, argument: fault(arguments[argument])}
+
+
+def says(argument):
+    """What was wanted and what came, of this argument."""
+    return rf"^{argument}: expected .*, got "
+
+
+class TestCallsThemselves:
+    """Without a fault, every call of the table succeeds; a table of invalid calls would prove nothing."""
+
+    @pytest.mark.parametrize(("route", "name"), EVERY_CALL)
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_succeed(self, route, name, device):
+        call(route, name, CALLS[route](device)[name])
+
+
+class TestNonTensors:
+    @tensors
+    def test_none_is_a_type_error(self, route, name, argument):
+        if argument == "mask_logits" and name in ("disentangled_attention", "pairwise_forward", "pairwise_backward"):
+            pytest.skip("None leaves the unary term out")
+        arguments = with_fault(route, name, argument, lambda x: None)
+        if all(not isinstance(x, torch.Tensor) for x in arguments.values()) and route == "raw":
+            # Without any tensor torch's dispatcher finds no kernel to ask.
+            expect(NotImplementedError, route, name, arguments, match="no tensor arguments")
+            return
+        error = expect(TypeError, route, name, arguments)
+        assert str(error).startswith(f"{argument}: expected a torch.Tensor, got None")
+
+    @tensors
+    @pytest.mark.parametrize("fault", [list, lambda x: x.numpy(), lambda x: 3, lambda x: 0.5, lambda x: "query"])
+    def test_anything_else_is_refused(self, route, name, argument, fault):
+        arguments = with_fault(route, name, argument, fault)
+        if route == "public":  # torch's own schema check speaks on the other route
+            expect(TypeError, route, name, arguments, match=rf"^{argument}: expected a torch\.Tensor, got ")
+        else:
+            expect((TypeError, RuntimeError), route, name, arguments, match=argument)
+
+
+class TestDtypes:
+    @tensors
+    @pytest.mark.parametrize(
+        "dtype",
+        [torch.int64, torch.int32, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16],
+    )
+    def test_other_than_float_is_a_value_error(self, route, name, argument, dtype):
+        arguments = with_fault(route, name, argument, lambda x: torch.zeros(x.shape, dtype=dtype))
+        expect(ValueError, route, name, arguments, match=says(argument))
+
+    @tensors
+    @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.complex32])
+    def test_complex_is_not_implemented(self, route, name, argument, dtype):
+        arguments = with_fault(route, name, argument, lambda x: torch.zeros(x.shape, dtype=dtype))
+        expect(NotImplementedError, route, name, arguments, match=says(argument))
+
+    @several
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_mixed_dtypes_are_a_value_error(self, route, name, argument, dtype, device):
+        arguments = with_fault(route, name, argument, lambda x: x.to(dtype), device)
+        # The first tensor sets the dtype, so a fault in it is found in the next one.
+        expect(ValueError, route, name, arguments, match=r"^\w+: expected .*, got ")
+
+    @tensors
+    @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+    def test_other_than_float_is_refused_on_meta_too(self, route, name, argument, dtype):
+        arguments = with_fault(
+            route, name, argument, lambda x: torch.zeros(x.shape, dtype=dtype, device="meta"), device="meta"
+        )
+        expect((ValueError, NotImplementedError), route, name, arguments)
+
+
+@pytest.mark.filterwarnings("ignore")
+class TestLayouts:
+    KINDS = (
+        ("sparse_coo", lambda x: x.to_sparse()),
+        ("sparse_csr", lambda x: x.reshape(x.shape[0], -1).to_sparse_csr()),
+        ("mkldnn", lambda x: x.contiguous().to_mkldnn()),
+        ("quantized", lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.quint8)),
+        ("nested", lambda x: torch.nested.nested_tensor(list(x))),
+        ("jagged", lambda x: torch.nested.nested_tensor([torch.randn(3, 2), torch.randn(2, 2)], layout=torch.jagged)),
+    )
+
+    @tensors
+    @pytest.mark.parametrize(("kind", "fault"), KINDS, ids=[kind for kind, _ in KINDS])
+    def test_are_not_implemented(self, route, name, argument, kind, fault):
+        arguments = with_fault(route, name, argument, fault)
+        match = rf"^{argument}: expected a dense strided tensor, got a " if route == "public" else None
+        expect(NotImplementedError, route, name, arguments, match=match)
+
+
+class TestDevices:
+    @several
+    @pytest.mark.parametrize(("device", "other"), [("cpu", "meta"), ("meta", "cpu")])
+    def test_mixed_are_a_value_error(self, route, name, argument, device, other):
+        arguments = with_fault(route, name, argument, lambda x: torch.empty_like(x, device=other), device)
+        error = expect(
+            ValueError, route, name, arguments, match=r"^\w+: expected the device of \w+ \(|on the device of"
+        )
+        assert "cpu" in str(error) and "meta" in str(error)
+
+    @pytest.mark.parametrize("route", ["public", "raw"])
+    def test_one_tensor_on_the_meta_device_stays_there(self, route):
+        (x, *_) = CALLS[route]("meta")["mean_subtract"].values()
+        y = call(route, "mean_subtract", CALLS[route]("meta")["mean_subtract"])
+        assert y.device.type == "meta" and y.shape == x.shape
+
+
+def drop(x):  # one dimension fewer
+    return x[0]
+
+
+def add(x):  # one dimension more
+    return x[None]
+
+
+def shorter(x):  # the last dimension
+    return x[..., :-1]
+
+
+def longer(x):
+    return torch.cat([x, x], -1)
+
+
+def fewer(x):  # the dimension before the last
+    return x[..., :-1, :]
+
+
+def one_batch(x):  # what broadcasting would accept
+    return x[:1]
+
+
+def scalar(x):
+    return x.new_zeros(())
+
+
+def no_rows(x):
+    return x[..., :0, :]
+
+
+def no_columns(x):
+    return x[..., :0]
+
+
+EVERYWHERE = (scalar, drop, add, one_batch)
+# Faults of shape by call and argument; what is not listed is a valid call (another Nq, another Dv).
+SHAPES = {
+    ("public", "disentangled_attention"): {
+        "query": (*EVERYWHERE, shorter, longer, no_columns),
+        "key": (*EVERYWHERE, shorter, longer, fewer, no_rows, no_columns),
+        "value": (*EVERYWHERE, fewer, no_rows),
+        "mask_logits": (*EVERYWHERE, shorter, longer, no_columns, lambda x: x.unsqueeze(-1), lambda x: x.unsqueeze(-2)),
+    },
+    ("public", "pairwise_softmax"): {
+        "query": (*EVERYWHERE, shorter, longer, no_columns),
+        "key": (*EVERYWHERE, shorter, longer, no_rows, no_columns),
+    },
+    ("public", "unary_attention"): {
+        "mask_logits": (*EVERYWHERE, shorter, longer, no_columns, lambda x: x.unsqueeze(-1)),
+        "value": (*EVERYWHERE, fewer, no_rows),
+    },
+    ("public", "unary_softmax"): {"mask_logits": (scalar, no_columns)},
+    ("public", "mean_subtract"): {"x": (scalar,)},
+    ("raw", "softmax_backward"): {
+        "grad_output": (*EVERYWHERE, shorter, longer, no_columns),
+        "output": (*EVERYWHERE, shorter, longer, no_columns),
+    },
+    ("raw", "unary_backward"): {
+        "grad_pooled": (*EVERYWHERE, shorter, longer),
+        "mask_logits": (*EVERYWHERE, shorter, longer, no_columns),
+        "value": (*EVERYWHERE, fewer, shorter, no_rows),
+        "pooled": (*EVERYWHERE, shorter, longer),
+        "lse": (scalar, add, one_batch, longer, no_columns),
+    },
+    ("raw", "pairwise_backward"): {
+        "grad_output": (*EVERYWHERE, fewer, shorter, longer, no_rows, no_columns),
+        "query": (*EVERYWHERE, fewer, shorter, longer, no_columns),
+        "key": (*EVERYWHERE, fewer, shorter, longer, no_rows, no_columns),
+        "value": (*EVERYWHERE, fewer, shorter, longer, no_rows),
+        "mask_logits": (*EVERYWHERE, shorter, longer, no_columns),
+        "output": (*EVERYWHERE, fewer, shorter, longer, no_rows, no_columns),
+        "lse": (*EVERYWHERE, shorter, longer, no_columns),
+        "residual": (scalar, drop, lambda x: x.new_zeros(B, NQ, DV + 1), lambda x: x.new_zeros(B, NQ, 1)),
+        "pooled": (*EVERYWHERE, shorter, longer, no_columns),
+        "mask_lse": (scalar, add, one_batch, longer, no_columns),
+    },
+}
+SHAPES["public", "pairwise_attention"] = {
+    name: faults for name, faults in SHAPES["public", "disentangled_attention"].items() if name != "mask_logits"
+}
+SHAPES["raw", "pairwise_forward"] = SHAPES["public", "disentangled_attention"]
+SHAPES["raw", "unary_forward"] = SHAPES["public", "unary_attention"]
+SHAPES["raw", "check_pairwise"] = SHAPES["public", "pairwise_softmax"]
+SHAPES["raw", "softmax"] = {"x": (scalar, no_columns)}
+SHAPES["raw", "mean_subtract"] = {"x": (scalar,)}
+WRONG_SHAPES = [
+    pytest.param(route, name, argument, fault, id=f"{route}-{name}-{argument}-{i}-{fault.__name__.strip('<>')}")
+    for (route, name), faults in SHAPES.items()
+    for argument in faults
+    for i, fault in enumerate(faults[argument])
+]
+
+
+class TestShapes:
+    def test_every_call_is_in_the_table(self):
+        assert set(SHAPES) == set(EVERY_CALL)
+
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    @pytest.mark.parametrize(("route", "name", "argument", "fault"), WRONG_SHAPES)
+    def test_a_wrong_one_is_a_value_error(self, route, name, argument, fault, device):
+        """On the meta device too: there a call is only its checks, and tracing goes that way."""
+        arguments = with_fault(route, name, argument, fault, device)
+        expect(ValueError, route, name, arguments, match=r"^\w+: expected .*, got ")
+
+    def test_the_message_names_argument_wanted_and_got(self):
+        x = attention_inputs()
+        with pytest.raises(ValueError, match=r"^key: expected shape \(2, 7, 3\), got \(2, 7, 2\)$"):
+            dnl_ext.pairwise_attention(x["query"], x["key"][..., :2], x["value"])
+        with pytest.raises(ValueError, match=r"^value: expected shape \(2, 7, 4\), got \(2, 6, 4\)$"):
+            dnl_ext.pairwise_attention(x["query"], x["key"], x["value"][:, :6])
+        with pytest.raises(ValueError, match=r"^mask_logits: expected shape \(2, 7\), got \(2, 7, 1\)$"):
+            dnl_ext.disentangled_attention(x["query"], x["key"], x["value"], x["mask_logits"].unsqueeze(-1))
+
+    def test_dimension_out_of_range(self):
+        x = torch.zeros(2, 3)
+        for dim in (2, -3, 100, -(2**40)):
+            with pytest.raises(ValueError, match=rf"^dim: expected a value from -2 to 1, got {dim}$"):
+                dnl_ext.mean_subtract(x, dim)
+            with pytest.raises(ValueError, match=r"^dim: expected"):
+                dnl_ext.mean_subtract(x.to("meta"), dim)
+        with pytest.raises(ValueError, match=r"^x: expected"):
+            dnl_ext.mean_subtract(torch.tensor(1.0), 0)
+
+
+SCALED = [(route, name) for route, name in EVERY_CALL if "pairwise" in name or "disentangled" in name]
+scaled = pytest.mark.parametrize(("route", "name"), SCALED)
+
+
+class TestOptions:
+    @scaled
+    @pytest.mark.parametrize("whiten", ["spatial", "Channel", "", "none", "channels", "bn-like", "ln-like"])
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_unknown_whiten_is_a_value_error(self, route, name, whiten, device):
+        arguments = {**CALLS[route](device)[name], "whiten": whiten}
+        expect(ValueError, route, name, arguments, match=rf"^whiten: expected one of .*, got '{whiten}'$")
+
+    @scaled
+    @pytest.mark.parametrize("whiten", [True, False, 1, ("channel",), torch.tensor(1.0)])
+    def test_whiten_of_another_type_is_refused(self, route, name, whiten):
+        arguments = {**CALLS[route]()[name], "whiten": whiten}
+        wanted = (TypeError, ValueError) if route == "public" else (TypeError, ValueError, RuntimeError)
+        expect(wanted, route, name, arguments, match="whiten")
+
+    @pytest.mark.parametrize(("route", "name"), [entry for entry in SCALED if entry[1] != "check_pairwise"])
+    @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
+    @pytest.mark.parametrize("device", ["cpu", "meta"])
+    def test_scale_that_is_no_number_is_a_value_error(self, route, name, scale, device):
+        arguments = {**CALLS[route](device)[name], "scale": scale}
+        expect(ValueError, route, name, arguments, match=r"^scale: expected a finite number, got -?(nan|inf)")
+
+    @pytest.mark.parametrize("name", ["disentangled_attention", "pairwise_attention", "pairwise_softmax"])
+    @pytest.mark.parametrize("scale", ["0.5", True, [0.5], torch.tensor(0.5), 1j])
+    def test_scale_of_another_type_is_a_type_error(self, name, scale):
+        expect(TypeError, "public", name, {**public_calls()[name], "scale": scale}, match=r"^scale: expected")
+
+    @pytest.mark.parametrize("name", ["disentangled_attention", "pairwise_attention", "pairwise_softmax"])
+    @pytest.mark.parametrize("scale", [1, np.float64(0.5)])
+    def test_scale_may_be_any_real_number(self, name, scale):
+        actual = call("public", name, {**public_calls()[name], "scale": scale})
+        assert torch.equal(actual, call("public", name, {**public_calls()[name], "scale": float(scale)}))
+
+    @pytest.mark.parametrize("dim", ["0", None, 0.5, (0, 1)])
+    def test_dim_of_another_type_is_refused(self, dim):
+        with pytest.raises((TypeError, ValueError), match=r"^dim: expected"):
+            dnl_ext.mean_subtract(torch.zeros(2, 3), dim)
+
+    def test_options_are_keywords_only(self):
+        x = attention_inputs()
+        with pytest.raises(TypeError):
+            dnl_ext.disentangled_attention(*x.values(), 0.5)
+        with pytest.raises(TypeError):
+            dnl_ext.pairwise_attention(x["query"], x["key"], x["value"], 0.5)
+        with pytest.raises(TypeError):
+            dnl_ext.pairwise_softmax(x["query"], x["key"], 0.5)
+
+    def test_the_reference_refuses_unknown_whiten_too(self):
+        x = attention_inputs()
+        with pytest.raises(ValueError, match="whiten"):
+            reference.disentangled_attention(*x.values(), whiten="spatial")
+
+
+class TestEmpty:
+    """Empty batches and Nq = 0 return empty, with zeros for what others would have contributed to."""
+
+    @pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3), (0, 0, 2)])
+    @pytest.mark.parametrize("ops", [dnl_ext, reference], ids=["fused", "reference"])
+    def test_batches(self, ops, shape):
+        q = torch.randn(*shape, NQ, DQK, requires_grad=True)
+        k = torch.randn(*shape, NK, DQK, requires_grad=True)
+        v = torch.randn(*shape, NK, DV, requires_grad=True)
+        m = torch.randn(*shape, NK, requires_grad=True)
+        outputs = {
+            ops.disentangled_attention(q, k, v, m): (*shape, NQ, DV),
+            ops.pairwise_attention(q, k, v): (*shape, NQ, DV),
+            ops.unary_attention(m, v): (*shape, DV),
+            ops.mean_subtract(q): (*shape, NQ, DQK),
+            ops.pairwise_softmax(q, k): (*shape, NQ, NK),
+            ops.unary_softmax(m): (*shape, NK),
+        }
+        for output, expected in outputs.items():
+            assert output.shape == expected
+            used = [x for x in (q, k, v, m) if x is not None]
+            grads = torch.autograd.grad(output.sum(), used, allow_unused=True)
+            assert any(grad is not None for grad in grads)
+            assert all(grad.shape == x.shape for grad, x in zip(grads, used, strict=True) if grad is not None)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("whiten", ["channel", None])
+    def test_no_queries(self, dtype, whiten):
+        x = attention_inputs(dtype)
+        x["query"] = x["query"][:, :0]
+        leaves = [t.clone().requires_grad_() for t in x.values()]
+        output = dnl_ext.disentangled_attention(*leaves, whiten=whiten)
+        assert output.shape == (B, 0, DV)
+        dq, *others = torch.autograd.grad(output.sum(), leaves)
+        assert dq.shape == (B, 0, DQK)
+        for grad, leaf in zip(others, leaves[1:], strict=True):
+            assert torch.equal(grad, torch.zeros_like(leaf))
+        assert dnl_ext.pairwise_softmax(x["query"], x["key"], whiten=whiten).shape == (B, 0, NK)
+
+    def test_no_value_channels(self):
+        x = attention_inputs()
+        x["value"] = x["value"][..., :0]
+        leaves = [t.clone().requires_grad_() for t in x.values()]
+        output = dnl_ext.disentangled_attention(*leaves)
+        assert output.shape == (B, NQ, 0)
+        for grad, leaf in zip(torch.autograd.grad(output.sum(), leaves), leaves, strict=True):
+            assert torch.equal(grad, torch.zeros_like(leaf))
+        assert dnl_ext.unary_attention(x["mask_logits"], x["value"]).shape == (B, 0)
+
+    def test_mean_of_no_positions(self):
+        x = torch.zeros(2, 0, 3, requires_grad=True)
+        y = dnl_ext.mean_subtract(x)
+        assert y.shape == (2, 0, 3)
+        assert torch.autograd.grad(y.sum(), x)[0].shape == (2, 0, 3)
+        assert dnl_ext.mean_subtract(torch.zeros(0), 0).shape == (0,)
+
+    @pytest.mark.parametrize("shape", [(), (0,), (2,)])
+    def test_no_keys_is_a_value_error(self, shape):
+        q, k, v, m = (torch.zeros(*shape, *s) for s in ((NQ, DQK), (0, DQK), (0, DV), (0,)))
+        for function, inputs in (
+            (dnl_ext.disentangled_attention, (q, k, v, m)),
+            (dnl_ext.pairwise_attention, (q, k, v)),
+            (dnl_ext.pairwise_softmax, (q, k)),
+            (dnl_ext.unary_attention, (m, v)),
+            (dnl_ext.unary_softmax, (m,)),
+        ):
+            with pytest.raises(ValueError, match="expected at least one"):
+                function(*inputs)
+
+
+class TestUnderVmap:
+    """Under vmap an operator's checks see the batched tensor; its own dimensions are one fewer."""
+
+    CALLS = (
+        ("mean of a vector over dim -2", dnl_ext.mean_subtract, ((6,),)),
+        ("softmax of a number", dnl_ext.unary_softmax, ((),)),
+        ("attention of vectors", dnl_ext.pairwise_attention, ((6,), (6,), (6,))),
+        ("map of vectors", dnl_ext.pairwise_softmax, ((6,), (6,))),
+        ("pooling of a vector", dnl_ext.unary_attention, ((), (6,))),
+        ("mean over dim -3 of a matrix", lambda x: dnl_ext.mean_subtract(x, -3), ((5, 6),)),
+        ("mean over dim 2 of a matrix", lambda x: dnl_ext.mean_subtract(x, 2), ((5, 6),)),
+        ("keys of another width", dnl_ext.pairwise_attention, ((5, 6), (7, 5), (7, 4))),
+        ("mask logits that broadcast", dnl_ext.unary_attention, ((1,), (7, 4))),
+    )
+
+    @pytest.mark.parametrize(("name", "function", "shapes"), CALLS, ids=[name for name, _, _ in CALLS])
+    def test_a_wrong_shape_is_a_value_error(self, name, function, shapes):
+        inputs = [torch.zeros(4, *shape) for shape in shapes]
+        with pytest.raises(ValueError, match=r"^\w+: expected"):
+            function(*(x[0] for x in inputs))
+        with pytest.raises(ValueError, match=r"^\w+: expected"):
+            torch.func.vmap(function)(*inputs)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Second derivatives and forward mode: right, or an error; never silently something else.
+# ----------------------------------------------------------------------------------------------------------------------
+
+VALUE_OF = {
+    "disentangled_attention": lambda ops, x, o: ops.disentangled_attention(x, o["key"], o["value"], o["mask_logits"]),
+    "attention by value": lambda ops, x, o: ops.disentangled_attention(o["query"], x.mT @ x, x.mT, o["mask"]),
+    "pairwise_attention": lambda ops, x, o: ops.pairwise_attention(x, o["key"], o["value"], whiten=None),
+    "pairwise_softmax": lambda ops, x, o: ops.pairwise_softmax(x, o["key"]),
+    "unary_attention": lambda ops, x, o: ops.unary_attention(x[..., 0], x),
+    "unary_softmax": lambda ops, x, o: ops.unary_softmax(x),
+    "mean_subtract": lambda ops, x, o: ops.mean_subtract(x),
+}
+# Of a sum, whose gradient does not depend on the inputs, and of a square, whose gradient does.
+LOSSES = {"sum": lambda y: y.sum(), "square": lambda y: (y**2).sum()}
+
+
+def gradient_penalty(f, x):
+    """The gradient of |df/dx|^2 + |x|^3, as a gradient penalty takes it."""
+    x = x.clone().requires_grad_()
+    (g,) = torch.autograd.grad(f(x), x, create_graph=True)
+    return torch.autograd.grad((g**2).sum() + (x.abs() ** 3).sum(), x)[0]
+
+
+def gradient_penalty_by_backward(f, x):
+    x = x.clone().requires_grad_()
+    f(x).backward(create_graph=True)
+    penalty = (x.grad**2).sum() + (x.abs() ** 3).sum()
+    x.grad = None
+    penalty.backward()
+    return x.grad
+
+
+def func_grad_twice(f, x):
+    def penalty(x):
+        return (torch.func.grad(f)(x) ** 2).sum() + (x.abs() ** 3).sum()
+
+    return torch.func.grad(penalty)(x)
+
+
+def with_cube(f):
+    return lambda x: f(x) + (x.abs() ** 3).sum()
+
+
+def forward_mode(f, x):
+    return torch.func.jvp(f, (x,), (torch.ones_like(x),))[1]
+
+
+def dual_numbers(f, x):
+    with torch.autograd.forward_ad.dual_level():
+        y = f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        return torch.autograd.forward_ad.unpack_dual(y).tangent
+
+
+SECOND = {
+    "create_graph": gradient_penalty,
+    "backward(create_graph)": gradient_penalty_by_backward,
+    "func.grad of func.grad": func_grad_twice,
+    "autograd.functional.hessian": lambda f, x: torch.autograd.functional.hessian(with_cube(f), x),
+    "func.hessian": lambda f, x: torch.func.hessian(with_cube(f))(x),
+    "jacrev of jacrev": lambda f, x: torch.func.jacrev(torch.func.jacrev(with_cube(f)))(x),
+    "autograd.functional.hvp": lambda f, x: torch.autograd.functional.hvp(with_cube(f), x, torch.ones_like(x))[1],
+    "autograd.functional.jvp": lambda f, x: torch.autograd.functional.jvp(with_cube(f), x, torch.ones_like(x))[1],
+    "func.jvp": forward_mode,
+    "dual numbers": dual_numbers,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using backward\\(\\) with create_graph=True")
+@pytest.mark.parametrize("name", VALUE_OF)
+@pytest.mark.parametrize("loss", LOSSES)
+class TestSecondDerivatives:
+    def inputs(self):
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"query": (5, 4), "key": (7, 4), "value": (7, 3), "mask_logits": (7,), "mask": (4,)}
+        others = {k: torch.randn(s, generator=generator, dtype=torch.float64) for k, s in shapes.items()}
+        return torch.randn(5, 4, generator=generator, dtype=torch.float64), others
+
+    def functions(self, name, loss):
+        x, others = self.inputs()
+        return x, *(lambda x, ops=ops: LOSSES[loss](VALUE_OF[name](ops, x, others)) for ops in (dnl_ext, reference))
+
+    @pytest.mark.parametrize("method", SECOND)
+    def test_are_right_or_raise(self, name, loss, method):
+        x, ours, theirs = self.functions(name, loss)
+        try:
+            actual = SECOND[method](ours, x)
+        except NotImplementedError:
+            return
+        torch.testing.assert_close(actual, SECOND[method](theirs, x), rtol=1e-8, atol=1e-8)
+
+    def test_first_derivative_is_right_with_create_graph(self, name, loss):
+        x, ours, theirs = self.functions(name, loss)
+        x.requires_grad_()
+        (actual,) = torch.autograd.grad(ours(x), x, create_graph=True)
+        (expected,) = torch.autograd.grad(theirs(x), x)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-10)
+
+    def test_second_derivative_by_the_output_gradient_is_right_or_raises(self, name, loss):
+        """The double-backward trick: the gradient is linear in dy, and its derivative by dy is the Jacobian."""
+        x, others = self.inputs()
+
+        def jvp(ops):
+            leaf = x.clone().requires_grad_()
+            y = VALUE_OF[name](ops, leaf, others)
+            dy = torch.zeros_like(y).requires_grad_()
+            (g,) = torch.autograd.grad(y, leaf, dy, create_graph=True)
+            return torch.autograd.grad(g, dy, torch.ones_like(g))[0]
+
+        try:
+            actual = jvp(dnl_ext)
+        except NotImplementedError:
+            return
+        torch.testing.assert_close(actual, jvp(reference), rtol=1e-9, atol=1e-9)
