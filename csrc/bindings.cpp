@@ -2,6 +2,8 @@
 // goes through torch.ops.dnl_ext.* (a pybind11 call would break torch.compile's graph).
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #include "core/cpu/kernels.h"
 #include "core/errors.h"
 
@@ -36,7 +38,11 @@ PYBIND11_MODULE(_C, m) {
 #else
     info["cuda"] = false;
 #endif
+#ifdef __clang__
     info["compiler"] = __VERSION__;
+#else
+    info["compiler"] = "GCC " __VERSION__;
+#endif
     return info;
   });
 
@@ -50,6 +56,35 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "Every instruction set that was built, and whether this CPU has it.");
+  m.def(
+      "pairwise_workspace",
+      [](const std::string& dtype, int64_t batches, int64_t queries, int64_t keys, int64_t width, int64_t channels,
+         bool whiten, bool unary, int threads) {
+        dnl::PairwiseArgs args{};
+        args.dtype = dtype == "float64"    ? dnl::DType::f64
+                     : dtype == "bfloat16" ? dnl::DType::bf16
+                     : dtype == "float16"  ? dnl::DType::f16
+                                           : dnl::DType::f32;
+        args.batches = batches;
+        args.queries = queries;
+        args.keys = keys;
+        args.width = width;
+        args.channels = channels;
+        args.scale = 1.0;
+        args.whiten = whiten;
+        dnl::Executor executor;
+        executor.threads = threads;
+        const auto& kernels = dnl::cpu_kernels();
+        if (!batches || !queries) return py::make_tuple(size_t(0), size_t(0));
+        const size_t forward = kernels.pairwise_forward_workspace(args, executor);
+        char wanted;  // where a gradient would be; sizing reads no data
+        args.grad_output.data = args.grad_query.data = args.grad_key.data = args.grad_value.data = &wanted;
+        args.grad_output.position = 1;  // channel-first
+        if (unary) args.mask.data = args.grad_mask.data = &wanted;
+        const size_t backward = kernels.pairwise_backward_workspace(args, executor);
+        return py::make_tuple(size_t(forward), size_t(backward));
+      },
+      "Bytes of workspace that forward and backward (all gradients, channel-first) allocate on the CPU.");
   m.def(
       "pairwise_compute_type",
       [](const std::string& dtype) {

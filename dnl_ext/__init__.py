@@ -6,6 +6,7 @@ Functions: :func:`disentangled_attention`, :func:`pairwise_attention`, :func:`un
 
 from . import _load  # noqa: F401  (the compiled operators, before anything that calls them)
 from . import reference
+from .config import show_config
 from .modules import DisentangledNonLocal1d, DisentangledNonLocal2d, DisentangledNonLocal3d
 from .ops import (
     disentangled_attention,
@@ -27,6 +28,7 @@ __all__ = [
     "pairwise_attention",
     "pairwise_softmax",
     "reference",
+    "show_config",
     "unary_attention",
     "unary_softmax",
 ]

@@ -241,8 +241,6 @@ def _cpu_path(dtype):
 
 def _cpu_workspace(dtype, batch, queries, keys, width, channels, whiten, unary):
     """Bytes the operator allocates once per call beyond inputs, outputs and gradients."""
-    if not hasattr(_C, "pairwise_workspace"):
-        return {}
     forward, backward = _C.pairwise_workspace(
         dtype, batch, queries, keys, width, channels, whiten == "channel", unary, torch.get_num_threads()
     )

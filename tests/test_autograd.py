@@ -424,7 +424,6 @@ def raw_calls(dtype=torch.float64, layout="contiguous", mask=True, lead=(2,)):
         "softmax_backward": (torch.randn_like(k), raw.softmax(k)),
         "pairwise_forward": (q, k, v, m, 0.5, "channel", False),
         "pairwise_backward": (dy, q, k, v, m, *saved, 0.5, None, True, True, True, mask),
-        "check_pairwise": (q, k, "channel"),
     }
     if mask:
         pooled = raw.unary_forward(m, v)

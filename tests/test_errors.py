@@ -60,7 +60,6 @@ def raw_calls(device="cpu"):
             "grad_pooled": new(B, DV), "mask_logits": m, "value": v, "pooled": new(B, DV), "lse": new(B),
             "need_mask": True, "need_value": True,
         },
-        "check_pairwise": {"query": q, "key": k, "whiten": "channel"},
         "pairwise_forward": {**inputs, "scale": 0.5, "whiten": "channel", "save_residual": False},
         "pairwise_backward": {
             "grad_output": new(B, NQ, DV), **inputs, **saved, "pooled": new(B, DV), "mask_lse": new(B),
@@ -298,7 +297,6 @@ SHAPES["public", "pairwise_attention"] = {
 }
 SHAPES["raw", "pairwise_forward"] = SHAPES["public", "disentangled_attention"]
 SHAPES["raw", "unary_forward"] = SHAPES["public", "unary_attention"]
-SHAPES["raw", "check_pairwise"] = SHAPES["public", "pairwise_softmax"]
 SHAPES["raw", "softmax"] = {"x": (scalar, no_columns)}
 SHAPES["raw", "mean_subtract"] = {"x": (scalar,)}
 WRONG_SHAPES = [
@@ -359,7 +357,7 @@ class TestOptions:
         wanted = (TypeError, ValueError) if route == "public" else (TypeError, ValueError, RuntimeError)
         expect(wanted, route, name, arguments, match="whiten")
 
-    @pytest.mark.parametrize(("route", "name"), [entry for entry in SCALED if entry[1] != "check_pairwise"])
+    @pytest.mark.parametrize(("route", "name"), SCALED)
     @pytest.mark.parametrize("scale", [math.nan, math.inf, -math.inf])
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     def test_scale_that_is_no_number_is_a_value_error(self, route, name, scale, device):

@@ -97,6 +97,11 @@ inline void check_sizes(const char* name, const Tensor& x, const Sizes& expected
     throw ValueError(message(name, ": expected shape ", to_string(expected), ", got ", to_string(sizes_of(x))));
 }
 
+inline std::string device_name(const Tensor& x) {
+  if (x.is_cuda()) return message("cuda:", x.get_device_index());
+  return x.is_cpu() ? "cpu" : "neither cpu nor cuda";
+}
+
 // `x` must share dtype and device with `other`.
 inline void check_alike(const char* name, const Tensor& x, const char* other_name, const Tensor& other) {
   check_float(name, x);
@@ -105,9 +110,20 @@ inline void check_alike(const char* name, const Tensor& x, const char* other_nam
                              torch::headeronly::toString(other.scalar_type()), "), got ",
                              torch::headeronly::toString(x.scalar_type())));
   if (x.device() != other.device())
-    throw ValueError(message(name, ": expected the device of ", other_name, " (", other.is_cuda() ? "cuda:" : "cpu ",
-                             other.get_device_index(), "), got ", x.is_cuda() ? "cuda:" : "cpu ",
-                             x.get_device_index()));
+    throw ValueError(
+        message(name, ": expected the device of ", other_name, " (", device_name(other), "), got ", device_name(x)));
+}
+
+// `x` is what a forward returned beside its output: of the accumulate type and on the device of `like`.
+inline void check_saved(const char* name, const Tensor& x, const char* like_name, const Tensor& like,
+                        const Sizes& sizes) {
+  check_float(name, x);
+  const ScalarType expected = accumulate_type(like);
+  if (x.scalar_type() != expected || x.device() != like.device())
+    throw ValueError(message(name, ": expected ", torch::headeronly::toString(expected), " on the device of ",
+                             like_name, ", as the forward returns it, got ",
+                             torch::headeronly::toString(x.scalar_type()), " on ", device_name(x)));
+  check_sizes(name, x, sizes);
 }
 
 inline Sizes leading(const Tensor& x, int64_t trailing) {

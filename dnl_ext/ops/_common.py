@@ -1,20 +1,9 @@
-"""Checks and layout rules shared by the operators' Python side."""
+"""Layout, differentiation and batching rules shared by the operators' Python side."""
 
 import torch
 from torch.autograd import Function
 
 ops = torch.ops.dnl_ext
-
-
-def check_tensor(name, x):
-    """Raise what the compiled operator cannot: it never sees a non-tensor or a layout without strides."""
-    if not isinstance(x, torch.Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if x.is_nested or x.layout != torch.strided or x.is_quantized:
-        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
-        raise NotImplementedError(f"{name}: expected a dense strided tensor, got a {kind} one")
-    if x.device.type not in ("cpu", "cuda", "meta"):
-        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {x.device}")
 
 
 def accumulate_type(dtype):

@@ -1,11 +1,10 @@
 """Whitened pairwise attention, alone and with the unary term, in memory linear in the number of positions."""
 
-import math
-
 import torch
 from torch.autograd import Function
 
-from ._common import accumulate_type, check_tensor, empty_like_layout, first_derivative, ops, register_batching
+from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, parse_scale
+from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
 from .unary import Softmax
 from .whiten import mean_subtract
 
@@ -45,9 +44,10 @@ class DisentangledAttention(Function):
 
 @torch.library.register_fake("dnl_ext::pairwise_forward")
 def _(query, key, value, mask_logits, scale, whiten, save_residual):
+    check_pairwise(query, key, value, mask_logits, scale, whiten)
     dtype, lead = accumulate_type(query.dtype), query.shape[:-2]
     output = empty_like_layout(query, (*query.shape[:-1], value.shape[-1]))
-    lse = query.new_empty(query.shape[:-1], dtype=dtype)
+    lse = query.new_empty((*query.shape[:-1], 2), dtype=dtype)
     has_residual = save_residual and query.dtype.itemsize == 2
     residual = empty_like_layout(query, output.shape) if has_residual else query.new_empty((*lead, 0))
     if mask_logits is None:
@@ -61,6 +61,15 @@ def _(
     grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale, whiten,
     need_query, need_key, need_value, need_mask,
 ):  # fmt: skip
+    check_pairwise(query, key, value, mask_logits, scale, whiten)
+    lead, output_shape = query.shape[:-2], (*query.shape[:-1], value.shape[-1])
+    check_alike("grad_output", grad_output, "query", query, output_shape)
+    check_alike("output", output, "query", query, output_shape)
+    check_saved("lse", lse, query, (*query.shape[:-1], 2))
+    check_alike("residual", residual, "query", query, output_shape if residual.shape[-1:] != (0,) else (*lead, 0))
+    if mask_logits is not None:
+        check_saved("pooled", pooled, query, (*lead, value.shape[-1]))
+        check_saved("mask_lse", mask_lse, query, lead)
     needs = (need_query, need_key, need_value, need_mask and mask_logits is not None)
     return tuple(
         empty_like_layout(x, x.shape) if need else query.new_empty((*query.shape[:-2], 0))
@@ -70,20 +79,6 @@ def _(
 
 register_batching("dnl_ext::pairwise_forward")(ops.pairwise_forward)
 register_batching("dnl_ext::pairwise_backward")(ops.pairwise_backward)
-
-
-def _scale(query, scale):
-    if scale is not None:
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
-        return float(scale)
-    return 1.0 / math.sqrt(query.shape[-1]) if query.dim() and query.shape[-1] else 1.0
-
-
-def _whiten(whiten):
-    if whiten is not None and not isinstance(whiten, str):
-        raise TypeError(f"whiten: expected a string or None, got {type(whiten).__name__}")
-    return whiten
 
 
 def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, whiten="channel"):
@@ -111,17 +106,13 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 10.
     """
-    check_tensor("query", query)
-    check_tensor("key", key)
-    check_tensor("value", value)
-    if mask_logits is not None:
-        check_tensor("mask_logits", mask_logits)
+    check_tensor("query", query, "(..., Nq, Dqk)")
+    scale = parse_scale(query, scale)
+    check_pairwise(query, key, value, mask_logits, scale, whiten)
     inputs = [x for x in (query, key, value, mask_logits) if x is not None]
     # A 16-bit output alone is too coarse for the backward; what its rounding lost is kept only if there may be one.
     save_residual = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return DisentangledAttention.apply(
-        query, key, value, mask_logits, _scale(query, scale), _whiten(whiten), save_residual
-    )[0]
+    return DisentangledAttention.apply(query, key, value, mask_logits, scale, whiten, save_residual)[0]
 
 
 def pairwise_attention(query, key, value, *, scale=None, whiten="channel"):
@@ -141,12 +132,15 @@ def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
     Raises:
         As :func:`disentangled_attention`.
     """
-    check_tensor("query", query)
-    check_tensor("key", key)
-    scale, whiten = _scale(query, scale), _whiten(whiten)
-    ops.check_pairwise(query, key, whiten)
+    check_tensor("query", query, "(..., Nq, Dqk)")
+    scale = parse_scale(query, scale)
+    check_query_key(query, key, scale, whiten)
     wide = accumulate_type(query.dtype)
-    wide_query, wide_key = query.to(wide), key.to(wide)
+    wide_query = query.to(wide)
     if whiten == "channel":
-        wide_query, wide_key = mean_subtract(wide_query), mean_subtract(wide_key)
-    return Softmax.apply((wide_query * scale) @ wide_key.transpose(-2, -1)).to(query.dtype)
+        wide_query = mean_subtract(wide_query)
+    # Centring the keys adds a constant to each row of logits, so it is free to do and keeps them small.
+    wide_key = mean_subtract(key.to(wide))
+    with torch.autocast(query.device.type, enabled=False):  # the logits stay wide
+        logits = (wide_query * scale) @ wide_key.transpose(-2, -1)
+    return Softmax.apply(logits).to(query.dtype)

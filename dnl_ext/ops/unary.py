@@ -3,7 +3,8 @@
 import torch
 from torch.autograd import Function
 
-from ._common import accumulate_type, check_tensor, empty_like_layout, first_derivative, ops, register_batching
+from ._checks import check_alike, check_saved, check_softmax, check_unary
+from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
 
 _softmax_backward = first_derivative(ops.softmax_backward)
 _unary_backward = first_derivative(ops.unary_backward)
@@ -54,16 +55,20 @@ class UnaryAttention(Function):
 
 @torch.library.register_fake("dnl_ext::softmax")
 def _(x):
+    check_softmax("x", x)
     return empty_like_layout(x, x.shape)
 
 
 @torch.library.register_fake("dnl_ext::softmax_backward")
 def _(grad_output, output):
+    check_softmax("grad_output", grad_output)
+    check_alike("output", output, "grad_output", grad_output, grad_output.shape)
     return empty_like_layout(output, output.shape)
 
 
 @torch.library.register_fake("dnl_ext::unary_forward")
 def _(mask_logits, value):
+    check_unary(mask_logits, value)
     dtype = accumulate_type(value.dtype)
     pooled = value.new_empty((*value.shape[:-2], value.shape[-1]), dtype=dtype)
     return pooled, value.new_empty(value.shape[:-2], dtype=dtype)
@@ -71,6 +76,11 @@ def _(mask_logits, value):
 
 @torch.library.register_fake("dnl_ext::unary_backward")
 def _(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value):
+    check_unary(mask_logits, value)
+    lead = value.shape[:-2]
+    check_saved("grad_pooled", grad_pooled, value, (*lead, value.shape[-1]))
+    check_saved("pooled", pooled, value, (*lead, value.shape[-1]))
+    check_saved("lse", lse, value, lead)
     return (
         empty_like_layout(mask_logits, mask_logits.shape) if need_mask else value.new_empty((*value.shape[:-2], 0)),
         empty_like_layout(value, value.shape) if need_value else value.new_empty((*value.shape[:-2], 0)),
@@ -98,7 +108,7 @@ def unary_softmax(mask_logits):
 
     Source: Yin et al., ECCV 2020, equation 10 (second term).
     """
-    check_tensor("mask_logits", mask_logits)
+    check_softmax("mask_logits", mask_logits)
     return Softmax.apply(mask_logits)
 
 
@@ -118,6 +128,5 @@ def unary_attention(mask_logits, value):
 
     Source: Yin et al., ECCV 2020, equation 10; the same pooling is GCNet's global context (Cao et al., 2019).
     """
-    check_tensor("mask_logits", mask_logits)
-    check_tensor("value", value)
+    check_unary(mask_logits, value)
     return UnaryAttention.apply(mask_logits, value)[0].to(value.dtype)

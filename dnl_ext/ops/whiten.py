@@ -3,7 +3,8 @@
 import torch
 from torch.autograd import Function
 
-from ._common import check_tensor, empty_like_layout, first_derivative, ops, register_batching
+from ._checks import check_mean
+from ._common import empty_like_layout, first_derivative, ops, register_batching
 
 _mean_subtract = first_derivative(ops.mean_subtract)
 
@@ -28,6 +29,7 @@ class MeanSubtract(Function):
 
 @torch.library.register_fake("dnl_ext::mean_subtract")
 def _(x, dim):
+    check_mean(x, dim)
     return empty_like_layout(x, x.shape)
 
 
@@ -47,11 +49,11 @@ def mean_subtract(x, dim=-2):
         A tensor of the shape, dtype and dimension order of ``x``.
 
     Raises:
-        TypeError: ``x`` is not a tensor.
+        TypeError: ``x`` is not a tensor or ``dim`` not an int.
         ValueError: ``x`` is not a float tensor or has no dimension ``dim``.
         NotImplementedError: complex, sparse, nested or quantised ``x``; second derivatives.
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 8 (whitened pairwise term).
     """
-    check_tensor("x", x)
+    check_mean(x, dim)
     return MeanSubtract.apply(x, dim)

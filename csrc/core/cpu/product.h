@@ -17,10 +17,6 @@
 
 #include "core/cpu/vec.h"
 
-#ifdef DNL_BF16_PRODUCTS
-#include <immintrin.h>
-#endif
-
 namespace dnl {
 namespace DNL_ISA {
 
@@ -56,11 +52,6 @@ struct PanelResult {
 };
 
 enum class Into { store, add, rescale };  // C = AB;  C = C + AB;  C = C * alpha + AB, alpha a factor per lane
-
-template <class T>
-inline Vec<T> multiply_add(Vec<T> c, Vec<T> a, Vec<T> b) {
-  return c + a * b;
-}
 
 // One row of a block, one step of the depth.
 template <class E>

@@ -20,18 +20,19 @@ template <class Src>
 inline double strided_sum(const Src* x, int64_t stride, int64_t count, const Acc<Src>* weight) {
   double lane[kReduceLanes] = {};
   int64_t i = 0;
-  if (stride == 1) {
+  const auto lanes = [&](int64_t step) {
     for (; i + kReduceLanes <= count; i += kReduceLanes)
       for (int64_t l = 0; l < kReduceLanes; ++l)
-        lane[l] += double(widen(x[i + l])) * (weight ? double(weight[i + l]) : 1.0);
-  }
+        lane[l] += double(widen(x[(i + l) * step])) * (weight ? double(weight[i + l]) : 1.0);
+  };
+  stride == 1 ? lanes(1) : lanes(stride);
   double sum = 0;
   for (; i < count; ++i) sum += double(widen(x[i * stride])) * (weight ? double(weight[i]) : 1.0);
   for (int64_t l = 0; l < kReduceLanes; ++l) sum += lane[l];
   return sum;
 }
 
-// out[c] = sum_i weight_i x[i][c] for channels [begin, end) of one batch element.
+// out[c] = sum_i weight_i x[i][c] for channels [begin, end) of one batch element, at most kReduceBlock of them.
 template <class Src>
 inline void column_sums(const Src* x, const View& view, int64_t positions, int64_t begin, int64_t end,
                         const Acc<Src>* weight, double* out) {
@@ -40,11 +41,17 @@ inline void column_sums(const Src* x, const View& view, int64_t positions, int64
       out[c - begin] = strided_sum(x + c * view.channel, view.position, positions, weight);
     return;
   }
+  // Sums of runs, then of their results: one running sum over many positions would show in double.
+  constexpr int64_t kRun = 128;
   for (int64_t c = begin; c < end; ++c) out[c - begin] = 0;
-  for (int64_t i = 0; i < positions; ++i) {
-    const Src* row = x + i * view.position;
-    const double w = weight ? double(weight[i]) : 1.0;
-    for (int64_t c = begin; c < end; ++c) out[c - begin] += w * double(widen(row[c]));
+  for (int64_t first = 0; first < positions; first += kRun) {
+    double run[kReduceBlock] = {};
+    for (int64_t i = first; i < std::min(positions, first + kRun); ++i) {
+      const Src* row = x + i * view.position;
+      const double w = weight ? double(weight[i]) : 1.0;
+      for (int64_t c = begin; c < end; ++c) run[c - begin] += w * double(widen(row[c]));
+    }
+    for (int64_t c = begin; c < end; ++c) out[c - begin] += run[c - begin];
   }
 }
 

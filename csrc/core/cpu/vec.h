@@ -5,10 +5,15 @@
 // intrinsics stand only where the language has no word for the instruction.
 #pragma once
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "core/types.h"
 
@@ -131,6 +136,28 @@ template <class T>
 inline Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
 }
+// a * b + c, rounded once where the instruction set can. Where two places must round alike, as the forward's and the
+// backward's exponents, contraction must not be left to the compiler.
+#if DNL_VECTOR_BYTES == 64
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+}
+#elif DNL_VECTOR_BYTES == 32
+inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
+  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
+  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+#else
+template <class V>
+inline V multiply_add(V a, V b, V c) {
+  return a * b + c;
+}
+#endif
 // The larger of two, `a` where they do not compare: a NaN in `b` is left to the exponentials that follow.
 template <class V>
 inline V vmax(V a, V b) {
@@ -185,10 +212,14 @@ inline Vec<double> exp2(Vec<double> x) {
   return x < least ? V{} : p;
 }
 
+// One step wider than an accumulator, for the few sums whose rounding every element of a row would share.
+template <class A>
+using Wider = std::conditional_t<std::is_same_v<A, double>, long double, double>;
+
 template <class T>
-constexpr T kLog2e = T(1.44269504088896340735992468100189214);
+constexpr T kLog2e = T(1.44269504088896340735992468100189214L);
 template <class T>
-constexpr T kLn2 = T(0.693147180559945309417232121458176568);
+constexpr T kLn2 = T(0.693147180559945309417232121458176568L);
 
 }  // namespace DNL_ISA
 }  // namespace dnl

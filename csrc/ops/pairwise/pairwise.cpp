@@ -48,12 +48,6 @@ PairwiseBackwardResult pairwise_backward_cpu(const Tensor& grad_output, const Te
   return {call.grad_query, call.grad_key, call.grad_value, call.grad_mask};
 }
 
-// The checks alone, for the map that Python composes.
-void check_pairwise_map(const Tensor& query, const Tensor& key, const std::optional<std::string>& whiten) {
-  parse_whiten(whiten);
-  check_query_key(query, key);
-}
-
 }  // namespace dnl
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
@@ -66,14 +60,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
       "bool need_key, "
       "bool need_value, bool need_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
       "grad_mask_logits)");
-  m.def("check_pairwise(Tensor query, Tensor key, str? whiten) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
   m.impl("pairwise_forward", TORCH_BOX(&dnl::pairwise_forward_cpu));
   m.impl("pairwise_backward", TORCH_BOX(&dnl::pairwise_backward_cpu));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CompositeExplicitAutograd, m) {
-  m.impl("check_pairwise", TORCH_BOX(&dnl::check_pairwise_map));
 }

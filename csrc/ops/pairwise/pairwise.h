@@ -6,6 +6,7 @@
 //             dv_j = sum_i P_ij dy_i + u_j G,  G = sum_i dy_i
 //
 // q' and k' are the centred query and key. Rows of dS sum to zero, so dk needs no mean removed and sums to zero itself.
+// The lse is a pair, unevaluated: its rounding, at a hot logit's size, would scale a whole row of P.
 // A 16-bit output has lost what Delta needs when values share a large mean; `residual` keeps it for the backward.
 // `pooled` = sum_j u_j v_j and u = softmax(m) come from ops/unary; without mask logits they are absent.
 #pragma once
@@ -20,7 +21,7 @@ struct PairwiseArgs {
   View key;                      // (batches, keys, width)
   View value;                    // (batches, keys, channels)
   View output;                   // (batches, queries, channels)
-  void* lse;                     // (batches, queries), natural logarithm
+  void* lse;                     // (batches, queries, 2): natural logarithm of the sum, and what rounding took from it
   View residual;                 // (batches, queries, channels): what rounding took from output, or data = nullptr
   const void* pooled = nullptr;  // (batches, channels), or nullptr
   DType dtype;

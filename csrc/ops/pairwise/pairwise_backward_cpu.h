@@ -38,7 +38,7 @@ struct PairwiseBackward {
 
   Means<Src, E> means;
   E *query_rows, *query_columns, *grad_rows, *grad_columns;
-  A *lse, *delta, *grad_query, *grad_pooled, *unary;
+  A *lse, *lse_rest, *delta, *grad_query, *grad_pooled, *unary;
   size_t bytes;
 
   struct Slot {
@@ -117,6 +117,7 @@ struct PairwiseBackward {
     grad_rows = need_logits && !rows_in_place ? arena.take<E>(group * args.queries * channel_pitch) : nullptr;
     grad_columns = need_value && !columns_in_place ? arena.take<E>(group * queries * args.channels) : nullptr;
     lse = arena.take<A>(group * args.queries);
+    lse_rest = arena.take<A>(group * args.queries);
     delta = arena.take<A>(group * args.queries);
     grad_query = want_query ? arena.take<A>(group * width_panels * args.queries * L) : nullptr;
     const bool has_unary = args.mask.data;
@@ -197,8 +198,12 @@ struct PairwiseBackward {
       pack_rows(by_channel<Src>(args.grad_output, batch, first, nullptr), args.channels, count, kQueryBlock,
                 grad_columns + column * args.channels);
 
-    const A* saved = static_cast<const A*>(args.lse) + batch * args.queries + first;
-    for (int64_t i = 0; i < count; ++i) lse[row + i] = saved[i] * kLog2e<A>;
+    const A* saved = static_cast<const A*>(args.lse) + (batch * args.queries + first) * 2;
+    for (int64_t i = 0; i < count; ++i) {
+      const Wider<A> value = (Wider<A>(saved[2 * i]) + Wider<A>(saved[2 * i + 1])) * kLog2e<Wider<A>>;
+      lse[row + i] = static_cast<A>(value);
+      lse_rest[row + i] = static_cast<A>(value - lse[row + i]);
+    }
     if (need_logits) compute_delta(batch, first, count, delta + row);
     if (grad_query)
       for (int64_t p = 0; p < width_panels; ++p) {
@@ -251,7 +256,7 @@ struct PairwiseBackward {
     std::fill(slot.bias, slot.bias + count, A(0));
     std::fill(slot.bias + count, slot.bias + tile, -std::numeric_limits<A>::infinity());
     if (kRawProducts<E> && means.query)
-      key_bias<Src>(args, batch, first, first + count, means.query, args.scale * kLog2e<double>, slot.bias);
+      key_bias<Src>(args, batch, first, first + count, means.query, means.key, args.scale * kLog2e<double>, slot.bias);
     std::fill(slot.column_sum, slot.column_sum + tile, A(0));
   }
 
@@ -267,7 +272,7 @@ struct PairwiseBackward {
       if (need_logits)
         product<E, Into::store>(rows, 1, channel_pitch, grad_rows_from(batch, place, first),
                                 {slot.value + p * channel_pitch * L, 0}, {slot.grad + p * kPanel, 0});
-      softmax_step(slot, p, rows, lse + row, delta + row);
+      softmax_step(slot, p, rows, row);
     }
 
     const int64_t depth = round_up(rows, G);
@@ -302,14 +307,15 @@ struct PairwiseBackward {
       return slot.grad;
   }
 
-  // P = 2^(c S + bias - lse), dS = P (dP - Delta), for one panel (queries x keys).
-  void softmax_step(const Slot& slot, int64_t panel, int64_t rows, const A* row_lse, const A* row_delta) const {
+  // P = 2^(c S + bias - lse), dS = P (dP - Delta), for one panel (queries x keys); `row` is the first query's place.
+  void softmax_step(const Slot& slot, int64_t panel, int64_t rows, int64_t row) const {
+    const A *row_lse = lse + row, *row_rest = lse_rest + row, *row_delta = delta + row;
     A *s = slot.logits + panel * kQueryBlock * L, *d = slot.grad + panel * kQueryBlock * L;
     constexpr int V = B::kVectors;
     Vec<A> bias[V], column_sum[V];
     for (int v = 0; v < V; ++v) {
       bias[v] = load(slot.bias + panel * L + v * W);
-      column_sum[v] = load(slot.column_sum + panel * L + v * W);
+      column_sum[v] = Vec<A>{};
     }
     for (int64_t r = 0; r < rows; r += G)
       for (int v = 0; v < V; ++v) {
@@ -318,7 +324,7 @@ struct PairwiseBackward {
           p[i] = g[i] = Vec<A>{};
           if (G > 1 && r + i >= rows) continue;
           const int64_t at = (r + i) * L + v * W;
-          p[i] = exp2(load(s + at) * c + (bias[v] - row_lse[r + i]));
+          p[i] = exp2(multiply_add(load(s + at), broadcast(c), bias[v] - row_lse[r + i]) - row_rest[r + i]);
           if (need_logits) g[i] = p[i] * (load(d + at) - row_delta[r + i]);
         }
         if constexpr (G == 1) {
@@ -328,7 +334,10 @@ struct PairwiseBackward {
           store_half_rows(slot, panel, r, v, p, g, column_sum[v]);
         }
       }
-    for (int v = 0; v < V; ++v) store(slot.column_sum + panel * L + v * W, column_sum[v]);
+    for (int v = 0; v < V; ++v) {
+      A* total = slot.column_sum + panel * L + v * W;
+      store(total, load(total) + column_sum[v]);
+    }
   }
 
   // P and dS of two query rows, rounded, as pairs; dS as rows too, and its column sums as rounded, which is what makes

@@ -36,6 +36,7 @@ inline Source<Src> by_channel(const View& x, int64_t batch, int64_t first, const
 template <class E>
 constexpr bool kRawProducts = Block<E>::kGroup > 1;
 
+// Keys are centred with or without whitening: that adds a constant to each row of logits and nothing to dQ.
 // Per-channel means of query and key (batches, width) and value (batches, channels), or null where not centred.
 template <class Src, class E>
 struct Means {
@@ -45,9 +46,9 @@ struct Means {
 
   Means(const PairwiseArgs& args, Arena& arena) {
     if (!kRawProducts<E>) value = arena.take<Acc<Src>>(args.batches * args.channels);
+    key = arena.take<Acc<Src>>(args.batches * args.width);
     if (!args.whiten) return;
     query = arena.take<Acc<Src>>(args.batches * args.width);
-    key = arena.take<Acc<Src>>(args.batches * args.width);
   }
   void compute(const PairwiseArgs& args, const Executor& executor) const {
     if (value) {
@@ -57,24 +58,25 @@ struct Means {
       for (int64_t i = 0; i < args.batches * args.channels; ++i)
         if (!(value[i] - value[i] == 0)) value[i] = 0;
     }
-    if (!query) return;
-    all_column_sums<Src>(args.query, args.batches, args.queries, args.width, nullptr, 0, 1.0 / args.queries, query,
-                         executor);
     all_column_sums<Src>(args.key, args.batches, args.keys, args.width, nullptr, 0, 1.0 / args.keys, key, executor);
+    if (query)
+      all_column_sums<Src>(args.query, args.batches, args.queries, args.width, nullptr, 0, 1.0 / args.queries, query,
+                           executor);
   }
 };
 
-// -<mu_q, k_j> * factor for keys [begin, end).
+// -<mu_q, k_j - mu_k> * factor for keys [begin, end). mu_k adds a constant; a key that is not finite reaches every
+// logit through it, as it would by centring.
 template <class Src>
 inline void key_bias(const PairwiseArgs& args, int64_t batch, int64_t begin, int64_t end, const Acc<Src>* query_mean,
-                     double factor, Acc<Src>* bias) {
+                     const Acc<Src>* key_mean, double factor, Acc<Src>* bias) {
   const Src* k = element<Src>(args.key, batch);
-  const Acc<Src>* mean = query_mean + batch * args.width;
+  const Acc<Src>*mean = query_mean + batch * args.width, *centre = key_mean + batch * args.width;
   for (int64_t j0 = begin; j0 < end; j0 += kReduceBlock) {
     const int64_t j1 = std::min(end, j0 + kReduceBlock);
     double sums[kReduceBlock];
     row_sums(args.key, j0, j1, args.width, sums, [&](int64_t j, int64_t c) {
-      return double(mean[c]) * double(widen(k[j * args.key.position + c * args.key.channel]));
+      return double(mean[c]) * (double(widen(k[j * args.key.position + c * args.key.channel])) - double(centre[c]));
     });
     for (int64_t j = j0; j < j1; ++j) bias[j - begin] = static_cast<Acc<Src>>(-factor * sums[j - j0]);
   }

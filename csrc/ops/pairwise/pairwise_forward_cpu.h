@@ -101,7 +101,7 @@ struct PairwiseForward {
     pack_rows(by_channel<Src>(args.value, batch, first, value_mean(batch)), args.channels, count, kKeyBlock,
               value_rows + (place * key_blocks + block) * args.channels * kKeyBlock);
     if (bias)
-      key_bias<Src>(args, batch, first, first + count, means.query, args.scale * kLog2e<double>,
+      key_bias<Src>(args, batch, first, first + count, means.query, means.key, args.scale * kLog2e<double>,
                     bias + place * args.keys + first);
   }
 
@@ -143,7 +143,7 @@ struct PairwiseForward {
     A* s = slot.logits + panel * kKeyBlock * L;
     E* p = probability(slot) + panel * kKeyBlock * L;
     constexpr int V = B::kVectors;
-    Vec<A> most[V], shift[V], sum[V], divisor[V];
+    Vec<A> most[V], shift[V], sum[V], divisor[V], block_sum[V]{}, block_divisor[V]{};
     const Vec<A> lowest = broadcast(-std::numeric_limits<A>::infinity());
     for (int v = 0; v < V; ++v) most[v] = load(slot.most + panel * L + v * W);
     const auto bias_of = [&](int64_t r) { return row_bias ? row_bias[r] : A(0); };
@@ -160,20 +160,33 @@ struct PairwiseForward {
     }
     // S * c - shift in one rounding: the logit itself is never rounded to base 2.
     const auto exponential = [&](int64_t r, int v) {
-      return exp2(load(s + r * L + v * W) * c + (bias_of(r) - shift[v]));
+      return exp2(multiply_add(load(s + r * L + v * W), broadcast(c), bias_of(r) - shift[v]));
     };
-    for (int64_t r = 0; r < rows; r += G) {
-      for (int v = 0; v < V; ++v) {
-        const Vec<A> x = exponential(r, v);
-        sum[v] += x;
-        if constexpr (G == 1) {
-          store(s + r * L + v * W, x);
-        } else {
-          const Vec<A> y = r + 1 < rows ? exponential(r + 1, v) : Vec<A>{};
-          sum[v] += y;
-          divisor[v] += store_pair(p + r * L + v * W * G, x, y);
+    // Sums of short runs first: one float chain over all keys would absorb the small probabilities.
+    constexpr int64_t kRun = 32;
+    for (int64_t first = 0; first < rows; first += kRun) {
+      Vec<A> run[V]{}, rounded_run[V]{};
+      for (int64_t r = first; r < std::min(rows, first + kRun); r += G) {
+        for (int v = 0; v < V; ++v) {
+          const Vec<A> x = exponential(r, v);
+          run[v] += x;
+          if constexpr (G == 1) {
+            store(s + r * L + v * W, x);
+          } else {
+            const Vec<A> y = r + 1 < rows ? exponential(r + 1, v) : Vec<A>{};
+            run[v] += y;
+            rounded_run[v] += store_pair(p + r * L + v * W * G, x, y);
+          }
         }
       }
+      for (int v = 0; v < V; ++v) {
+        block_sum[v] += run[v];
+        block_divisor[v] += rounded_run[v];
+      }
+    }
+    for (int v = 0; v < V; ++v) {
+      sum[v] += block_sum[v];
+      divisor[v] += block_divisor[v];
     }
     for (int v = 0; v < V; ++v) {
       store(slot.sum + panel * L + v * W, sum[v]);
@@ -183,9 +196,11 @@ struct PairwiseForward {
 
   void write(int64_t batch, int64_t first, int64_t count, const Slot& slot) const {
     const A* pooled = args.pooled ? static_cast<const A*>(args.pooled) + batch * args.channels : nullptr;
-    A* lse = static_cast<A*>(args.lse) + batch * args.queries + first;
+    A* lse = static_cast<A*>(args.lse) + (batch * args.queries + first) * 2;
     for (int64_t i = 0; i < count; ++i) {
-      lse[i] = static_cast<A>((double(slot.most[i]) + std::log2(double(slot.sum[i]))) * kLn2<double>);
+      const Wider<A> value = (Wider<A>(slot.most[i]) + std::log2(Wider<A>(slot.sum[i]))) * kLn2<Wider<A>>;
+      lse[2 * i] = static_cast<A>(value);
+      lse[2 * i + 1] = static_cast<A>(value - lse[2 * i]);
       slot.alpha[i] = A(1) / slot.divisor[i];
     }
     const A* centre = value_mean(batch);

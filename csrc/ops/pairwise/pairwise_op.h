@@ -66,7 +66,7 @@ struct PairwiseCall {
     args.whiten = parse_whiten(whiten);
     check_pairwise(query, key, value, mask_logits, scale);
     output = empty_like_layout(query, leading(query, 1) + std::initializer_list<int64_t>{value.size(-1)});
-    lse = dnl::empty(query, leading(query, 1), accumulate_type(query));
+    lse = dnl::empty(query, leading(query, 1) + std::initializer_list<int64_t>{2}, accumulate_type(query));
     residual = save_residual && query.element_size() == 2 ? empty_like_layout(query, sizes_of(output))
                                                           : absent(query, query.scalar_type());
     pooled = absent(query, accumulate_type(query));
@@ -104,16 +104,14 @@ struct PairwiseCall {
     check_sizes("grad_output", grad_output, out_sizes);
     check_alike("output", output, "query", query);
     check_sizes("output", output, out_sizes);
-    check_sizes("lse", lse, leading(query, 1));
-    check_saved("lse", lse, query);
+    check_saved("lse", lse, "query", query, leading(query, 1) + std::initializer_list<int64_t>{2});
     lse = torch::stable::contiguous(lse);
     check_alike("residual", residual, "query", query);
-    if (residual.size(-1) != 0) check_sizes("residual", residual, out_sizes);
+    check_dims("residual", residual, 1, "(..., Nq, Dv)");
+    check_sizes("residual", residual, residual.size(-1) ? out_sizes : lead + std::initializer_list<int64_t>{0});
     if (mask_logits) {
-      check_sizes("pooled", pooled, lead + std::initializer_list<int64_t>{value.size(-1)});
-      check_saved("pooled", pooled, query);
-      check_sizes("mask_lse", mask_lse, lead);
-      check_saved("mask_lse", mask_lse, query);
+      check_saved("pooled", pooled, "query", query, lead + std::initializer_list<int64_t>{value.size(-1)});
+      check_saved("mask_lse", mask_lse, "query", query, lead);
       pooled = torch::stable::contiguous(pooled);
       mask_lse = torch::stable::contiguous(mask_lse);
     }
@@ -145,12 +143,6 @@ struct PairwiseCall {
   static View view(Operand& operand, const Tensor& x, int64_t trailing) {
     operand.set(x, trailing);
     return operand.view;
-  }
-
-  static void check_saved(const char* name, const Tensor& x, const Tensor& query) {
-    if (!x.defined() || x.scalar_type() != accumulate_type(query) || x.device() != query.device())
-      throw ValueError(message(name, ": expected ", torch::headeronly::toString(accumulate_type(query)),
-                               " on the device of query, as the forward returns it"));
   }
 
   void set(const Tensor& query, const Tensor& key, const Tensor& value, double scale) {

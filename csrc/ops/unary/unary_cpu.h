@@ -37,21 +37,21 @@ inline int64_t gather(const T* x, int64_t stride, int64_t begin, int64_t count, 
   return n;
 }
 
-// exp2 of block * log2(e) - offset, in place.
+// e^(block - offset), in place. The offset is taken off first: a shift that all logits share then costs no digits.
 template <class A>
 inline void exponentials(A* block, A offset) {
   for (int64_t i = 0; i < kRowBlock; i += kWidth<A>)
-    store(block + i, exp2(load(block + i) * kLog2e<A> - broadcast(offset)));
+    store(block + i, exp2((load(block + i) - broadcast(offset)) * kLog2e<A>));
 }
 
-// Maximum of a row in base 2 and the sum of 2^(x_i log2 e - most). NaN in the row, or a row of -inf, makes the sum NaN.
+// Maximum of a row and the sum of e^(x_i - most). NaN in the row, or a row of -inf, makes the sum NaN.
 // Probabilities are divided by this sum rather than shifted by the lse, whose rounding all of them would share.
 template <class A>
 struct RowStatistics {
   A most;
   double sum;
 
-  A lse() const { return static_cast<A>((double(most) + std::log2(sum)) * kLn2<double>); }
+  A lse() const { return static_cast<A>(double(most) + std::log(sum)); }
 };
 
 template <class T>
@@ -66,9 +66,9 @@ inline RowStatistics<Acc<T>> row_statistics(const T* x, int64_t stride, int64_t 
     Vec<A> largest = broadcast(-infinity);
     for (int64_t i = 0; i < kRowBlock; i += kWidth<A>) largest = vmax(largest, load(block + i));
     A grown = most;
-    for (int i = 0; i < kWidth<A>; ++i) grown = std::max(grown, A(largest[i] * kLog2e<A>));
+    for (int i = 0; i < kWidth<A>; ++i) grown = std::max(grown, A(largest[i]));
     if (grown > most) {
-      sum *= std::exp2(double(most) - double(grown));
+      sum *= std::exp(double(most) - double(grown));
       most = grown;
     }
     exponentials(block, most == -infinity ? A(0) : most);
@@ -127,7 +127,7 @@ void unary_map(const View& mask, const Acc<T>* lse, int64_t batches, int64_t key
     double sum = 0;
     for (int64_t begin = 0; begin < keys; begin += kRowBlock) {
       const int64_t n = gather(element<T>(mask, b), mask.position, begin, keys, Acc<T>(0), block);
-      exponentials(block, lse[b] * kLog2e<Acc<T>>);
+      exponentials(block, lse[b]);
       std::copy(block, block + n, map + begin);
       sum += strided_sum(map + begin, 1, n, static_cast<const Acc<T>*>(nullptr));
     }

@@ -69,9 +69,9 @@ struct UnaryCall {
       : pooled(forward_pooled), lse(forward_lse), grad_mask(value), grad_value(value) {
     check_unary(mask_logits, value);
     const Sizes lead = leading(value, 2), pooled_sizes = lead + std::initializer_list<int64_t>{value.size(-1)};
-    check_accumulated("grad_pooled", grad_pooled, value, pooled_sizes);
-    check_accumulated("pooled", pooled, value, pooled_sizes);
-    check_accumulated("lse", lse, value, lead);
+    check_saved("grad_pooled", grad_pooled, "value", value, pooled_sizes);
+    check_saved("pooled", pooled, "value", value, pooled_sizes);
+    check_saved("lse", lse, "value", value, lead);
     grad_pooled_.emplace(torch::stable::contiguous(grad_pooled));
     pooled = torch::stable::contiguous(pooled);
     lse = torch::stable::contiguous(lse);
@@ -95,14 +95,6 @@ struct UnaryCall {
   bool empty() const { return args.batches == 0; }
 
  private:
-  static void check_accumulated(const char* name, const Tensor& x, const Tensor& value, const Sizes& sizes) {
-    check_float(name, x);
-    if (x.scalar_type() != accumulate_type(value) || x.device() != value.device())
-      throw ValueError(message(name, ": expected ", torch::headeronly::toString(accumulate_type(value)),
-                               " on the device of value, as the forward returns it"));
-    check_sizes(name, x, sizes);
-  }
-
   void set(const Tensor& mask_logits, const Tensor& value) {
     mask_.set(mask_logits, 1);
     value_.set(value);

@@ -1,0 +1,104 @@
+"""What a call must satisfy, in Python: for tensors without data, and for logical shapes under vmap.
+
+The compiled operators check again (csrc/core/operator.h, csrc/ops/*/*_op.h): they are reachable without these functions,
+and they see physical tensors. Messages name the argument, what was wanted and what came.
+"""
+
+import math
+
+import torch
+
+FLOAT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+WHITEN_NAMES = ("channel", None)
+
+
+def check_tensor(name, x, shape):
+    """`x` is a dense float tensor on a known device with the dimensions that `shape`, such as "(..., N, C)", names."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided or x.is_quantized:
+        kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
+        raise NotImplementedError(f"{name}: expected a dense strided tensor, got a {kind} one")
+    if x.is_complex():
+        raise NotImplementedError(f"{name}: expected a real float tensor, got a complex one")
+    if x.dtype not in FLOAT_TYPES:
+        raise ValueError(f"{name}: expected float64, float32, bfloat16 or float16, got {x.dtype}")
+    if x.device.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"{name}: expected a tensor on cpu or cuda, got one on {x.device}")
+    if x.dim() < shape.count(","):
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
+
+
+def check_alike(name, x, other_name, other, shape):
+    """`x` is a tensor of the dtype and device of `other`, of exactly `shape`."""
+    check_tensor(name, x, "(...)")
+    if x.dtype != other.dtype:
+        raise ValueError(f"{name}: expected the dtype of {other_name} ({other.dtype}), got {x.dtype}")
+    if x.device != other.device:
+        raise ValueError(f"{name}: expected the device of {other_name} ({other.device}), got {x.device}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def check_mean(x, dim):
+    check_tensor("x", x, "(..., N)")
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim: expected an int, got {type(dim).__name__}")
+    if not -x.dim() <= dim < x.dim():
+        raise ValueError(f"dim: expected a value from {-x.dim()} to {x.dim() - 1}, got {dim}")
+
+
+def check_softmax(name, x):
+    check_tensor(name, x, "(..., N)")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one column, got shape {tuple(x.shape)}")
+
+
+def check_unary(mask_logits, value):
+    check_tensor("value", value, "(..., Nk, Dv)")
+    check_alike("mask_logits", mask_logits, "value", value, value.shape[:-1])
+    if value.shape[-2] == 0:
+        raise ValueError(f"value: expected at least one key, got shape {tuple(value.shape)}")
+
+
+def check_query_key(query, key, scale, whiten):
+    check_tensor("query", query, "(..., Nq, Dqk)")
+    check_tensor("key", key, "(..., Nk, Dqk)")
+    check_alike("key", key, "query", query, (*query.shape[:-2], key.shape[-2], query.shape[-1]))
+    if query.shape[-1] == 0:
+        raise ValueError(f"query: expected at least one channel, got shape {tuple(query.shape)}")
+    if key.shape[-2] == 0:
+        raise ValueError(f"key: expected at least one key, got shape {tuple(key.shape)}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if whiten is not None and not isinstance(whiten, str):
+        raise TypeError(f"whiten: expected a string or None, got {type(whiten).__name__}")
+    if whiten not in WHITEN_NAMES:
+        raise ValueError(f"whiten: expected one of {', '.join(map(repr, WHITEN_NAMES))}, got {whiten!r}")
+
+
+def check_pairwise(query, key, value, mask_logits, scale, whiten):
+    check_query_key(query, key, scale, whiten)
+    check_tensor("value", value, "(..., Nk, Dv)")
+    check_alike("value", value, "query", query, (*key.shape[:-1], value.shape[-1]))
+    if mask_logits is not None:
+        check_alike("mask_logits", mask_logits, "query", query, key.shape[:-1])
+
+
+def check_saved(name, x, like, shape):
+    """`x` is what a forward returned beside its output: of the accumulate type, on the device of `like`."""
+    check_tensor(name, x, "(...)")
+    expected = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if x.dtype != expected or x.device != like.device:
+        raise ValueError(f"{name}: expected {expected} on {like.device}, got {x.dtype} on {x.device}")
+    if tuple(x.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
+
+
+def parse_scale(query, scale):
+    """A float; None means 1 / sqrt(Dqk)."""
+    if scale is not None:
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+        return float(scale)
+    return 1.0 / math.sqrt(query.shape[-1]) if query.dim() and query.shape[-1] else 1.0
