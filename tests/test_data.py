@@ -110,7 +110,7 @@ class TestMosaic:
     def test_sample(self, size):
         image, label = mosaic.MosaicData((64, 128), 1).training_sample(0, 3, size)
         assert image.shape == (3, *size) and image.dtype == torch.float32
-        assert 0 <= image.min() and image.max() <= 1 and image.std() > 0.05
+        assert image.min() >= 0 and image.max() <= 1 and image.std() > 0.05
         assert label.shape == size and label.dtype == torch.int64
         assert 2 <= len(label.unique()) <= len(mosaic.PHOTOGRAPHS) and label.max() < len(mosaic.PHOTOGRAPHS)
 
@@ -133,7 +133,9 @@ class TestMosaic:
                 return getattr(rng, name)
 
             def uniform(self, low, high, size=None):
-                return uniform(low, high, size) if (low, high) in ((0, 1), (-1, 1)) else high if size is None else np.full(size, high)
+                if (low, high) in ((0, 1), (-1, 1)):  # places, not looks
+                    return uniform(low, high, size)
+                return high if size is None else np.full(size, high)
 
             def standard_normal(self, size, dtype):
                 return np.zeros(size, dtype)
@@ -270,9 +272,12 @@ class TestFolderData:
     def test_epoch_sees_every_image_once(self, tmp_path, monkeypatch):
         make_plain(tmp_path, count=10)
         data, seen = FolderData(tmp_path), []
-        monkeypatch.setattr(
-            "dnl_ext.segmentation.folders.read_sample", lambda sample: (seen.append(sample.image), read_sample(sample))[1]
-        )
+
+        def read_and_note(sample):
+            seen.append(sample.image)
+            return read_sample(sample)
+
+        monkeypatch.setattr("dnl_ext.segmentation.folders.read_sample", read_and_note)
         for index in range(2 * data.epoch):
             data.training_sample(0, index, (32, 32))
         first, second = seen[: data.epoch], seen[data.epoch :]

@@ -49,7 +49,7 @@ def raw_calls(device="cpu"):
     def new(*shape):
         return torch.zeros(shape, device=device)
 
-    saved = {"output": new(B, NQ, DV), "lse": new(B, NQ), "residual": new(B, 0)}
+    saved = {"output": new(B, NQ, DV), "lse": new(B, NQ, 2), "residual": new(B, 0)}
     needs = dict.fromkeys(("need_query", "need_key", "need_value", "need_mask"), True)
     return {
         "mean_subtract": {"x": q, "dim": -2},

@@ -14,9 +14,20 @@ from dnl_ext.segmentation.errors import InputError
 from dnl_ext.segmentation.metrics import IGNORE
 from dnl_ext.segmentation.mosaic import MosaicData
 from dnl_ext.segmentation.network import VARIANTS, SegmentationNetwork, tokens
-from dnl_ext.segmentation.trainer import Trainer, learning_rate, segmentation_loss
+from dnl_ext.segmentation.trainer import Listener, Trainer, learning_rate, segmentation_loss
 
-TINY = TrainConfig(steps=6, crop=(64, 96), batch_size=2, width=4, val_every=2, val_images=1, save_every=2, block_gain=0.5)
+TINY = TrainConfig(
+    steps=6, crop=(64, 96), batch_size=2, width=4, val_every=2, val_images=1, save_every=2, block_gain=0.5, threads=1
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tiny steps gain nothing from a second thread, and lose much to it on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -94,21 +105,28 @@ class TestResume:
 
 
 class TestTrainer:
-    def test_loss_falls(self, data):
-        losses = []
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_one_batch_can_be_learned(self, variant, data):
+        trainer = Trainer(dataclasses.replace(TINY, steps=40, width=8, lr=5e-3, variant=variant), data=data)
+        batch = trainer.batch(0)
+        losses = [trainer.train_step(*batch) for _ in range(25)]
+        assert losses[-1] < 0.4 * losses[0]
 
-        class Listener:
+    def test_reports_each_step_and_validation(self, data):
+        steps, results = [], []
+
+        class Recorder(Listener):
             def step(self, step, loss, rate, seconds):
-                losses.append(loss)
+                steps.append((step, rate))
 
-            def validation(self, *_):
-                pass
+            def validation(self, step, done, total, miou):
+                results.append((step, miou))
 
-        config = dataclasses.replace(TINY, steps=40, val_every=0, width=8, lr=5e-3)
-        trainer = Trainer(config, data=data)
-        trainer.run(Listener())
-        assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
-        assert trainer.miou is not None and trainer.seconds_per_step() > 0
+        trainer = Trainer(TINY, data=data)
+        trainer.run(Recorder())
+        assert steps == [(step + 1, learning_rate(TINY, step)) for step in range(6)]
+        assert [step for step, miou in results if miou is not None] == [2, 4, 6]
+        assert trainer.miou == results[-1][1] and trainer.seconds_per_step() > 0
 
     def test_schedule(self):
         config = dataclasses.replace(TINY, steps=100, lr=1.0)
@@ -144,7 +162,9 @@ class TestTrainer:
         expected = -logits[0, :, 0, 0].log_softmax(0)[2]
         assert segmentation_loss(logits, labels).item() == pytest.approx(expected.item())
 
-    @pytest.mark.parametrize("changes", [{"steps": 0}, {"lr": -1.0}, {"crop": (8, 64)}, {"variant": "x"}, {"amp": "fp8"}])
+    @pytest.mark.parametrize(
+        "changes", [{"steps": 0}, {"lr": -1.0}, {"crop": (8, 64)}, {"variant": "x"}, {"amp": "fp8"}]
+    )
     def test_settings_out_of_range(self, changes):
         with pytest.raises(InputError, match=f"--{next(iter(changes))} must be"):
             dataclasses.replace(TINY, **changes)
@@ -230,13 +250,13 @@ class TestCheckpoint:
         ("other", "message"),
         [
             (SegmentationNetwork(4, "nl", width=4), r"x\.pt is of another network: it lacks block\.conv_mask\.bias"),
-            (SegmentationNetwork(5, "dnl", width=4), r"x\.pt is of another shape: classifier\.weight is \(5, 256, 1, 1\)"),
+            (SegmentationNetwork(5, "dnl", width=4), r"x\.pt is of another shape: classifier\.weight is \(5, 256"),
             (SegmentationNetwork(4, "dnl", width=8), r"x\.pt is of another shape: encoder"),
         ],
     )
     def test_weights_that_do_not_fit(self, other, message):
         network = SegmentationNetwork(4, "dnl", width=4)
-        for partial in (False, "nl" not in message and "mask" not in message):
+        for partial in (False, True):
             with pytest.raises(InputError, match=message):
                 checkpoint.load_weights(network, {"network": other.state_dict()}, "x.pt", partial)
 
@@ -296,7 +316,7 @@ class TestMemory:
         assert 60e6 < peak.read() < 100e6
 
     def test_step_in_a_process_of_its_own(self):
-        config = dataclasses.replace(TINY, crop=(128, 192), threads=1)
+        config = dataclasses.replace(TINY, crop=(128, 192))
         result = memory.measure_step(config)
         assert result["peak_bytes"] > 1e6 and result["seconds"] > 0 and result["method"]
 

@@ -119,10 +119,12 @@ inline void check_saved(const char* name, const Tensor& x, const char* like_name
                         const Sizes& sizes) {
   check_float(name, x);
   const ScalarType expected = accumulate_type(like);
-  if (x.scalar_type() != expected || x.device() != like.device())
-    throw ValueError(message(name, ": expected ", torch::headeronly::toString(expected), " on the device of ",
-                             like_name, ", as the forward returns it, got ",
-                             torch::headeronly::toString(x.scalar_type()), " on ", device_name(x)));
+  if (x.device() != like.device())
+    throw ValueError(
+        message(name, ": expected the device of ", like_name, " (", device_name(like), "), got ", device_name(x)));
+  if (x.scalar_type() != expected)
+    throw ValueError(message(name, ": expected ", torch::headeronly::toString(expected),
+                             ", as the forward returns it, got ", torch::headeronly::toString(x.scalar_type())));
   check_sizes(name, x, sizes);
 }
 

@@ -1,6 +1,6 @@
 """What a call must satisfy, in Python: for tensors without data, and for logical shapes under vmap.
 
-The compiled operators check again (csrc/core/operator.h, csrc/ops/*/*_op.h): they are reachable without these functions,
+The compiled operators check again (csrc/core/operator.h, csrc/ops/*/*_op.h): they can be reached without these,
 and they see physical tensors. Messages name the argument, what was wanted and what came.
 """
 
@@ -69,7 +69,7 @@ def check_query_key(query, key, scale, whiten):
         raise ValueError(f"query: expected at least one channel, got shape {tuple(query.shape)}")
     if key.shape[-2] == 0:
         raise ValueError(f"key: expected at least one key, got shape {tuple(key.shape)}")
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if whiten is not None and not isinstance(whiten, str):
         raise TypeError(f"whiten: expected a string or None, got {type(whiten).__name__}")
@@ -85,12 +85,14 @@ def check_pairwise(query, key, value, mask_logits, scale, whiten):
         check_alike("mask_logits", mask_logits, "query", query, key.shape[:-1])
 
 
-def check_saved(name, x, like, shape):
+def check_saved(name, x, like_name, like, shape):
     """`x` is what a forward returned beside its output: of the accumulate type, on the device of `like`."""
     check_tensor(name, x, "(...)")
     expected = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if x.dtype != expected or x.device != like.device:
-        raise ValueError(f"{name}: expected {expected} on {like.device}, got {x.dtype} on {x.device}")
+    if x.dtype != expected:
+        raise ValueError(f"{name}: expected {expected}, as the forward returns it, got {x.dtype}")
+    if x.device != like.device:
+        raise ValueError(f"{name}: expected the device of {like_name} ({like.device}), got {x.device}")
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
 

@@ -65,11 +65,11 @@ def _(
     lead, output_shape = query.shape[:-2], (*query.shape[:-1], value.shape[-1])
     check_alike("grad_output", grad_output, "query", query, output_shape)
     check_alike("output", output, "query", query, output_shape)
-    check_saved("lse", lse, query, (*query.shape[:-1], 2))
+    check_saved("lse", lse, "query", query, (*query.shape[:-1], 2))
     check_alike("residual", residual, "query", query, output_shape if residual.shape[-1:] != (0,) else (*lead, 0))
     if mask_logits is not None:
-        check_saved("pooled", pooled, query, (*lead, value.shape[-1]))
-        check_saved("mask_lse", mask_lse, query, lead)
+        check_saved("pooled", pooled, "query", query, (*lead, value.shape[-1]))
+        check_saved("mask_lse", mask_lse, "query", query, lead)
     needs = (need_query, need_key, need_value, need_mask and mask_logits is not None)
     return tuple(
         empty_like_layout(x, x.shape) if need else query.new_empty((*query.shape[:-2], 0))
@@ -137,10 +137,9 @@ def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
     check_query_key(query, key, scale, whiten)
     wide = accumulate_type(query.dtype)
     wide_query = query.to(wide)
+    wide_key = key.to(wide)
     if whiten == "channel":
-        wide_query = mean_subtract(wide_query)
-    # Centring the keys adds a constant to each row of logits, so it is free to do and keeps them small.
-    wide_key = mean_subtract(key.to(wide))
-    with torch.autocast(query.device.type, enabled=False):  # the logits stay wide
+        wide_query, wide_key = mean_subtract(wide_query), mean_subtract(wide_key)
+    with torch.autocast("cuda" if query.is_cuda else "cpu", enabled=False):  # the logits stay wide
         logits = (wide_query * scale) @ wide_key.transpose(-2, -1)
     return Softmax.apply(logits).to(query.dtype)

@@ -78,9 +78,9 @@ def _(mask_logits, value):
 def _(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value):
     check_unary(mask_logits, value)
     lead = value.shape[:-2]
-    check_saved("grad_pooled", grad_pooled, value, (*lead, value.shape[-1]))
-    check_saved("pooled", pooled, value, (*lead, value.shape[-1]))
-    check_saved("lse", lse, value, lead)
+    check_saved("grad_pooled", grad_pooled, "value", value, (*lead, value.shape[-1]))
+    check_saved("pooled", pooled, "value", value, (*lead, value.shape[-1]))
+    check_saved("lse", lse, "value", value, lead)
     return (
         empty_like_layout(mask_logits, mask_logits.shape) if need_mask else value.new_empty((*value.shape[:-2], 0)),
         empty_like_layout(value, value.shape) if need_value else value.new_empty((*value.shape[:-2], 0)),

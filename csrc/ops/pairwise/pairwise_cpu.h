@@ -50,15 +50,20 @@ struct Means {
     if (!args.whiten) return;
     query = arena.take<Acc<Src>>(args.batches * args.width);
   }
+  // Where centring is ours and not the caller's, an element that is not finite must spoil its own products only.
+  static void only_finite(Acc<Src>* mean, int64_t count) {
+    for (int64_t i = 0; i < count; ++i)
+      if (!(mean[i] - mean[i] == 0)) mean[i] = 0;
+  }
+
   void compute(const PairwiseArgs& args, const Executor& executor) const {
     if (value) {
       all_column_sums<Src>(args.value, args.batches, args.keys, args.channels, nullptr, 0, 1.0 / args.keys, value,
                            executor);
-      // A value that is not finite spoils its own products only, as it would uncentred.
-      for (int64_t i = 0; i < args.batches * args.channels; ++i)
-        if (!(value[i] - value[i] == 0)) value[i] = 0;
+      only_finite(value, args.batches * args.channels);
     }
     all_column_sums<Src>(args.key, args.batches, args.keys, args.width, nullptr, 0, 1.0 / args.keys, key, executor);
+    if (!query) only_finite(key, args.batches * args.width);
     if (query)
       all_column_sums<Src>(args.query, args.batches, args.queries, args.width, nullptr, 0, 1.0 / args.queries, query,
                            executor);
