@@ -191,7 +191,7 @@ class TestPoisonedCase:
     def test_poison_where_there_should_be_none_is_found(self, monkeypatch):
         seed = next(s for s in range(100) if helpers.poisoned_case(s)[0].op == "pairwise_attention")
         monkeypatch.setattr(
-            dnl_ext, "pairwise_attention", lambda *x, **o: reference.pairwise_attention(*x, **o) * 0 + 1
+            dnl_ext, "pairwise_attention", lambda *x, **o: reference.pairwise_attention(*x, **o).nan_to_num()
         )
         assert any(self.fails(s) for s in range(seed, seed + 50))
 

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 
 from .errors import InputError
 
-#: Side of a Voronoi cell in pixels, on average.
+#: Side of a Voronoi cell in pixels, on average, where the mosaic is large enough for the least number of cells.
 CELL = 190
+#: Least number of cells in a mosaic.
+LEAST_CELLS = 9
 #: Pixels left out between the training part and the held-out part of a photograph.
 GAP = 16
 #: Part of a photograph's width that is for training.
@@ -88,19 +90,21 @@ def load_photograph(photograph, part):
 def smooth_noise(rng, size, cell, channels):
     """Noise that varies over about ``cell`` pixels: float32 tensor (channels, h, w), roughly in -1 .. 1."""
     height, width = size
+    cell = max(1, cell)
     grid = rng.uniform(-1, 1, (1, channels, height // cell + 3, width // cell + 3)).astype(np.float32)
     return F.interpolate(torch.from_numpy(grid), size=size, mode="bicubic", align_corners=True)[0]
 
 
-def cells(rng, size, cell=CELL):
+def cells(rng, size):
     """Voronoi cells with curved borders: int64 tensor (h, w) of cell numbers 0 .. n-1, and n."""
     height, width = size
-    count = max(4, round(height * width / cell**2))
+    count = max(LEAST_CELLS, round(height * width / CELL**2))
+    cell = round((height * width / count) ** 0.5)
     # The best of several random sets of points: the one whose closest pair is farthest apart (no slivers).
     candidates = rng.uniform(0, 1, (8, count, 2)) * (height, width)
     gaps = np.linalg.norm(candidates[:, :, None] - candidates[:, None], axis=-1) + np.eye(count) * 1e9
     points = torch.from_numpy(candidates[gaps.min(axis=(1, 2)).argmax()].astype(np.float32))
-    shift = smooth_noise(rng, size, cell // 2, 2) * (0.22 * cell) + smooth_noise(rng, size, cell // 8, 2) * (0.04 * cell)
+    shift = 0.22 * cell * smooth_noise(rng, size, cell // 2, 2) + 0.04 * cell * smooth_noise(rng, size, cell // 8, 2)
     rows = torch.arange(height)[:, None] + shift[0]
     columns = torch.arange(width)[None] + shift[1]
     best, index = torch.full(size, torch.inf), torch.zeros(size, dtype=torch.int64)

@@ -1,6 +1,6 @@
-// out = f_b (alpha_p x + beta_p gamma_c): the one elementwise kernel. It centres (alpha = 1, beta = -1, gamma = mean),
-// copies into another pitch or layout, and writes every result: a sum in float scaled, a rank-one term added, rounded
-// once to the output's type and placed where the output lies.
+// out = scale f_b (alpha_p x + beta_p gamma_c): the one elementwise kernel. It centres (alpha = 1, beta = -1, gamma =
+// mean), copies into another pitch or layout, and writes every result: a sum in float scaled, a rank-one term added,
+// rounded once to the output's type and placed where the output lies. What rounding took can be kept beside it.
 //
 // A block takes a tile of kTileSlow x kTileFast elements, lanes along whichever of positions and channels lies closer
 // together in the output. Traded away: vector loads, as in reduce.cuh.
@@ -21,12 +21,14 @@ struct Affine {
   Matrix<const In> in;  // (batches, positions, channels); data = nullptr leaves the first term out
   Matrix<Out> out;      // the same shape
   int64_t batches, positions, channels;
+  Matrix<Out> rest = {};  // the same shape: what rounding took from `out`; or data = nullptr
   A alpha = 1;
-  Rows<const A> alpha_row;       // (batches, positions), multiplies alpha; or null
+  Rows<const A> alpha_row = {};  // (batches, positions), multiplies alpha; or null
   A beta = 1;
-  Rows<const A> beta_row;        // (batches, positions), multiplies beta; or null
-  const A* gamma = nullptr;      // (batches, channels); nullptr leaves the second term out
-  const A* factor = nullptr;     // (batches), or nullptr
+  Rows<const A> beta_row = {};  // (batches, positions), multiplies beta; or null
+  const A* gamma = nullptr;     // (batches, channels); nullptr leaves the second term out
+  A scale = 1;
+  const A* factor = nullptr;  // (batches), multiplies scale; or nullptr
 };
 
 template <class In, class Out, bool kPositionFast>
@@ -40,21 +42,23 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(Affine<In, Out> op, in
     const int64_t fast = task % fast_tiles * kTileFast, slow = task / fast_tiles % slow_tiles * kTileSlow;
     const int64_t b = task / fast_tiles / slow_tiles;
     const In* in = op.in.data ? op.in.element(b) : nullptr;
-    Out* out = op.out.element(b);
+    Out *out = op.out.element(b), *rest = op.rest.data ? op.rest.element(b) : nullptr;
     const A* alpha = op.alpha_row.data ? op.alpha_row.element(b) : nullptr;
     const A* beta = op.beta_row.data ? op.beta_row.element(b) : nullptr;
     const A* gamma = op.gamma ? op.gamma + b * op.channels : nullptr;
-    const A factor = op.factor ? op.factor[b] : A(1);
+    const A scale = op.factor ? op.scale * op.factor[b] : op.scale;
     for (int64_t s = slow + warp; s < slow + kTileSlow && s < slow_count; s += kWarps) {
-#pragma unroll
       for (int u = 0; u < kPerLane; ++u) {
         const int64_t f = fast + u * kWarp + lane;
-        if (f >= fast_count) break;
+        if (f >= fast_count) continue;
         const int64_t i = kPositionFast ? f : s, c = kPositionFast ? s : f;
         A value = 0;
         if (in) value = op.alpha * (alpha ? alpha[i] : A(1)) * wide(in[i * op.in.position + c * op.in.channel]);
         if (gamma) value += op.beta * (beta ? beta[i] : A(1)) * gamma[c];
-        out[i * op.out.position + c * op.out.channel] = rounded<Out>(factor * value);
+        value *= scale;
+        const Out result = rounded<Out>(value);
+        out[i * op.out.position + c * op.out.channel] = result;
+        if (rest) rest[i * op.rest.position + c * op.rest.channel] = rounded<Out>(value - wide(result));
       }
     }
   }
@@ -70,10 +74,9 @@ void affine(Device& device, const Affine<In, Out>& op) {
 
 // sum += more, for `count` values of a buffer of our own.
 template <class A>
-__global__ void __launch_bounds__(kThreads)
-    add_kernel(A* sum,         // (quads * kQuad)
-               const A* more,  // the same
-               int64_t quads, int64_t tasks) {
+__global__ void __launch_bounds__(kThreads) add_kernel(A* sum,         // (quads * kQuad)
+                                                       const A* more,  // the same
+                                                       int64_t quads, int64_t tasks) {
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t quad = task * kThreads + threadIdx.x;
     if (quad >= quads) continue;

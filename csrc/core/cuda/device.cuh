@@ -1,14 +1,16 @@
 // What every CUDA kernel here is written with: element types, strided matrices by value, warp and block reductions.
 //
-// No torch header and no launch: a kernel file compiles alone, with nvcc or, given definitions of CUDA's built-in names
-// (tests/cpp/cuda_host.h), with a host compiler. Kernels use __syncthreads and full-warp __shfl_xor_sync only.
+// No torch header and no launch: a kernel file compiles alone, with nvcc or, after tests/cpp/cuda_host.h has defined
+// CUDA's names, with a host compiler. Kernels use __syncthreads and full-warp __shfl_xor_sync only.
 //
-// How kernels share out work: a launch names a number of tasks, blocks take tasks blockIdx.x, blockIdx.x + gridDim.x, ...
-// So no count of rows or batch elements can exceed a limit of the grid.
+// How kernels share out work: a launch names a number of tasks, blocks take tasks blockIdx.x, blockIdx.x + gridDim.x,
+// ... So no count of rows or batch elements can exceed a limit of the grid.
 #pragma once
 
+#ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#endif
 
 #include <cstdint>
 #include <type_traits>
@@ -50,9 +52,12 @@ DNL_HOST_DEVICE float wide(__half x) { return __half2float(x); }
 
 template <class T>
 DNL_HOST_DEVICE T rounded(AccOf<T> x) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(x);
-  else if constexpr (std::is_same_v<T, __half>) return __float2half_rn(x);
-  else return x;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(x);
+  else if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(x);
+  else
+    return x;
 }
 
 // Four neighbours, read and written at once.
@@ -76,10 +81,14 @@ DNL_HOST_DEVICE void store_quad(T* row, int64_t quad, const Quad<T>& x) {
 template <class F>
 void dispatch_element(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::f64: return f(double{});
-    case DType::f32: return f(float{});
-    case DType::bf16: return f(__nv_bfloat16{});
-    case DType::f16: return f(__half{});
+    case DType::f64:
+      return f(double{});
+    case DType::f32:
+      return f(float{});
+    case DType::bf16:
+      return f(__nv_bfloat16{});
+    case DType::f16:
+      return f(__half{});
   }
 }
 
@@ -139,9 +148,7 @@ struct Matrix {
   int64_t position = 0, channel = 0;  // strides, in elements
 
   DNL_HOST_DEVICE T* element(int64_t b) const { return data + batch.offset(b); }
-  DNL_HOST_DEVICE T* element(int64_t b, int64_t i, int64_t c) const {
-    return element(b) + i * position + c * channel;
-  }
+  DNL_HOST_DEVICE T* element(int64_t b, int64_t i, int64_t c) const { return element(b) + i * position + c * channel; }
   Matrix<const T> read() const { return {data, batch, position, channel}; }
 
   // The same matrix from batch element b and position i on.
@@ -207,11 +214,24 @@ DNL_DEVICE A block_sum(A x, A* scratch) {
   return total;
 }
 
-// The merged state of the block, in every thread. `most` and `sum`: kWarps values each in shared memory, as above.
-template <class A, bool kBase2>
-DNL_DEVICE OnlineSoftmax<A, kBase2> block_merge(OnlineSoftmax<A, kBase2> state, A* most, A* sum) {
+// Largest value of the block that is a number, in every thread; -inf if there is none.
+template <class A>
+DNL_DEVICE A block_max(A x, A* scratch) {
   for (int step = kWarp / 2; step > 0; step /= 2) {
-    OnlineSoftmax<A, kBase2> other;
+    const A other = __shfl_xor_sync(kAllLanes, x, step);
+    x = other > x ? other : x;
+  }
+  if (threadIdx.x % kWarp == 0) scratch[threadIdx.x / kWarp] = x;
+  __syncthreads();
+  for (int w = 0; w < kWarps; ++w) x = scratch[w] > x ? scratch[w] : x;
+  return x;
+}
+
+// The merged state of the block, in every thread. `most` and `sum`: kWarps values each in shared memory, as above.
+template <class A>
+DNL_DEVICE OnlineSoftmax<A> block_merge(OnlineSoftmax<A> state, A* most, A* sum) {
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    OnlineSoftmax<A> other;
     other.most = __shfl_xor_sync(kAllLanes, state.most, step);
     other.sum = __shfl_xor_sync(kAllLanes, state.sum, step);
     state.merge(other);
@@ -221,9 +241,9 @@ DNL_DEVICE OnlineSoftmax<A, kBase2> block_merge(OnlineSoftmax<A, kBase2> state, 
     sum[threadIdx.x / kWarp] = state.sum;
   }
   __syncthreads();
-  OnlineSoftmax<A, kBase2> total;
+  OnlineSoftmax<A> total;
   for (int w = 0; w < kWarps; ++w) {
-    OnlineSoftmax<A, kBase2> other;
+    OnlineSoftmax<A> other;
     other.most = most[w];
     other.sum = sum[w];
     total.merge(other);

@@ -1,5 +1,6 @@
-// From the operators' View (a host list of batch offsets) to the Matrix that kernels take by value: sizes and strides of
-// up to kMaxBatchDims leading dimensions, so that nothing is copied to the device (and a CUDA graph can be captured).
+// From the operators' View (a host list of batch offsets) to the Matrix that kernels take by value: sizes and strides
+// of up to kMaxBatchDims leading dimensions, so that nothing is copied to the device (and a CUDA graph can be
+// captured).
 #pragma once
 
 #include "core/cuda/device.cuh"

@@ -1,30 +1,31 @@
 // Sums of a strided matrix over positions (column sums: means, pooling) and over channels (row sums: inner products).
 //
 // Column sums run in two stages so that their order is fixed and the chip is full even for one batch element: a block
-// sums kSplit positions of kWarp channels in float, then one thread per channel adds the blocks' results in double. Row
-// sums take kWarp positions per block. Both have two orders of walking, chosen by which stride is smaller: lanes on
-// neighbouring channels, or lanes on neighbouring positions (channel-first), so that either layout is read in full lines
-// without a transpose. Traded away: elements are read one by one, not in vectors, which costs bandwidth in bf16.
+// sums kSplit positions of kWarp channels, then one thread per channel adds the blocks' results. Row sums take kWarp
+// positions per block. Both have two orders of walking, chosen by which stride is smaller: lanes on neighbouring
+// channels, or lanes on neighbouring positions (channel-first), so that either layout is read in full lines without a
+// transpose. Sums are in double: each element is read once, so memory sets the pace. Traded away: elements are read one
+// by one, not in vectors, which costs bandwidth in bf16.
 #pragma once
 
 #include "core/cuda/device.cuh"
 
 namespace dnl {
 
-constexpr int kSplit = 512;                           // positions per block of a column sum
-constexpr int kChannelsPerWarp = kWarp / kWarps;      // of a block's kWarp channels (or positions)
+constexpr int kSplit = 512;                       // positions per block of a column sum
+constexpr int kChannelsPerWarp = kWarp / kWarps;  // of a block's kWarp channels (or positions)
 static_assert(kWarps * kChannelsPerWarp == kWarp, "warps share the lanes of a tile evenly");
 static_assert(kSplit % kThreads == 0, "a split is whole rounds of the block");
 
 // partial[b][s][c] = sum over positions i of split s of weight_i x(b, i, c)
 template <class T, bool kPositionFast>
 __global__ void __launch_bounds__(kThreads)
-    column_sums_kernel(Matrix<const T> x,             // (batches, positions, channels)
-                       Rows<const AccOf<T>> weight,   // (batches, positions), or null
-                       AccOf<T>* partial,             // (batches, splits, channels)
+    column_sums_kernel(Matrix<const T> x,            // (batches, positions, channels)
+                       Rows<const AccOf<T>> weight,  // (batches, positions), or null
+                       double* partial,              // (batches, splits, channels)
                        int64_t positions, int64_t channels, int64_t splits, int64_t tasks) {
   using A = AccOf<T>;
-  __shared__ A sums[kWarps][kWarp];
+  __shared__ double sums[kWarps][kWarp];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t tiles = ceil_div_of(channels, kWarp);
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
@@ -32,22 +33,24 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t begin = split * kSplit, end = begin + kSplit < positions ? begin + kSplit : positions;
     const T* matrix = x.element(b);
     const A* w = weight.data ? weight.element(b) : nullptr;
-    A* out = partial + (b * splits + split) * channels + c0;
+    double* out = partial + (b * splits + split) * channels + c0;
     if constexpr (kPositionFast) {
       for (int t = 0; t < kChannelsPerWarp; ++t) {
         const int c = warp * kChannelsPerWarp + t;
         if (c0 + c >= channels) break;
         const T* column = matrix + (c0 + c) * x.channel;
-        A sum = 0;
-        for (int64_t i = begin + lane; i < end; i += kWarp) sum += wide(column[i * x.position]) * (w ? w[i] : A(1));
+        double sum = 0;
+        for (int64_t i = begin + lane; i < end; i += kWarp)
+          sum += double(wide(column[i * x.position])) * (w ? double(w[i]) : 1.0);
         sum = warp_sum(sum);
         if (lane == 0) out[c] = sum;
       }
     } else {
-      A sum = 0;
+      double sum = 0;
       if (c0 + lane < channels) {
         const T* column = matrix + (c0 + lane) * x.channel;
-        for (int64_t i = begin + warp; i < end; i += kWarps) sum += wide(column[i * x.position]) * (w ? w[i] : A(1));
+        for (int64_t i = begin + warp; i < end; i += kWarps)
+          sum += double(wide(column[i * x.position])) * (w ? double(w[i]) : 1.0);
       }
       sums[warp][lane] = sum;
       __syncthreads();
@@ -61,19 +64,21 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// out[b][c] = factor * sum_s partial[b][s][c]
+// out[b][c] = factor * sum_s partial[b][s][c], or 0 in place of NaN and infinity where `only_finite`.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
-    column_sums_finish_kernel(const A* partial,  // (batches, splits, channels)
-                              A* out,            // (batches, channels)
-                              double factor, int64_t channels, int64_t splits, int64_t count, int64_t tasks) {
+    column_sums_finish_kernel(const double* partial,  // (batches, splits, channels)
+                              A* out,                 // (batches, channels)
+                              double factor, bool only_finite, int64_t channels, int64_t splits, int64_t count,
+                              int64_t tasks) {
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t index = task * kThreads + threadIdx.x;
     if (index >= count) continue;
-    const A* column = partial + index / channels * splits * channels + index % channels;
+    const double* column = partial + index / channels * splits * channels + index % channels;
     double sum = 0;
-    for (int64_t s = 0; s < splits; ++s) sum += double(column[s * channels]);
-    out[index] = static_cast<A>(sum * factor);
+    for (int64_t s = 0; s < splits; ++s) sum += column[s * channels];
+    const A result = static_cast<A>(sum * factor);
+    out[index] = only_finite && !(result - result == 0) ? A(0) : result;
   }
 }
 
@@ -82,15 +87,16 @@ inline int64_t column_splits(int64_t positions) { return ceil_div_of(positions, 
 // out[b][c] = factor * sum_i weight_i x(b, i, c)
 template <class T, class Device>
 void column_sums(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions, int64_t channels,
-                 const Rows<const AccOf<T>>& weight, double factor, AccOf<T>* out) {
+                 const Rows<const AccOf<T>>& weight, double factor, AccOf<T>* out, bool only_finite = false) {
   const int64_t splits = column_splits(positions), count = batches * channels;
   if (count == 0) return;
-  AccOf<T>* partial = device.template allocate<AccOf<T>>(batches * splits * channels);
+  double* partial = device.template allocate<double>(batches * splits * channels);
   const int64_t tasks = batches * splits * ceil_div_of(channels, kWarp);
   auto kernel = position_is_fast(x, positions, channels) ? &column_sums_kernel<T, true> : &column_sums_kernel<T, false>;
   device.launch(kernel, tasks, x, weight, partial, positions, channels, splits, tasks);
   const int64_t blocks = ceil_div_of(count, kThreads);
-  device.launch(&column_sums_finish_kernel<AccOf<T>>, blocks, partial, out, factor, channels, splits, count, blocks);
+  device.launch(&column_sums_finish_kernel<AccOf<T>>, blocks, partial, out, factor, only_finite, channels, splits,
+                count, blocks);
 }
 
 // op.store(b, i, sum_c op.term(b, i, c)) for every position. `Op` is a small struct passed by value, with type `Sum`,
@@ -135,37 +141,34 @@ void row_sums(Device& device, const Op& op, bool position_fast) {
   device.launch(position_fast ? &row_sums_kernel<Op, true> : &row_sums_kernel<Op, false>, tasks, op, tasks);
 }
 
-// Op: sum_c left(b, i, c) (right(b, i, c) - offset_c), where right may be one row for all positions. With `out`.
-// offset is subtracted inside the sum: nothing is lost where right and offset share a large part.
+// An Op: out(b, i) = factor * sum_c row_c (x(b, i, c) - offset_c). The offset is taken off inside the sum: nothing is
+// lost where x and offset share a large part.
 template <class T>
-struct InnerProduct {
+struct RowDot {
   using A = AccOf<T>;
-  using Sum = A;
-  Matrix<const T> left;    // (batches, positions, channels)
-  Matrix<const T> right;   // the same, or data = nullptr: `row` takes its place
-  const A* row;            // (batches, channels), or nullptr
-  const A* offset;         // (batches, channels) subtracted from right, or from left where `row` is given; or nullptr
+  using Sum = double;
+  Matrix<const T> x;  // (batches, positions, channels)
+  const A* row;       // (batches, channels)
+  const A* offset;    // (batches, channels), or nullptr
   int64_t batches, positions, channels;
-  Rows<A> out;             // (batches, positions)
+  Rows<A> out;  // (batches, positions)
   A factor;
 
   struct Term {
-    const T *left, *right;
+    const T* x;
     const A *row, *offset;
-    int64_t left_position, left_channel, right_position, right_channel;
+    int64_t position, channel;
 
-    DNL_HOST_DEVICE A operator()(int64_t i, int64_t c) const {
-      const A x = wide(left[i * left_position + c * left_channel]), o = offset ? offset[c] : A(0);
-      return row ? row[c] * (x - o) : x * (wide(right[i * right_position + c * right_channel]) - o);
+    DNL_HOST_DEVICE double operator()(int64_t i, int64_t c) const {
+      return double(row[c]) * (double(wide(x[i * position + c * channel])) - (offset ? double(offset[c]) : 0.0));
     }
   };
   DNL_HOST_DEVICE Term at(int64_t b) const {
-    return {left.element(b),          right.data ? right.element(b) : nullptr,
-            row ? row + b * channels : nullptr, offset ? offset + b * channels : nullptr,
-            left.position,            left.channel,
-            right.position,           right.channel};
+    return {x.element(b), row + b * channels, offset ? offset + b * channels : nullptr, x.position, x.channel};
   }
-  DNL_HOST_DEVICE void store(int64_t b, int64_t i, A sum) const { out.element(b)[i] = factor * sum; }
+  DNL_HOST_DEVICE void store(int64_t b, int64_t i, double sum) const {
+    out.element(b)[i] = static_cast<A>(factor * sum);
+  }
 };
 
 }  // namespace dnl

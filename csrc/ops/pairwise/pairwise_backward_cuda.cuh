@@ -1,16 +1,16 @@
 // Backward of whitened pairwise attention on CUDA, in chunks of keys (the map lies transposed, a row per key):
 //
 //   S' = K Q^T, dP' = V dO^T         library products, float out    (keys x queries)
-//   P' = 2^(c S' + bias_j - lse_i)   our kernel, a block per key    (keys x queries, of the operands' type)
-//   dS' = P' (dP' - Delta_i), and its sum over the queries
+//   P' = exp(scale S' + bias_j - lse_i)   our kernel, a block per key    (keys x queries, of the operands' type)
+//   dS' = P' (dP' - Delta_i), and its sum over the queries;  Delta_i = <dO_i, y_i - offset>
 //   dv = P' dO + u G                 library product, then our write with the unary term
-//   dk = scale (dS' Q - (sum_i dS'_ji) mu_q)      the second term for halves, whose Q is not centred
+//   dk = scale (dS' Q + mean_term (sum_i dS'_ji) mu_q)      where the query mean enters apart (pairwise_cuda.cuh)
 //   dQ += dS K'                      library product into a buffer of its own, then added
 //   dq = scale (dQ - its mean over queries)       once all keys have passed
 //
-// The sum over queries uses dS as rounded, which is what makes the correction exact. Only dQ (queries x width) is held in
-// float over the whole call. Traded away: adding dQ costs a pass over it per chunk, because the product that adds to its
-// output is not reachable through the stable ABI for halves.
+// The sum over queries uses dS as rounded, which is what makes the correction exact. Only dQ (queries x width) is held
+// in float over the whole call. Traded away: adding dQ costs a pass over it per chunk, because the product that adds to
+// its output is not reachable through the stable ABI for halves.
 //
 // float16 alone has a range to fear. P' is stored times 2^12, and dS' times a power of two that a bound on
 // |dO_i| |v_j| gives per batch element; both are divided out in float. For the other types these factors are 1.
@@ -25,10 +25,10 @@ constexpr int kProbabilityExponent = std::is_same_v<T, __half> ? 12 : 0;
 template <class T>
 constexpr bool kScaledGradient = std::is_same_v<T, __half>;
 constexpr float kGradientBound = 32768;  // of scaled dS, half of what float16 can hold
-static_assert((1 << kProbabilityExponent<__half>) * 2 <= kGradientBound, "P is at most 1, give or take a rounding");
+static_assert((1 << kProbabilityExponent<__half>)*2 <= kGradientBound, "P is at most 1, give or take a rounding");
 
-// scale[b] = the power of two that brings 2 max_i |dO_i| max_j |v_j| just under kGradientBound, 1 where that is 0 or not
-// finite; inverse[b] = 1 / scale[b]. One block per batch element.
+// scale[b] = the power of two that brings 2 max_i |dO_i| max_j |v_j| just under kGradientBound, 1 where that is 0 or
+// not finite; inverse[b] = 1 / scale[b]. One block per batch element.
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     gradient_scale_kernel(Rows<const A> grad_square,   // (batches, queries): |dO_i|^2
@@ -57,52 +57,105 @@ __global__ void __launch_bounds__(kThreads)
       }
       const A bound = 2 * sqrt(g) * sqrt(v);
       const bool usable = bound > 0 && bound < std::numeric_limits<A>::infinity();
-      const A exponent = usable ? floor(log2_of(A(kGradientBound) / bound)) : A(0);
-      scale[b] = exp2_of(exponent);
-      inverse[b] = exp2_of(-exponent);
+      const A exponent = usable ? floor(log2(A(kGradientBound) / bound)) : A(0);
+      scale[b] = exp2(exponent);
+      inverse[b] = exp2(-exponent);
     }
     __syncthreads();  // before the next element overwrites `most`
   }
 }
 
+// Delta_i = <dy_i, y_i - offset>, where y is what was returned plus what rounding took from it.
+template <class T>
+struct DeltaOp {
+  using A = AccOf<T>;
+  using Sum = double;
+  Matrix<const T> grad, output;  // (batches, positions, channels)
+  Matrix<const T> residual;      // the same shape, or data = nullptr
+  const A* offset;               // (batches, channels), or nullptr
+  int64_t batches, positions, channels;
+  Rows<A> out;  // (batches, positions)
+
+  struct Term {
+    const DeltaOp& op;
+    const T *grad, *output, *residual;
+    const A* offset;
+
+    DNL_HOST_DEVICE double operator()(int64_t i, int64_t c) const {
+      double y = wide(output[i * op.output.position + c * op.output.channel]);
+      if (residual) y += wide(residual[i * op.residual.position + c * op.residual.channel]);
+      if (offset) y -= offset[c];
+      return double(wide(grad[i * op.grad.position + c * op.grad.channel])) * y;
+    }
+  };
+  DNL_HOST_DEVICE Term at(int64_t b) const {
+    return {*this, grad.element(b), output.element(b), residual.data ? residual.element(b) : nullptr,
+            offset ? offset + b * channels : nullptr};
+  }
+  DNL_HOST_DEVICE void store(int64_t b, int64_t i, double sum) const { out.element(b)[i] = static_cast<A>(sum); }
+};
+
+// |x_i|^2
+template <class T>
+struct SquareOp {
+  using A = AccOf<T>;
+  using Sum = A;
+  Matrix<const T> x;  // (batches, positions, channels)
+  int64_t batches, positions, channels;
+  Rows<A> out;  // (batches, positions)
+
+  struct Term {
+    const T* x;
+    int64_t position, channel;
+
+    DNL_HOST_DEVICE A operator()(int64_t i, int64_t c) const {
+      const A value = wide(x[i * position + c * channel]);
+      return value * value;
+    }
+  };
+  DNL_HOST_DEVICE Term at(int64_t b) const { return {x.element(b), x.position, x.channel}; }
+  DNL_HOST_DEVICE void store(int64_t b, int64_t i, A sum) const { out.element(b)[i] = sum; }
+};
+
 template <class T>
 struct SoftmaxBackwardStep {
   using A = AccOf<T>;
-  const A* logits;                  // (group, rows, pitch): S'
-  const A* grad_probability;        // (group, rows, pitch): dP', or null: only P' is wanted
-  T* probability;                   // (group, rows, pitch): P', which may take the place of S'
-  T* grad_logits;                   // (group, rows, pitch): dS', which may take the place of dP'
-  A* row_sum;                       // (group, rows): sum of dS', or null
-  Rows<const A> bias;               // (group, rows), base 2, or null
-  Rows<const A> lse;                // (group, columns), base 2; whole quads
-  Rows<const A> delta;              // (group, columns); whole quads
-  const A* grad_scale;              // (group), or null
+  const A* logits;            // (group, rows, pitch): S'
+  const A* grad_probability;  // (group, rows, pitch): dP', or null: only P' is wanted
+  T* probability;             // (group, rows, pitch): P', which may take the place of S'
+  T* grad_logits;             // (group, rows, pitch): dS', which may take the place of dP'
+  A* row_sum;                 // (group, rows): sum of dS', or null
+  Rows<const A> bias;         // (group, rows), or null
+  Rows<const A> lse;          // (group, columns); whole quads
+  Rows<const A> lse_rest;     // (group, columns); whole quads: what rounding took from lse
+  Rows<const A> delta;        // (group, columns); whole quads
+  const A* grad_scale;        // (group), or null
   int64_t rows, columns, pitch;
   A scale;
 };
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) pairwise_softmax_backward_kernel(SoftmaxBackwardStep<T> step,
-                                                                             int64_t tasks) {
+__global__ void __launch_bounds__(kThreads)
+    pairwise_softmax_backward_kernel(SoftmaxBackwardStep<T> step, int64_t tasks) {
   using A = AccOf<T>;
+  constexpr A factor = 1 << kProbabilityExponent<T>;
   __shared__ A scratch[kWarps];
   const int64_t quads = ceil_div_of(step.columns, kQuad);
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t b = task / step.rows, j = task % step.rows, row = task * step.pitch;
-    const A *lse = step.lse.element(b), *delta = step.delta.element(b);
+    const A *lse = step.lse.element(b), *rest = step.lse_rest.element(b), *delta = step.delta.element(b);
     const A bias = step.bias.data ? step.bias.element(b)[j] : A(0);
-    const A grad_scale =
-        exp2_of(A(-kProbabilityExponent<T>)) * (step.grad_scale ? step.grad_scale[b] : A(1));
+    const A grad_scale = (step.grad_scale ? step.grad_scale[b] : A(1)) / factor;
     A sum = 0;
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
-      const Quad<A> s = load_quad(step.logits + row, quad), l = load_quad(lse, quad);
+      const Quad<A> s = load_quad(step.logits + row, quad), l = load_quad(lse, quad), r = load_quad(rest, quad);
       Quad<A> p;
       Quad<T> out;
       for (int u = 0; u < kQuad; ++u) {
         // Beyond the last column the buffers hold anything; zeros there are never read but must not reach `sum`.
         const bool inside = quad * kQuad + u < step.columns;
-        const A logit = s.value[u] * step.scale + (bias - l.value[u]);
-        p.value[u] = inside ? exp2_of(logit + A(kProbabilityExponent<T>)) : A(0);
+        const A logit = s.value[u] * step.scale + (bias - l.value[u]) - r.value[u];
+        p.value[u] = inside ? factor * exp_of(logit) : A(0);
         out.value[u] = rounded<T>(p.value[u]);
       }
       if (step.probability) store_quad(step.probability + row, quad, out);
@@ -156,7 +209,7 @@ struct PairwiseBackwardChain {
   const PairwiseOperands<T, Device> in;
   const bool need_logits;  // any gradient that goes through dS
   Matrix<const T> grad_output, centred_key;
-  Rows<A> lse, delta;
+  Rows<A> lse, lse_rest, delta;
   A *grad_scale = nullptr, *grad_inverse = nullptr;
 
   PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u)
@@ -167,44 +220,49 @@ struct PairwiseBackwardChain {
     grad_output = product_operand(device, grad, args.batches, args.queries, args.channels, nullptr);
     row_statistics(grad);
     centred_key = in.key;
-    if (kHalf<T> && args.whiten && args.grad_query.data)
+    if (kHalf<T> && args.grad_query.data)
       centred_key = product_operand(device, matrix_of<const T>("key", args.key, args.batches), args.batches, args.keys,
                                     args.width, in.key_mean);
     run_chunks(limits);
   }
 
  private:
-  // Base-2 lse and Delta_i = <dy_i, y_i - pooled>, in rows of whole quads; the gradient's power of two.
+  // lse and Delta in rows of whole quads; the gradient's power of two.
   void row_statistics(const Matrix<const T>& grad) {
     const int64_t pitch = pitch_of(args.queries);
-    lse = {device.template allocate<A>(args.batches * pitch), pitch};
-    delta = {device.template allocate<A>(args.batches * pitch), pitch};
-    Affine<A, A> base2{{static_cast<const A*>(args.lse), single_batch(args.batches, args.queries), 1, 1},
-                       {lse.data, single_batch(args.batches, pitch), 1, 1},
-                       args.batches,
-                       args.queries,
-                       1};
-    base2.alpha = A(kLog2OfE);
-    affine(device, base2);
+    for (Rows<A>* part : {&lse, &lse_rest}) {
+      *part = {device.template allocate<A>(args.batches * pitch), pitch};
+      const A* saved = static_cast<const A*>(args.lse) + (part == &lse_rest);
+      affine(device, Affine<A, A>{{saved, single_batch(args.batches, 2 * args.queries), 2, 1},
+                                  {part->data, single_batch(args.batches, pitch), 1, 1},
+                                  args.batches,
+                                  args.queries,
+                                  1});
+    }
     if (!need_logits) return;
 
-    const bool fast = position_is_fast(grad, args.queries, args.channels);
-    const auto output = matrix_of<const T>("output", args.output, args.batches);
-    const InnerProduct<T> inner{grad,         output,        nullptr, static_cast<const A*>(args.pooled), args.batches,
-                                args.queries, args.channels, delta,   A(1)};
-    row_sums(device, inner, fast);
-    if (!kScaledGradient<T>) return;
+    delta = {device.template allocate<A>(args.batches * pitch), pitch};
+    const DeltaOp<T> op{grad,
+                        matrix_of<const T>("output", args.output, args.batches),
+                        matrix_of<const T>("residual", args.residual, args.batches),
+                        in.offset,
+                        args.batches,
+                        args.queries,
+                        args.channels,
+                        delta};
+    row_sums(device, op, position_is_fast(grad, args.queries, args.channels));
+    if constexpr (kScaledGradient<T>) gradient_scale(grad);
+  }
 
+  void gradient_scale(const Matrix<const T>& grad) {
     Rows<A> grad_square{device.template allocate<A>(args.batches * args.queries), args.queries};
     Rows<A> value_square{device.template allocate<A>(args.batches * args.keys), args.keys};
     grad_scale = device.template allocate<A>(args.batches);
     grad_inverse = device.template allocate<A>(args.batches);
-    row_sums(device,
-             InnerProduct<T>{grad, grad, nullptr, nullptr, args.batches, args.queries, args.channels, grad_square, A(1)},
-             fast);
+    row_sums(device, SquareOp<T>{grad, args.batches, args.queries, args.channels, grad_square},
+             position_is_fast(grad, args.queries, args.channels));
     const auto value = matrix_of<const T>("value", args.value, args.batches);
-    row_sums(device,
-             InnerProduct<T>{value, value, nullptr, nullptr, args.batches, args.keys, args.channels, value_square, A(1)},
+    row_sums(device, SquareOp<T>{value, args.batches, args.keys, args.channels, value_square},
              position_is_fast(value, args.keys, args.channels));
     device.launch(&gradient_scale_kernel<A>, args.batches, grad_square.read(), value_square.read(), grad_scale,
                   grad_inverse, args.queries, args.keys, args.batches);
@@ -230,7 +288,7 @@ struct PairwiseBackwardChain {
     }
     const int64_t widest = std::max(want_key ? args.width : 0, want_value ? args.channels : 0);
     A* sums = device.template allocate<A>(like_order_size(chunks.group, chunks.rows, widest));
-    const bool correct = kHalf<T> && args.whiten && want_key;
+    const bool correct = in.mean_term && want_key;
     A* row_sum = correct ? device.template allocate<A>(chunks.group * chunks.rows) : nullptr;
     A* grad_query = want_query ? device.template allocate<A>(query_size) : nullptr;
     Matrix<T> out_query, out_key, out_value;
@@ -253,6 +311,7 @@ struct PairwiseBackwardChain {
                                         row_sum,
                                         in.bias.from(b, first),
                                         lse.from(b, 0).read(),
+                                        lse_rest.from(b, 0).read(),
                                         delta.from(b, 0).read(),
                                         grad_scale ? grad_scale + b : nullptr,
                                         rows,
@@ -268,7 +327,7 @@ struct PairwiseBackwardChain {
         const auto dv = like_order(out, sums, group, rows, args.channels);
         device.product(p, dy, dv, group, rows, args.channels, args.queries);
         Affine<A, T> write{dv.read(), out, group, rows, args.channels};
-        write.alpha = exp2_of(A(-kProbabilityExponent<T>));
+        write.alpha = A(1) / (1 << kProbabilityExponent<T>);
         write.beta_row = unary.map.from(b, first).read();
         write.gamma = unary.grad_pooled ? unary.grad_pooled + b * args.channels : nullptr;
         affine(device, write);
@@ -278,12 +337,12 @@ struct PairwiseBackwardChain {
         const auto dk = like_order(out, sums, group, rows, args.width);
         device.product(ds, query, dk, group, rows, args.width, args.queries);
         Affine<A, T> write{dk.read(), out, group, rows, args.width};
-        write.alpha = static_cast<A>(args.scale);
         if (correct) {
-          write.beta = -static_cast<A>(args.scale);
+          write.beta = in.mean_term;
           write.beta_row = {row_sum, rows};
           write.gamma = in.query_mean + b * args.width;
         }
+        write.scale = in.scale;
         write.factor = inverse;
         affine(device, write);
       }
@@ -301,13 +360,13 @@ struct PairwiseBackwardChain {
   void write_query(const Matrix<T>& out, A* sum, int64_t b, int64_t group, const A* inverse) {
     const auto dq = like_order(out, sum, group, args.queries, args.width).read();
     Affine<A, T> write{dq, out, group, args.queries, args.width};
-    write.alpha = static_cast<A>(args.scale);
     if (args.whiten) {
       A* mean = device.template allocate<A>(group * args.width);
       column_sums<A>(device, dq, group, args.queries, args.width, {}, 1.0 / args.queries, mean);
-      write.beta = -static_cast<A>(args.scale);
+      write.beta = -1;
       write.gamma = mean;
     }
+    write.scale = in.scale;
     write.factor = inverse;
     affine(device, write);
   }

@@ -6,14 +6,15 @@
 
 namespace dnl {
 
-using PairwiseResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using PairwiseForwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+using PairwiseBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 std::tuple<Tensor, Tensor> unary_forward_on_cuda(const Tensor& mask_logits, const Tensor& value);
 
-PairwiseResult pairwise_forward_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
-                                        const std::optional<Tensor>& mask_logits, double scale,
-                                        const std::optional<std::string>& whiten) {
-  PairwiseCall call(query, key, value, mask_logits, scale, whiten);
+PairwiseForwardResult pairwise_forward_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
+                                               const std::optional<Tensor>& mask_logits, double scale,
+                                               const std::optional<std::string>& whiten, bool save_residual) {
+  PairwiseCall call(query, key, value, mask_logits, scale, whiten, save_residual);
   if (mask_logits) {
     const auto [pooled, mask_lse] = unary_forward_on_cuda(*mask_logits, value);
     call.set_unary(pooled, mask_lse);
@@ -23,15 +24,16 @@ PairwiseResult pairwise_forward_on_cuda(const Tensor& query, const Tensor& key, 
     for (const Tensor& x : {query, key, value}) device.know(x);
     dispatch_element(call.args.dtype, [&](auto type) { pairwise_forward_cuda<decltype(type)>(call.args, device); });
   }
-  return {call.output, call.lse, call.pooled, call.mask_lse};
+  return {call.output, call.lse, call.residual, call.pooled, call.mask_lse};
 }
 
-PairwiseResult pairwise_backward_on_cuda(const Tensor& grad_output, const Tensor& query, const Tensor& key,
-                                         const Tensor& value, const std::optional<Tensor>& mask_logits,
-                                         const Tensor& output, const Tensor& lse, const Tensor& pooled,
-                                         const Tensor& mask_lse, double scale, const std::optional<std::string>& whiten,
-                                         bool need_query, bool need_key, bool need_value, bool need_mask) {
-  PairwiseCall call(grad_output, query, key, value, mask_logits, output, lse, pooled, mask_lse, scale, whiten,
+PairwiseBackwardResult pairwise_backward_on_cuda(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                                 const Tensor& value, const std::optional<Tensor>& mask_logits,
+                                                 const Tensor& output, const Tensor& lse, const Tensor& residual,
+                                                 const Tensor& pooled, const Tensor& mask_lse, double scale,
+                                                 const std::optional<std::string>& whiten, bool need_query,
+                                                 bool need_key, bool need_value, bool need_mask) {
+  PairwiseCall call(grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale, whiten,
                     need_query, need_key, need_value, need_mask);
   if (call.args.batches && call.args.queries == 0) {
     for (Tensor* grad : {&call.grad_query, &call.grad_key, &call.grad_value, &call.grad_mask})

@@ -1,13 +1,18 @@
-// Whitened pairwise attention on CUDA as a chain of library products and our own kernels: what forward and backward share.
+// Whitened pairwise attention on CUDA as a chain of library products and our own kernels: what forward and backward
+// share.
 //
 // The N x N map is made in chunks: a group of batch elements, or a run of rows of one, small enough that a chunk's
-// buffers stay under a fixed size. The forward cuts queries (a row's softmax needs all its keys); the backward, which has
-// the lse, cuts keys, so that dk and dv of a chunk are complete and only dq is summed over chunks
+// buffers stay under a fixed size. The forward cuts queries (a row's softmax needs all its keys); the backward, which
+// has the lse, cuts keys, so that dk and dv of a chunk are complete and only dq is summed over chunks
 // (pairwise_forward_cuda.cuh, pairwise_backward_cuda.cuh). Any width, any number of keys, every type; no atomics.
 //
-// Centring, as on the CPU: float and double operands are centred in a copy, before any rounding to TF32. Halves are
-// multiplied as they are and the query mean enters as a bias per key, -<mu_q, k_j>. Where dS multiplies keys they are
-// centred in every type (a rounded copy for halves: rows of dS sum to zero only up to rounding).
+// Centring. Float and double queries and keys are centred in a copy, before any rounding to TF32, whatever `whiten`
+// says: the keys' mean shifts the logits of a row alike and the softmax not at all, and without whitening the query
+// mean comes back as a bias per key, <mu_q, k'_j>, and as a term of dk. So products stay small, and with them what it
+// costs that the backward multiplies anew. Halves are multiplied as they are; whitening takes the query mean off by the
+// same bias and the same term with the other sign. Where dS multiplies keys they are centred in every type (a rounded
+// copy for halves), because rows of dS sum to zero only up to rounding. Float and double values are centred too: rows
+// of P sum to one, so their mean is added at the end, and Delta and dO V^T lose the same multiple of it.
 //
 // `Device` is how the chain reaches the machine: allocate<T>(count), launch(kernel, tasks, arguments...) and
 // product(a, b, c, batches, m, n, k). The operators pass core/cuda/launch.h, the host test its own.
@@ -27,8 +32,8 @@ namespace dnl {
 // Chunks
 // ---------------------------------------------------------------------------------------------------------------------
 
-// At least kRowStep rows, at most `rows`, and fewer where a chunk of accumulators would exceed `bytes`. Products of 4096
-// rows fill a large chip (32 x Dv / 128 tiles of 128 x 128); more rows would only cost memory.
+// At least kRowStep rows, at most `rows`, and fewer where a chunk of accumulators would exceed `bytes`. Products of
+// 4096 rows fill a large chip (32 x Dv / 128 tiles of 128 x 128); more rows would only cost memory.
 struct ChunkLimits {
   int64_t rows = 4096;
   int64_t bytes = int64_t(256) << 20;
@@ -69,8 +74,8 @@ bool is_product_operand(const Matrix<const T>& x, int64_t positions, int64_t cha
   return x.position == 1 && x.channel >= positions && x.channel % kAlign == 0;
 }
 
-// x less `mean` (batches, channels; null: nothing), as an operand of products: x itself where it can be, else a copy whose
-// faster dimension stays the faster one.
+// x less `mean` (batches, channels; null: nothing), as an operand of products: x itself where it can be, else a copy
+// whose faster dimension stays the faster one.
 template <class T, class Device>
 Matrix<const T> product_operand(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions,
                                 int64_t channels, const AccOf<T>* mean) {
@@ -86,55 +91,75 @@ Matrix<const T> product_operand(Device& device, const Matrix<const T>& x, int64_
   return copy.read();
 }
 
-// A float (or double) buffer for a product that is then written to `out`, ordered as `out` is, so that the write reads it
-// in the same order.
+// A float (or double) buffer for a product that is then written to `out`, ordered as `out` is, so that the write reads
+// it in the same order.
 template <class A, class T>
 Matrix<A> like_order(const Matrix<T>& out, A* data, int64_t batches, int64_t positions, int64_t channels) {
-  if (position_is_fast(out, positions, channels)) return dense(data, batches, channels, pitch_of(positions)).transposed();
+  if (position_is_fast(out, positions, channels))
+    return dense(data, batches, channels, pitch_of(positions)).transposed();
   return dense(data, batches, positions, pitch_of(channels));
 }
 inline int64_t like_order_size(int64_t batches, int64_t positions, int64_t channels) {
   return batches * std::max(channels * pitch_of(positions), positions * pitch_of(channels));
 }
 
-// Query, key and value as operands, with what centring needs. Base-2 logit of query i and key j:
-// scale * log2(e) * <query_i, key_j> + bias_j.
+// Query, key and value as operands, with what centring needs. Base-2 logit of query i and key j, up to a constant of
+// the row: scale * <query_i, key_j> + bias_j. Output: sum_j P_ij value_j + offset.
 template <class T, class Device>
 struct PairwiseOperands {
   using A = AccOf<T>;
-  const A* query_mean = nullptr;  // (batches, width), or null without whitening
-  const A* key_mean = nullptr;
+  static constexpr bool kCentred = !kHalf<T>;
+  const int mean_term;            // what the query mean is multiplied by where it enters apart: -1, 0 or 1
+  const A* query_mean = nullptr;  // (batches, width), or null where nothing needs it
+  const A* key_mean;              // (batches, width)
+  const A* offset;                // (batches, channels): mean of values where they are centred, plus pooled; or null
   Matrix<const T> query, key, value;
   Rows<const A> bias;  // (batches, keys), or null
-  A scale;             // with log2(e)
+  A scale;
 
-  PairwiseOperands(const PairwiseArgs& args, Device& device) : scale(static_cast<A>(args.scale * kLog2OfE)) {
+  PairwiseOperands(const PairwiseArgs& args, Device& device)
+      : mean_term(kCentred ? !args.whiten : -int(args.whiten)),
+        offset(static_cast<const A*>(args.pooled)),
+        scale(static_cast<A>(args.scale)) {
     const auto q = matrix_of<const T>("query", args.query, args.batches);
     const auto k = matrix_of<const T>("key", args.key, args.batches);
     const auto v = matrix_of<const T>("value", args.value, args.batches);
-    if (args.whiten) {
-      query_mean = means(device, q, args.batches, args.queries, args.width);
-      key_mean = means(device, k, args.batches, args.keys, args.width);
+    const A* value_mean = nullptr;
+    // Without whitening a query or key that is not finite spoils its own logits only, as it would uncentred.
+    if (kCentred || args.whiten) query_mean = means(device, q, args.batches, args.queries, args.width, !args.whiten);
+    key_mean = means(device, k, args.batches, args.keys, args.width, !args.whiten);
+    if (kCentred && args.channels) {
+      value_mean = means(device, v, args.batches, args.keys, args.channels, true);
+      offset = sum_of(device, value_mean, offset, args.batches, args.channels);
     }
-    const bool copy = !kHalf<T>;
-    query = product_operand(device, q, args.batches, args.queries, args.width, copy ? query_mean : nullptr);
-    key = product_operand(device, k, args.batches, args.keys, args.width, copy ? key_mean : nullptr);
-    value = product_operand(device, v, args.batches, args.keys, args.channels, nullptr);
-    if (kHalf<T> && query_mean) {
+    query = product_operand(device, q, args.batches, args.queries, args.width, kCentred ? query_mean : nullptr);
+    key = product_operand(device, k, args.batches, args.keys, args.width, kCentred ? key_mean : nullptr);
+    value = product_operand(device, v, args.batches, args.keys, args.channels, value_mean);
+    if (mean_term) {
+      // k' rather than k: a constant of the row, but a key that is not finite then reaches every logit, as it should.
       Rows<A> out{device.template allocate<A>(args.batches * pitch_of(args.keys)), pitch_of(args.keys)};
-      const InnerProduct<T> op{k,         {},         query_mean, nullptr, args.batches,
-                               args.keys, args.width, out,        -scale};
+      const RowDot<T> op{k, query_mean, key_mean, args.batches, args.keys, args.width, out, mean_term * scale};
       row_sums(device, op, position_is_fast(k, args.keys, args.width));
       bias = out.read();
     }
   }
 
  private:
-  static const A* means(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions,
-                        int64_t channels) {
+  static const A* means(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions, int64_t channels,
+                        bool only_finite) {
     A* mean = device.template allocate<A>(batches * channels);
-    column_sums<T>(device, x, batches, positions, channels, {}, 1.0 / positions, mean);
+    column_sums<T>(device, x, batches, positions, channels, {}, 1.0 / positions, mean, only_finite);
     return mean;
+  }
+
+  // x + y, where y may be null: (batches, channels)
+  static const A* sum_of(Device& device, const A* x, const A* y, int64_t batches, int64_t channels) {
+    if (!y) return x;
+    A* sum = device.template allocate<A>(batches * channels);
+    Affine<A, A> op{dense(x, batches, 1, channels), dense(sum, batches, 1, channels), batches, 1, channels};
+    op.gamma = y;
+    affine(device, op);
+    return sum;
   }
 };
 

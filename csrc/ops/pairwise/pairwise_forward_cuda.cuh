@@ -1,12 +1,14 @@
 // Forward of whitened pairwise attention on CUDA, in chunks of query rows:
 //
-//   S = Q K^T                        library product, float out     (rows x keys)
-//   P = 2^(c S + bias - max), lse    our kernel, a block per row    (rows x keys, of the operands' type)
-//   Y = P V                          library product, float out     (rows x channels)
-//   y = Y / sum + pooled             our kernel, rounded once, in the layout of the output
+//   S = Q K^T                              library product, float out     (rows x keys)
+//   P = exp(scale S + bias - max), lse     our kernel, a block per row    (rows x keys, of the operands' type)
+//   Y = P V                                library product, float out     (rows x channels)
+//   y = Y / sum of P + offset              our kernel, rounded once, in the layout of the output
 //
 // P is kept relative to the row's maximum, not normalised: its largest entry is 1, so float16 does not underflow where
-// the softmax is flat. With float and double P takes the place of S. The row is read twice (maximum and sum, then P).
+// the softmax is flat. Y is divided by the sum of P as rounded, so that a mean which values share comes out exact; the
+// lse has the sum before rounding. With float and double P takes the place of S. A row is read twice, for
+// the maximum and for the exponentials.
 #pragma once
 
 #include "ops/pairwise/pairwise_cuda.cuh"
@@ -18,18 +20,27 @@ struct SoftmaxStep {
   using A = AccOf<T>;
   const A* logits;     // (group, rows, pitch): S
   T* probability;      // (group, rows, pitch): P, which may take the place of S
-  Rows<A> inverse;     // (group, rows): 1 / sum
-  Rows<A> lse;         // (group, rows), natural logarithm
-  Rows<const A> bias;  // (group, columns), base 2, or null
+  Rows<A> inverse;     // (group, rows): 1 / sum of P as stored
+  Rows<A> lse;         // (group, rows, 2), as a pair
+  Rows<const A> bias;  // (group, columns), or null
   int64_t rows, columns, pitch;
   A scale;
 };
 
+// x + y as an unevaluated sum of two: the sum rounded, and what rounding took from it.
+template <class A>
+DNL_HOST_DEVICE void store_pair(double x, double y, A* pair) {
+  const double sum = x + y, part = sum - x;
+  const double error = (x - (sum - part)) + (y - part);
+  pair[0] = static_cast<A>(sum);
+  pair[1] = static_cast<A>((sum - double(pair[0])) + error);
+}
+
 template <class T>
 __global__ void __launch_bounds__(kThreads) pairwise_softmax_kernel(SoftmaxStep<T> step, int64_t tasks) {
   using A = AccOf<T>;
-  using State = OnlineSoftmax<A, true>;
-  __shared__ A most[kWarps], sum[kWarps];
+  __shared__ A scratch[3][kWarps];
+  const A lowest = -std::numeric_limits<A>::infinity();
   const int64_t quads = ceil_div_of(step.columns, kQuad);
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t b = task / step.rows, i = task % step.rows;
@@ -37,36 +48,44 @@ __global__ void __launch_bounds__(kThreads) pairwise_softmax_kernel(SoftmaxStep<
     const A* bias = step.bias.data ? step.bias.element(b) : nullptr;
     T* p = step.probability + task * step.pitch;
 
-    // Base-2 logits of a quad; -inf beyond the last column, where the buffer holds anything.
-    const auto logits = [&](int64_t quad, A(&x)[kQuad]) {
+    // Logits of a quad less `off`, in one rounding where there is no bias; -inf beyond the last column, where the
+    // buffer holds anything.
+    const auto logits = [&](int64_t quad, A off, A(&x)[kQuad]) {
       const Quad<A> in = load_quad(s, quad);
       Quad<A> more{};
       if (bias) more = load_quad(bias, quad);
       for (int u = 0; u < kQuad; ++u)
-        x[u] = quad * kQuad + u < step.columns ? in.value[u] * step.scale + more.value[u]
-                                               : -std::numeric_limits<A>::infinity();
+        x[u] = quad * kQuad + u < step.columns ? in.value[u] * step.scale + (more.value[u] - off) : lowest;
     };
 
-    State state;
+    A most = lowest;
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
-      logits(quad, x);
-      state.add(x);
+      logits(quad, 0, x);
+      for (int u = 0; u < kQuad; ++u) most = x[u] > most ? x[u] : most;
     }
-    state = block_merge(state, most, sum);
-    if (threadIdx.x == 0) {
-      step.inverse.element(b)[i] = A(1) / state.sum;
-      step.lse.element(b)[i] = state.lse();
-    }
-    const A shift = state.shift();
+    most = block_max(most, scratch[0]);
+    const A off = most == lowest ? A(0) : most;  // -inf less -inf would be NaN
+    A sum = 0, stored = 0;
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
       Quad<T> out;
-      logits(quad, x);
-      for (int u = 0; u < kQuad; ++u) out.value[u] = rounded<T>(State::power(x[u] - shift));
+      logits(quad, off, x);
+      for (int u = 0; u < kQuad; ++u) {
+        const A value = exp_of(x[u]);
+        sum += value;
+        out.value[u] = rounded<T>(value);
+        stored += wide(out.value[u]);
+      }
       store_quad(p, quad, out);
     }
-    __syncthreads();  // before the next row overwrites `most` and `sum`
+    sum = block_sum(sum, scratch[1]);
+    stored = block_sum(stored, scratch[2]);
+    if (threadIdx.x == 0) {
+      step.inverse.element(b)[i] = A(1) / stored;
+      store_pair(double(most), log_of(double(sum)), step.lse.element(b) + 2 * i);
+    }
+    __syncthreads();  // before the next row overwrites the shared memory
   }
 }
 
@@ -75,24 +94,26 @@ void pairwise_forward_cuda(const PairwiseArgs& args, Device& device, const Chunk
   using A = AccOf<T>;
   const PairwiseOperands<T, Device> in(args, device);
   const auto output = matrix_of<T>("query", args.output, args.batches);
+  const auto residual = matrix_of<T>("query", args.residual, args.batches);
   const Chunks chunks(args.batches, args.queries, args.keys, sizeof(A), limits);
   const int64_t pitch = pitch_of(args.keys), map = chunks.group * chunks.rows * pitch;
   A* logits = device.template allocate<A>(map);
   T* probability;
-  if constexpr (kHalf<T>) probability = device.template allocate<T>(map);
-  else probability = logits;
+  if constexpr (kHalf<T>)
+    probability = device.template allocate<T>(map);
+  else
+    probability = logits;
   A* sums = device.template allocate<A>(like_order_size(chunks.group, chunks.rows, args.channels));
   A* inverse = device.template allocate<A>(chunks.group * chunks.rows);
-  const Rows<A> lse{static_cast<A*>(args.lse), args.queries};
-  const A* pooled = static_cast<const A*>(args.pooled);
+  const Rows<A> lse{static_cast<A*>(args.lse), 2 * args.queries};
 
   chunks.for_each(args.batches, args.queries, [&](int64_t b, int64_t group, int64_t first, int64_t rows) {
     const Matrix<A> s = dense(logits, group, rows, pitch);
     const Matrix<T> p = dense(probability, group, rows, pitch);
     device.product(in.query.from(b, first), in.key.from(b, 0).transposed(), s, group, rows, args.keys, args.width);
 
-    const SoftmaxStep<T> step{logits, probability, {inverse, rows}, lse.from(b, first), in.bias.from(b, 0),
-                              rows,   args.keys,   pitch,           in.scale};
+    const SoftmaxStep<T> step{logits,    probability, {inverse, rows}, lse.from(b, 2 * first), in.bias.from(b, 0), rows,
+                              args.keys, pitch,       in.scale};
     device.launch(&pairwise_softmax_kernel<T>, group * rows, step, group * rows);
 
     const Matrix<T> out = output.from(b, first);
@@ -100,7 +121,8 @@ void pairwise_forward_cuda(const PairwiseArgs& args, Device& device, const Chunk
     device.product(p.read(), in.value.from(b, 0), y, group, rows, args.channels, args.keys);
     Affine<A, T> write{y.read(), out, group, rows, args.channels};
     write.alpha_row = {inverse, rows};
-    write.gamma = pooled ? pooled + b * args.channels : nullptr;
+    write.gamma = in.offset ? in.offset + b * args.channels : nullptr;
+    if (residual.data) write.rest = residual.from(b, first);
     affine(device, write);
   });
 }

@@ -1,7 +1,6 @@
 // softmax and unary pooling: the CUDA route.
-#include "ops/unary/unary_cuda.cuh"
-
 #include "core/cuda/launch.h"
+#include "ops/unary/unary_cuda.cuh"
 #include "ops/unary/unary_op.h"
 
 namespace dnl {

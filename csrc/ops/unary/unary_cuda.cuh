@@ -2,9 +2,9 @@
 //
 // Softmax: a block owns a row and reads it twice at any stride, for the online state and to write; rows longer than the
 // block's registers come back from L2. The backward is the same with an inner product in place of the state.
-// Pooling: u = softmax(m) is one row per batch element, kept in full (Nk accumulators); then pooling is a weighted column
-// sum of the values and its backward two elementwise passes. The backward computes u anew from m rather than from the
-// saved lse, whose rounding would scale all of u when the logits share a large offset.
+// Pooling: u = softmax(m) is one row per batch element, kept in full (Nk accumulators); then pooling is a weighted
+// column sum of the values and its backward two elementwise passes. The backward computes u anew from m rather than
+// from the saved lse, whose rounding would scale all of u when the logits share a large offset.
 #pragma once
 
 #include "core/cuda/affine.cuh"
@@ -17,16 +17,15 @@ namespace dnl {
 // out = softmax(x) by rows, and lse where asked for.
 template <class T, class Out>
 __global__ void __launch_bounds__(kThreads)
-    softmax_kernel(Matrix<const T> x,   // (rows, columns): batch is the row, position the column
-                   Matrix<Out> out,     // (rows, columns), or data = nullptr
-                   AccOf<T>* lse,       // (rows), or nullptr
+    softmax_kernel(Matrix<const T> x,  // (rows, columns): batch is the row, position the column
+                   Matrix<Out> out,    // (rows, columns), or data = nullptr
+                   AccOf<T>* lse,      // (rows), or nullptr
                    int64_t columns, int64_t rows) {
   using A = AccOf<T>;
-  using State = OnlineSoftmax<A, false>;
   __shared__ A most[kWarps], sum[kWarps];
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const T* in = x.element(row);
-    State state;
+    OnlineSoftmax<A> state;
     for (int64_t j = threadIdx.x; j < columns; j += kThreads * kQuad) {
       A value[kQuad];
       for (int u = 0; u < kQuad; ++u) {
@@ -41,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
       Out* to = out.element(row);
       const A inverse = A(1) / state.sum, shift = state.shift();
       for (int64_t j = threadIdx.x; j < columns; j += kThreads)
-        to[j * out.position] = rounded<Out>(State::power(wide(in[j * x.position]) - shift) * inverse);
+        to[j * out.position] = rounded<Out>(exp_of(wide(in[j * x.position]) - shift) * inverse);
     }
     __syncthreads();  // before the next row overwrites `most` and `sum`
   }
@@ -49,11 +48,10 @@ __global__ void __launch_bounds__(kThreads)
 
 // dx = p (dp - <p, dp>) by rows.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    softmax_backward_kernel(Matrix<const T> grad,         // (rows, columns): dp
-                            Matrix<const T> probability,  // (rows, columns): p
-                            Matrix<T> out,                // (rows, columns): dx
-                            int64_t columns, int64_t rows) {
+__global__ void __launch_bounds__(kThreads) softmax_backward_kernel(Matrix<const T> grad,         // (rows, columns): dp
+                                                                    Matrix<const T> probability,  // (rows, columns): p
+                                                                    Matrix<T> out,                // (rows, columns): dx
+                                                                    int64_t columns, int64_t rows) {
   using A = AccOf<T>;
   __shared__ A scratch[kWarps];
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
@@ -96,12 +94,12 @@ Rows<AccOf<T>> unary_map(Device& device, const View& mask, int64_t batches, int6
 
 // dm_j = u_j <g, v_j - pooled>
 template <class T>
-struct MaskGradient : InnerProduct<T> {
+struct MaskGradient : RowDot<T> {
   Rows<const AccOf<T>> u;  // (batches, keys)
   Matrix<T> grad_mask;     // (batches, keys)
 
-  DNL_HOST_DEVICE void store(int64_t b, int64_t j, AccOf<T> sum) const {
-    *grad_mask.element(b, j, 0) = rounded<T>(u.element(b)[j] * sum);
+  DNL_HOST_DEVICE void store(int64_t b, int64_t j, double sum) const {
+    *grad_mask.element(b, j, 0) = rounded<T>(static_cast<AccOf<T>>(u.element(b)[j] * sum));
   }
 };
 
@@ -110,7 +108,7 @@ void unary_mask_gradient(Device& device, const Matrix<const T>& value, const Row
                          const AccOf<T>* grad_pooled, const AccOf<T>* pooled, const View& grad_mask, int64_t batches,
                          int64_t keys, int64_t channels) {
   MaskGradient<T> op{};
-  op.left = value;
+  op.x = value;
   op.row = grad_pooled;
   op.offset = pooled;
   op.batches = batches;

@@ -1,7 +1,6 @@
 // mean_subtract: the CUDA route.
-#include "ops/whiten/whiten_cuda.cuh"
-
 #include "core/cuda/launch.h"
+#include "ops/whiten/whiten_cuda.cuh"
 #include "ops/whiten/whiten_op.h"
 
 namespace dnl {

@@ -1,5 +1,5 @@
-// Mean subtraction on CUDA: column sums in two stages, then one elementwise pass (core/cuda/reduce.cuh, affine.cuh). The
-// input is read twice, the second time mostly from L2 where it fits.
+// Mean subtraction on CUDA: column sums in two stages, then one elementwise pass (core/cuda/reduce.cuh, affine.cuh).
+// The input is read twice, the second time mostly from L2 where it fits.
 #pragma once
 
 #include "core/cuda/affine.cuh"

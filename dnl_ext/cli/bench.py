@@ -1,0 +1,147 @@
+"""`python -m dnl_ext bench`: the benchmark's command line. The benchmark itself is dnl_ext/benchmark/."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import fail
+
+#: Numbers of positions of a run that names none: with --full, on the CPU, on CUDA.
+FULL, QUICK, QUICK_CUDA = (1024, 2048, 4096, 8192, 16384, 32768), (1024, 2048, 4096), (4096, 16384)
+#: Columns of the tables where they are not written to a terminal.
+WIDTH_OF_A_FILE = 140
+
+
+def _shapes(text):
+    """ "256,256;256,512" as ((256, 256), (256, 512))."""
+    try:
+        shapes = tuple(tuple(int(size) for size in part.replace("x", ",").split(",")) for part in text.split(";"))
+    except ValueError:
+        shapes = ()
+    if not shapes or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
+        fail(f"--shapes: expected Dqk,Dv pairs such as '256,256;256,512', got {text!r}")
+    return shapes
+
+
+def _numbers(text):
+    try:
+        numbers = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        numbers = ()
+    if not numbers or min(numbers) < 1:
+        fail(f"--n: expected numbers such as '1024,4096', got {text!r}")
+    return numbers
+
+
+def _names(option, text, known):
+    names = tuple(part.strip() for part in text.split(","))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        fail(f"{option}: expected names of {', '.join(known)}; got {', '.join(unknown)}")
+    return names
+
+
+def bench(
+    shapes: Annotated[str, typer.Option(help="Dqk,Dv pairs, ';' between them.")] = "256,256;256,512;256,1024",
+    n: Annotated[str, typer.Option("--n", help="Numbers of positions. [default: 1024,2048,4096]")] = "",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, fp64. [default: fp32,bf16]")] = "fp32,bf16",
+    direction: Annotated[str, typer.Option(help="forward, training (forward + backward).")] = "forward,training",
+    peers: Annotated[str, typer.Option(help="Names, 'all', or 'default': all but what compiles on a CPU.")] = "default",
+    device: Annotated[str, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = "",
+    batch: Annotated[int, typer.Option(min=1)] = 1,
+    heads: Annotated[int, typer.Option(min=1)] = 1,
+    whiten: Annotated[bool, typer.Option(help="Centre query and key (peers: in plain PyTorch).")] = True,
+    unary: Annotated[bool, typer.Option(help="Add the unary term (peers: in plain PyTorch).")] = False,
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's number.")] = 0,
+    budget: Annotated[float, typer.Option(help="Seconds of timing for all cases; each has --rounds.")] = 150.0,
+    rounds: Annotated[int, typer.Option(min=1, help="Least rounds of a case, whatever the budget.")] = 3,
+    full: Annotated[bool, typer.Option(help="N up to 32768, and memory: hours on two cores.")] = False,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too.")] = False,
+    tf32: Annotated[bool, typer.Option(help="Let fp32 products on CUDA use TF32, for every method.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here, after every case.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw them here.")] = None,
+    load: Annotated[Path | None, typer.Option(help="Show or draw the figures of this JSON; run nothing.")] = None,
+    check_only: Annotated[bool, typer.Option(help="Check every method's values; time nothing.")] = False,
+):
+    """Check, then time attention forward and backward against what PyTorch offers, as a share of a plain product."""
+    import torch
+    from rich.console import Console
+
+    from dnl_ext import benchmark
+    from dnl_ext.config import show_config
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH_OF_A_FILE
+    if load is not None:
+        try:
+            document = benchmark.load(load)
+        except (OSError, ValueError) as error:
+            fail(f"--load: {error}")
+        _show(console, document, png)
+        return
+    cuda = torch.cuda.is_available()
+    device = device or ("cuda" if cuda and show_config()["cuda"]["built"] else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda") or (device != "cpu" and not cuda):
+        fail(f"--device: {device} is not here")
+    if threads:
+        torch.set_num_threads(threads)
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    sizes = FULL if full else QUICK if device == "cpu" else QUICK_CUDA
+    if peers in ("all", "default"):
+        kind = device.split(":")[0]
+        every = tuple(name for name, method in benchmark.METHODS.items() if kind in method.devices)
+        names = every if peers == "all" else None
+    else:
+        names = _names("--peers", peers, benchmark.METHODS)
+    options = benchmark.Options(
+        shapes=_shapes(shapes),
+        positions=_numbers(n) if n else sizes,
+        dtypes=_names("--dtype", dtype, benchmark.DTYPES),
+        directions=_names("--direction", direction, benchmark.DIRECTIONS),
+        peers=names,
+        device=device,
+        batch=batch,
+        heads=heads,
+        whiten=whiten,
+        unary=unary,
+        budget=budget,
+        rounds=rounds,
+        memory=memory or full,
+        check_only=check_only,
+    )
+    document = _run(console, benchmark, options, json)
+    _show(console, document, png)
+    if json is not None:
+        console.print(f"wrote {json}")
+    if not benchmark.passed(document):
+        typer.echo("bench: dnl_ext failed its own check", err=True)
+        raise typer.Exit(1)
+
+
+def _run(console, benchmark, options, json):
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    save = benchmark.save_json(json) if json is not None else None
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting")
+
+        def progress(case, done, total):
+            bar.update(task, description=case.describe(), completed=done, total=total)
+
+        return benchmark.run(options, save, progress)
+
+
+def _show(console, document, png):
+    from dnl_ext import benchmark
+
+    for part in benchmark.tables(document):
+        console.print(part)
+    if png is not None:
+        try:
+            benchmark.chart(document, png)
+        except ValueError as error:
+            fail(f"--png: {error}")
+        console.print(f"wrote {png}")

@@ -1,0 +1,130 @@
+"""``python -m dnl_ext train``."""
+
+import math
+from typing import Annotated, Literal
+
+import typer
+
+from .errors import fail, one_line_errors
+
+RUN, DATA, NETWORK = "Run", "Data", "Network and optimizer"
+
+
+def parse_size(text):
+    """(512, 1024) from 512x1024, height first; exits with code 2 where it is something else."""
+    try:
+        height, width = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        fail(f"--crop must be HEIGHTxWIDTH, such as 512x1024, got {text}")
+    return height, width
+
+
+def option(help_text, panel=NETWORK, *names):
+    return typer.Option(*names, help=help_text, rich_help_panel=panel)
+
+
+@one_line_errors
+def train(
+    out: Annotated[str, option("Folder for the checkpoint and log.csv.", RUN)] = "runs/train",
+    resume: Annotated[bool, option("Continue the run in --out, with its settings.", RUN, "--resume")] = False,
+    overwrite: Annotated[bool, option("Start anew where --out holds a checkpoint.", RUN, "--overwrite")] = False,
+    init: Annotated[str | None, option("Checkpoint whose weights to begin with.", RUN)] = None,
+    steps: Annotated[int | None, option("Updates of the weights (400).", RUN)] = None,
+    epochs: Annotated[float | None, option("Instead of --steps: passes over the training images.", RUN)] = None,
+    val_every: Annotated[int | None, option("Steps between validations, 0: at the end only (100).", RUN)] = None,
+    save_every: Annotated[int | None, option("Steps between checkpoints (50).", RUN)] = None,
+    seed: Annotated[int | None, option("Seed of weights, data order and augmentation (0).", RUN)] = None,
+    threads: Annotated[int | None, option("CPU threads of PyTorch (its own choice).", RUN)] = None,
+    device: Annotated[str | None, option("auto, cpu, cuda or cuda:N (auto).", RUN)] = None,
+    data: Annotated[str | None, option("Folder of images and label PNGs (mosaics of photographs).", DATA)] = None,
+    layout: Annotated[
+        str | None,
+        option("cityscapes, ade20k, pascal-context, pascal-context-59 or plain (found by folder names).", DATA),
+    ] = None,
+    classes: Annotated[int | None, option("Number of classes, where the layout leaves it open.", DATA)] = None,
+    crop: Annotated[str | None, option("Height x width of training crops in pixels (512x1024).", DATA)] = None,
+    batch_size: Annotated[int | None, option("Crops per step (2).", DATA)] = None,
+    val_images: Annotated[int | None, option("Validation images to use (8 mosaics; all of a folder).", DATA)] = None,
+    workers: Annotated[int | None, option("Threads that prepare images ahead (1).", DATA)] = None,
+    variant: Annotated[
+        Literal["dnl", "nl", "none"] | None,
+        option("dnl: disentangled, nl: standard non-local, none: encoder and classifier alone (dnl)."),
+    ] = None,
+    backend: Annotated[
+        Literal["fused", "reference"] | None,
+        option("fused: memory linear in the tokens, reference: plain PyTorch with N x N maps (fused)."),
+    ] = None,
+    amp: Annotated[Literal["none", "bf16"] | None, option("bf16: autocast to bfloat16 (none).")] = None,
+    lr: Annotated[float | None, option("Peak learning rate of AdamW; polynomial decay, power 0.9 (0.002).")] = None,
+    encoder_lr: Annotated[float | None, option("Factor on the encoder's learning rate (1).")] = None,
+    weight_decay: Annotated[float | None, option("Weight decay of AdamW (0.01).")] = None,
+    block_gain: Annotated[
+        float | None, option("Initial weight of the BatchNorm behind the block; 0 starts it as the identity (0).")
+    ] = None,
+    temperature: Annotated[
+        float | None, option("Divides the attention's logits (dnl: 0.05, the paper's; nl: 1).")
+    ] = None,
+    width: Annotated[int | None, option("Channels after the encoder's first convolution (24).")] = None,
+    stop_after: Annotated[int | None, typer.Option(hidden=True)] = None,
+):
+    """Train a segmentation network with a non-local block, on built-in photographs or on your own folder.
+
+    Without options it runs on mosaics of the photographs in scikit-image's wheel, 8,192 tokens per crop. Ctrl-C saves;
+    --resume continues, on a CPU bit for bit. Numbers in parentheses are the defaults.
+    """
+    typed = {
+        "steps": steps, "val_every": val_every, "save_every": save_every, "seed": seed, "threads": threads,
+        "device": device, "data": data, "layout": layout, "classes": classes, "batch_size": batch_size,
+        "val_images": val_images, "workers": workers, "variant": variant, "backend": backend, "amp": amp, "lr": lr,
+        "encoder_lr": encoder_lr, "weight_decay": weight_decay, "block_gain": block_gain, "temperature": temperature,
+        "width": width, "crop": parse_size(crop) if crop else None,
+    }  # fmt: skip
+    typed = {name: value for name, value in typed.items() if value is not None}
+    if resume and init:
+        fail("--resume continues a run with its own weights: leave --init out")
+    if steps is not None and epochs is not None:
+        fail("give --steps or --epochs, not both")
+    if epochs is not None and not epochs > 0:
+        fail(f"--epochs must be above 0, got {epochs}")
+    run(typed, out, resume=resume, overwrite=overwrite, init=init, epochs=epochs, stop_after=stop_after)
+
+
+def run(typed, out, *, resume, overwrite, init, epochs, stop_after):
+    """Open everything, train, say what came out."""
+    import dataclasses
+    from pathlib import Path
+
+    from ..segmentation import checkpoint
+    from ..segmentation.config import resolve, show
+    from ..segmentation.network import tokens
+    from ..segmentation.progress import TerminalProgress
+    from ..segmentation.trainer import CHECKPOINT, Trainer, open_data
+
+    path = Path(out) / CHECKPOINT
+    if path.exists() and not resume and not overwrite:
+        fail(f"{path} exists: --resume continues that run, --overwrite starts anew")
+    state = checkpoint.load(path) if resume else None
+    config = resolve(typed, state and state["config"], path)
+    data = open_data(config)
+    if epochs is not None:
+        steps = max(1, math.ceil(epochs * data.epoch / config.batch_size))
+        if state is not None and steps != config.steps:
+            fail(f"checkpoint {path} was made with --steps {config.steps}, --epochs {epochs:g} are {steps}")
+        config = dataclasses.replace(config, steps=steps)
+    weights = checkpoint.load(init) if init else None
+    trainer = Trainer(config, out, state=state, state_path=path, init=weights, init_path=init, data=data)
+    config = trainer.config
+    crops = f"{config.batch_size} crops of {show(config.crop)} ({tokens(config.crop):,} tokens)"
+    typer.echo(
+        f"{config.variant} ({config.backend}) on {data.name}: {len(data.classes)} classes, {crops}, "
+        f"{trainer.device}, {config.threads} threads"
+    )
+    if trainer.step:
+        typer.echo(f"resuming {path} after step {trainer.step}")
+    with TerminalProgress(config.variant, trainer.step, config.steps) as progress:
+        trainer.run(progress, stop_after)
+    miou = "none" if trainer.miou is None else f"{100 * trainer.miou:.1f} %"
+    if trainer.step < config.steps:
+        typer.echo(f"stopped after step {trainer.step} of {config.steps}; {path}")
+    else:
+        typer.echo(f"held-out mIoU {miou} after {trainer.step} steps; {path}, {Path(out) / 'log.csv'}")

@@ -1,0 +1,67 @@
+"""Checkpoints: written whole or not at all, read without running code from the file."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from .errors import InputError
+
+FORMAT = 1
+
+
+def save(state, path):
+    """Write ``state`` to a temporary file beside ``path``, then move it there in one step."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f"cannot write checkpoint {path}: {error.strerror or error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path):
+    """Read a checkpoint onto the CPU. Raises InputError where it is missing, damaged or something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"checkpoint {path} does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle raise many kinds for a damaged file
+        raise InputError(f"cannot read checkpoint {path}: {' '.join(str(error).split())[:120]}") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise InputError(f"{path} is not a checkpoint of dnl_ext train (format {FORMAT})")
+    return state
+
+
+def load_weights(network, state, path, partial=False):
+    """Copy a checkpoint's weights into ``network``.
+
+    Args:
+        network: the module to fill.
+        state: a checkpoint from :func:`load`; ``path`` names it in messages.
+        partial: allow one of the two to have no block, whose weights then keep their initial values.
+
+    Raises:
+        InputError: another variant, or a weight of another shape.
+    """
+    saved, own = dict(state["network"]), network.state_dict()
+    saved_block, own_block = ({name for name in weights if name.startswith("block.")} for weights in (saved, own))
+    if partial and not (saved_block and own_block):
+        saved = {name: weight for name, weight in saved.items() if name not in saved_block}
+        saved |= {name: own[name] for name in own_block}
+    difference = sorted(saved.keys() ^ own.keys())
+    if difference:
+        side = "has" if difference[0] in saved else "lacks"
+        raise InputError(f"checkpoint {path} is of another network: it {side} {difference[0]}")
+    for name, weight in own.items():
+        if saved[name].shape != weight.shape:
+            shapes = f"{tuple(saved[name].shape)}, here {tuple(weight.shape)}"
+            raise InputError(f"checkpoint {path} is of another shape: {name} is {shapes}")
+    network.load_state_dict(saved)

@@ -1,0 +1,100 @@
+"""What defines a training run, and how a resumed run finds its settings again."""
+
+import dataclasses
+
+from .errors import InputError
+from .layouts import LAYOUTS
+from .network import STRIDE, VARIANTS
+
+AMP = ("none", "bf16")
+BACKENDS = ("fused", "reference")
+
+#: Settings that a resumed run may change: they name machines and places, not the run.
+FREE = ("backend", "data", "device", "save_every", "threads", "workers")
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """Settings of a run; sizes in pixels, ``lr`` at its peak.
+
+    ``data`` None is the built-in data set; ``layout`` and ``classes`` None are found from the folder. ``encoder_lr``
+    multiplies the encoder's learning rate. ``val_every`` 0 validates at the end only. ``val_images`` None is all (8 of
+    the built-in mosaics). ``threads`` 0 is PyTorch's choice. ``workers`` threads prepare images ahead. For
+    ``temperature`` and ``block_gain`` see :class:`network.SegmentationNetwork`.
+    """
+
+    variant: str = "dnl"
+    backend: str = "fused"
+    amp: str = "none"
+    data: str | None = None
+    layout: str | None = None
+    classes: int | None = None
+    steps: int = 400
+    crop: tuple = (512, 1024)
+    batch_size: int = 2
+    lr: float = 2e-3
+    encoder_lr: float = 1.0
+    weight_decay: float = 0.01
+    block_gain: float = 0.0
+    temperature: float | None = None
+    width: int = 24
+    val_every: int = 100
+    val_images: int | None = None
+    save_every: int = 50
+    seed: int = 0
+    threads: int = 0
+    workers: int = 1
+    device: str = "auto"
+
+    def __post_init__(self):
+        self.crop = tuple(self.crop)
+        for name, choices in (("variant", VARIANTS), ("backend", BACKENDS), ("amp", AMP), ("layout", LAYOUTS)):
+            if getattr(self, name) not in choices and not (name == "layout" and self.layout is None):
+                raise InputError(f"{option(name)} must be one of {', '.join(choices)}, got {getattr(self, name)}")
+        for name in ("steps", "batch_size", "width", "save_every", "workers"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
+        for name in ("val_every", "threads", "seed", "encoder_lr", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"{option(name)} must not be negative, got {getattr(self, name)}")
+        for name in ("lr", "temperature", "val_images"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise InputError(f"{option(name)} must be above 0, got {getattr(self, name)}")
+        if len(self.crop) != 2 or min(self.crop) < 4 * STRIDE:
+            raise InputError(f"--crop must be HEIGHTxWIDTH, each at least {4 * STRIDE}, got {show(self.crop)}")
+
+
+def option(name):
+    """The command line's name of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def show(value):
+    """A setting as one would type it."""
+    return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
+
+
+def resolve(given, saved=None, path=None):
+    """The settings of a run.
+
+    Args:
+        given: settings that the user typed.
+        saved: settings of the checkpoint to resume, which stand where nothing was typed; ``path`` names it.
+
+    Returns:
+        A :class:`TrainConfig`.
+
+    Raises:
+        InputError: a setting out of range, or one that contradicts the checkpoint.
+    """
+    typed = TrainConfig(**given)
+    if saved is None:
+        return typed
+    saved = TrainConfig(**saved)
+    for name in given:
+        want, have = getattr(typed, name), getattr(saved, name)
+        if name not in FREE and want != have:
+            raise InputError(
+                f"checkpoint {path} was made with {option(name)} {show(have)}, this run asks for {show(want)}"
+            )
+    return dataclasses.replace(saved, **given)

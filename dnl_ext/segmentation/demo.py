@@ -1,0 +1,208 @@
+"""The demonstration: train both blocks briefly, measure them, draw where they look, write it down.
+
+An encoder is trained alone first, then each block is added to a copy of it and all is trained on, so that the short
+time goes where the two differ; a third copy goes on alone, for comparison. Training uses small crops; memory,
+validation and the picture use full ones.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+
+import dnl_ext
+
+from .attention import attention_rows, focus, token_labels
+from .config import TrainConfig
+from .errors import InputError
+from .figure import Rows, choose_queries, class_share, draw
+from .memory import measure_step
+from .mosaic import MosaicData
+from .network import tokens
+from .progress import TerminalProgress
+from .report import write_report
+from .trainer import Trainer
+
+VARIANTS = ("nl", "dnl")
+TITLES = {"none": "encoder, on alone", "nl": "encoder + nl", "dnl": "encoder + dnl"}
+
+
+@dataclasses.dataclass
+class DemoSettings:
+    """Sizes of the demonstration.
+
+    ``crop`` and ``batch_size`` are those of training, ``full`` is the image size of validation, memory and picture.
+    ``picture`` is the number of the held-out mosaic that is drawn.
+    """
+
+    encoder_steps: int = 300
+    steps: int = 70
+    crop: tuple = (256, 512)
+    batch_size: int = 4
+    full: tuple = (512, 1024)
+    val_images: int = 12
+    encoder_peak_lr: float = 3e-3
+    lr: float = 5e-4
+    block_gain: float = 1.0
+    width: int = 24
+    seed: int = 0
+    threads: int = 0
+    device: str = "auto"
+    picture: int = 4
+    memory: bool = True
+
+
+def run_demo(out, settings=None):
+    """Run everything and write ``metrics.json``, ``attention.png`` and ``report.md`` into ``out``.
+
+    Args:
+        out: folder, made where it does not exist.
+        settings: a :class:`DemoSettings`.
+
+    Returns:
+        The content of ``metrics.json`` as a dict.
+
+    Raises:
+        InputError, Interrupted: see :class:`trainer.Trainer`.
+    """
+    settings = settings or DemoSettings()
+    out = Path(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from None
+    clock = Clock()
+    base = TrainConfig(
+        steps=settings.encoder_steps, crop=settings.crop, batch_size=settings.batch_size, lr=settings.encoder_peak_lr,
+        width=settings.width, seed=settings.seed, threads=settings.threads, device=settings.device, val_every=0,
+        variant="none", workers=1,
+    )  # fmt: skip
+    data = MosaicData(settings.full, settings.val_images)
+    encoder = Trainer(base, data=data)
+    train(encoder, "encoder")
+    start = encoder.state()
+    clock.lap("encoder")
+
+    trainers = {}
+    for variant in ("none", *VARIANTS):
+        config = dataclasses.replace(
+            base, variant=variant, steps=settings.steps, lr=settings.lr, block_gain=settings.block_gain
+        )
+        trainers[variant] = Trainer(config, data=data, init=start, init_path="encoder")
+        train(trainers[variant], TITLES[variant])
+        clock.lap(variant)
+
+    metrics = describe(settings, encoder)
+    metrics["encoder_start"] = results(encoder)
+    metrics["encoder_alone"] = results(trainers.pop("none"))
+    metrics["variants"] = {variant: results(trainer) for variant, trainer in trainers.items()}
+    for variant, trainer in trainers.items():
+        metrics["variants"][variant]["attention"] = focus(trainer)._asdict()
+    clock.lap("attention statistics")
+    metrics["picture"] = draw_attention(out / "attention.png", settings, trainers)
+    clock.lap("picture")
+    if settings.memory:
+        add_memory(metrics, dataclasses.replace(base, crop=settings.full, batch_size=1))
+        clock.lap("memory")
+    metrics["phases_seconds"] = clock.laps | {"total": round(sum(clock.laps.values()), 1)}
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_report(out / "report.md", metrics)
+    return metrics
+
+
+class Clock:
+    """Wall seconds of the phases, in ``laps``."""
+
+    def __init__(self):
+        self.laps, self.last = {}, time.perf_counter()
+
+    def lap(self, name):
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 1), now
+
+
+def train(trainer, title):
+    with TerminalProgress(title, 0, trainer.config.steps, lines=5) as progress:
+        trainer.run(progress)
+
+
+def results(trainer):
+    """What a training came to; ``iou`` per class, None where a class was neither present nor predicted."""
+    iou = dict(zip(trainer.data.classes, trainer.confusion.iou(), strict=True))
+    return {
+        "miou": trainer.miou,
+        "iou": iou,
+        "seconds_per_step": trainer.seconds_per_step(),
+        "parameters": sum(parameter.numel() for parameter in trainer.network.parameters()),
+    }
+
+
+def describe(settings, trainer):
+    """Versions, machine, shapes and seeds."""
+    cuda = trainer.device.type == "cuda"
+    return {
+        "versions": {
+            "dnl_ext": dnl_ext.__version__, "torch": torch.__version__, "python": platform.python_version(),
+        },
+        "device": torch.cuda.get_device_name(trainer.device) if cuda else f"cpu ({platform.machine()})",
+        "cpu_count": os.cpu_count(),
+        "threads": trainer.config.threads,
+        "seed": settings.seed,
+        "shapes": {
+            "training": {"batch": settings.batch_size, "crop": list(settings.crop), "tokens": tokens(settings.crop)},
+            "full": {"batch": 1, "crop": list(settings.full), "tokens": tokens(settings.full)},
+        },
+        "training": {
+            "encoder_steps": settings.encoder_steps, "encoder_lr": settings.encoder_peak_lr,
+            "steps": settings.steps, "lr": settings.lr, "block_gain": settings.block_gain,
+        },
+        "data": {
+            "name": trainer.data.name, "classes": list(trainer.data.classes),
+            "validation_images": trainer.data.validation_size,
+        },
+    }  # fmt: skip
+
+
+def add_memory(metrics, config):
+    """Measure a full-size step of the encoder alone, and of each variant with each backend."""
+    plain = measure_step(dataclasses.replace(config, variant="none"))
+    metrics["encoder_alone"]["full_step"] = plain
+    for variant, entry in metrics["variants"].items():
+        steps = {
+            backend: measure_step(dataclasses.replace(config, variant=variant, backend=backend))
+            for backend in ("fused", "reference")
+        }
+        entry["full_step"] = steps
+        entry["peak_step_bytes"] = {backend: step.get("peak_bytes") for backend, step in steps.items()}
+
+
+def draw_attention(path, settings, trainers):
+    """Draw the picture and return what it shows in numbers."""
+    any_trainer = trainers["dnl"]
+    image, label = any_trainer.data.validation_sample(settings.picture)
+    labels, queries = token_labels(label), choose_queries(label)
+    classes, rows = any_trainer.data.classes, []
+    for variant, trainer in trainers.items():
+        with torch.no_grad():
+            features = trainer.network.eval().features(image[None].to(trainer.device))
+        maps = attention_rows(trainer.network.block, features, [(query.row, query.column) for query in queries])
+        shares = [class_share(m, labels, query.kind) for m, query in zip(maps.pairwise, queries, strict=True)]
+        rows.append(Rows(variant, maps, shares))
+    draw(path, image, label, any_trainer.predict(image), classes, queries, rows)
+    return {
+        "held_out_mosaic": settings.picture,
+        "queries": [
+            {
+                "name": "AB"[number],
+                "token": [query.row, query.column],
+                "class": classes[query.kind],
+                "class_area": float((labels == query.kind).float().mean()),
+                "same_class": {row.variant: row.shares[number] for row in rows},
+            }
+            for number, query in enumerate(queries)
+        ],
+    }

@@ -1,0 +1,99 @@
+"""Training data from a folder of images and label PNGs: checks, random scale, crop and mirroring."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from .errors import InputError
+from .files import read_image, read_label
+from .layouts import find_layout
+from .metrics import IGNORE
+
+#: Range of the random scale of training images.
+SCALES = (0.5, 2.0)
+
+
+def read_sample(sample):
+    """Image (3, H, W) in 0 .. 1 and label (H, W) int64 of class numbers and IGNORE.
+
+    Raises:
+        InputError: a file is unreadable, the sizes differ, or a label value is no class.
+    """
+    image, raw = read_image(sample.image), read_label(sample.label)
+    if raw.shape != tuple(image.shape[1:]):
+        label_size, image_size = (f"{size[-2]}x{size[-1]}" for size in (raw.shape, image.shape))
+        raise InputError(f"label {sample.label} is {label_size}, but its image {sample.image} is {image_size}")
+    label = sample.lookup[np.clip(raw, 0, 255)]
+    wrong = (label < 0) | (raw > 255) | (raw < 0)
+    if wrong.any():
+        valid = sorted(set(np.flatnonzero(sample.lookup >= 0).tolist()))
+        raise InputError(f"label {sample.label} holds {int(raw[wrong][0])}: expected {spans(valid)}")
+    return image, torch.from_numpy(label.astype(np.int64))
+
+
+def spans(values):
+    """Sorted integers as text: 0..18, 255."""
+    parts, start = [], None
+    for value, following in zip(values, [*values[1:], None], strict=True):
+        start = value if start is None else start
+        if following != value + 1:
+            parts.append(str(start) if start == value else f"{start}..{value}")
+            start = None
+    return ", ".join(parts)
+
+
+def augment(rng, image, label, crop):
+    """Random scale, crop and mirroring, drawn from ``rng``: image (3, H, W), label (H, W) to (3, *crop), crop.
+
+    Where the scaled image is smaller than the crop, grey and IGNORE fill it up.
+    """
+    scale = float(np.exp(rng.uniform(*np.log(SCALES))))
+    size = [max(1, round(side * scale)) for side in label.shape]
+    # A place in the scaled image, and only then the scaling of that part: large photographs stay cheap.
+    place = [int(rng.integers(0, max(0, side - want) + 1)) for side, want in zip(size, crop, strict=True)]
+    part = [
+        slice(int(start / scale), min(full, int(np.ceil((start + want) / scale)) + 1))
+        for start, want, full in zip(place, crop, label.shape, strict=True)
+    ]
+    taken = [min(side, want) for side, want in zip(size, crop, strict=True)]
+    image = F.interpolate(image[(slice(None), *part)][None], size=taken, mode="bilinear", antialias=scale < 1)[0]
+    label = F.interpolate(label[tuple(part)][None, None].float(), size=taken, mode="nearest")[0, 0].long()
+    if rng.integers(2):
+        image, label = image.flip(2), label.flip(1)
+    margin = (0, crop[1] - taken[1], 0, crop[0] - taken[0])
+    return F.pad(image.clamp(0, 1), margin, value=0.5), F.pad(label, margin, value=IGNORE)
+
+
+class FolderData:
+    """Images and labels of a folder in a known layout, with the interface of :class:`mosaic.MosaicData`.
+
+    Args:
+        root, layout, classes: see :func:`layouts.find_layout`.
+        validation_size: images of the validation part to use, spread evenly over it; None is all.
+
+    Raises:
+        InputError: see :func:`layouts.find_layout`. Files are read, and errors in them found, when their turn comes.
+    """
+
+    def __init__(self, root, layout=None, classes=None, validation_size=None):
+        found = find_layout(root, layout, classes)
+        self.name, self.classes, self.train, self.val = found
+        self.epoch = len(self.train)
+        if validation_size is not None and validation_size < len(self.val):
+            self.val = [self.val[int(i)] for i in np.linspace(0, len(self.val) - 1, validation_size)]
+        self.validation_size = len(self.val)
+        self._order = (None, None)
+
+    def training_sample(self, seed, index, crop):
+        """Training image number ``index``: every epoch goes through all images in an order drawn from the seed."""
+        epoch, place = divmod(index, self.epoch)
+        key, order = self._order
+        if key != (seed, epoch):
+            order = np.random.default_rng((seed, epoch, 2)).permutation(self.epoch)
+            self._order = ((seed, epoch), order)
+        image, label = read_sample(self.train[order[place]])
+        return augment(np.random.default_rng((seed, index, 3)), image, label, crop)
+
+    def validation_sample(self, index):
+        """Validation image number ``index``, whole: image (3, H, W) in 0 .. 1, label (H, W)."""
+        return read_sample(self.val[index])

@@ -1,0 +1,204 @@
+"""Which image belongs to which label: the folder layouts of Cityscapes, ADE20K, PASCAL-Context and two plain folders.
+
+A layout is found by its folder names. Where it has no validation part of its own, every fifth image in sorted order is
+held out.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from .errors import InputError
+from .files import read_label
+from .metrics import IGNORE
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+
+CITYSCAPES_CLASSES = (
+    "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
+    "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+)  # fmt: skip
+#: labelIds that are evaluated, in the order of their train ids 0 .. 18.
+CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+
+def table(pairs, ignored):
+    """Lookup of raw label values: int16 array (256,) of class numbers, IGNORE for ``ignored``, -1 for invalid."""
+    lookup = np.full(256, -1, dtype=np.int16)
+    lookup[list(ignored)] = IGNORE
+    for raw, number in pairs:
+        lookup[raw] = number
+    return lookup
+
+
+class Sample(NamedTuple):
+    """Paths of an image and its label, and the lookup from the label's raw values to class numbers."""
+
+    image: Path
+    label: Path
+    lookup: np.ndarray
+
+
+class Layout(NamedTuple):
+    """What a folder holds: its layout's name, the class names, training and validation samples."""
+
+    name: str
+    classes: tuple
+    train: list
+    val: list
+
+
+def images_in(folder, pattern="**/*"):
+    """Sorted image files below a folder, hidden ones left out."""
+    return sorted(
+        path for path in folder.glob(pattern)
+        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
+    )  # fmt: skip
+
+
+def samples_of(entries, lookup):
+    """Samples of (image, label) paths; a label that does not exist raises InputError."""
+    for image, label in entries:
+        if not label.is_file():
+            raise InputError(f"image {image} has no label: expected {label}")
+    return [Sample(image, label, lookup) for image, label in entries]
+
+
+def hold_out(samples):
+    """Split sorted samples: every fifth, at least one, is for validation."""
+    val = samples[4::5] or samples[-1:]
+    held = {sample.image for sample in val}
+    return [sample for sample in samples if sample.image not in held], val
+
+
+def class_names(count):
+    return tuple(f"class {number}" for number in range(count))
+
+
+def cityscapes(root, _classes):
+    """leftImg8bit/{train,val}/CITY/*_leftImg8bit.png with gtFine/.../*_gtFine_labelTrainIds.png or _labelIds.png."""
+    train_ids = table([(number, number) for number in range(19)], ignored=(255,))
+    label_ids = table(zip(CITYSCAPES_IDS, range(19), strict=True), ignored=[*range(34), 255])
+
+    def samples(part):
+        found = []
+        for image in images_in(root / "leftImg8bit" / part, "*/*_leftImg8bit.png"):
+            folder, stem = root / "gtFine" / part / image.parent.name, image.name.removesuffix("leftImg8bit.png")
+            by_train_id, by_id = folder / f"{stem}gtFine_labelTrainIds.png", folder / f"{stem}gtFine_labelIds.png"
+            has_train_ids = by_train_id.is_file()
+            label, lookup = (by_train_id, train_ids) if has_train_ids else (by_id, label_ids)
+            found += samples_of([(image, label)], lookup)
+        return found
+
+    return CITYSCAPES_CLASSES, samples("train"), samples("val")
+
+
+def ade20k(root, classes):
+    """images/{training,validation}/*.jpg with annotations/.../*.png: 0 is ignored, label n is class n - 1."""
+    count = classes or 150
+    lookup = table([(number + 1, number) for number in range(count)], ignored=(0, 255))
+
+    def samples(part):
+        return samples_of(same_names(root / "images" / part, root / "annotations" / part), lookup)
+
+    return class_names(count), samples("training"), samples("validation")
+
+
+def pascal_context(root, classes):
+    """JPEGImages/*.jpg with SegmentationClassContext/*.png; lists in ImageSets/SegmentationContext/{train,val}.txt.
+
+    60 classes, of which 0 is the background; see :func:`pascal_context_59`.
+    """
+    count = classes or 60
+    lookup = table([(number, number) for number in range(count)], ignored=(255,))
+    return class_names(count), *pascal_samples(root, lookup)
+
+
+def pascal_context_59(root, classes):
+    """The files of :func:`pascal_context` with the background ignored: label n is class n - 1 of 59."""
+    count = classes or 59
+    lookup = table([(number + 1, number) for number in range(count)], ignored=(0, 255))
+    return class_names(count), *pascal_samples(root, lookup)
+
+
+def pascal_samples(root, lookup):
+    images, labels = root / "JPEGImages", root / "SegmentationClassContext"
+    lists = [root / "ImageSets" / "SegmentationContext" / f"{part}.txt" for part in ("train", "val")]
+
+    def samples(names):
+        return samples_of([(images / f"{name}.jpg", labels / f"{name}.png") for name in names], lookup)
+
+    if all(file.is_file() for file in lists):
+        return tuple(samples(file.read_text().split()) for file in lists)
+    return hold_out(samples([path.stem for path in images_in(labels, "*.png")]))
+
+
+def plain(root, classes):
+    """images/ with labels/ of the same names (.png); both with train/ and val/ below them, or one split here.
+
+    Label values are class numbers, 255 is ignored. Without ``classes`` all labels are read once to count them.
+    """
+    images, labels = root / "images", root / "labels"
+    split = (images / "train").is_dir() and (images / "val").is_dir()
+    parts = [same_names(images / part, labels / part) for part in (("train", "val") if split else ("",))]
+    if classes is None:
+        raws = (read_label(label) for part in parts for _, label in part if label.is_file())
+        classes = 1 + max((int(raw[raw != IGNORE].max(initial=-1)) for raw in raws), default=-1)
+        if not 0 < classes <= 255:
+            raise InputError(f"{labels}: expected label values 0 .. 254 and 255, got {classes - 1} as the greatest"
+                             if classes else f"{labels} holds no labelled pixel")  # fmt: skip
+    lookup = table([(number, number) for number in range(classes)], ignored=(255,))
+    samples = [samples_of(part, lookup) for part in parts]
+    return class_names(classes), *(samples if split else hold_out(samples[0]))
+
+
+def same_names(images, labels):
+    """(image, label) paths: for every image below one folder, the PNG of that name below the other."""
+    return [(path, (labels / path.relative_to(images)).with_suffix(".png")) for path in images_in(images)]
+
+
+#: Layout name -> the folders it is known by, and its reader (root, classes or None) -> class names, train, val.
+LAYOUTS = {
+    "cityscapes": (("leftImg8bit", "gtFine"), cityscapes),
+    "ade20k": (("images", "annotations"), ade20k),
+    "pascal-context": (("JPEGImages", "SegmentationClassContext"), pascal_context),
+    "pascal-context-59": (("JPEGImages", "SegmentationClassContext"), pascal_context_59),
+    "plain": (("images", "labels"), plain),
+}
+
+
+def find_layout(root, layout=None, classes=None):
+    """Read the file lists of a data folder.
+
+    Args:
+        root: the folder; one level below it is looked at too (ADEChallengeData2016, VOC2010).
+        layout: a key of ``LAYOUTS``; None finds it by the folder names.
+        classes: number of classes where the layout leaves it open; None is the layout's own number.
+
+    Returns:
+        A :class:`Layout`.
+
+    Raises:
+        InputError: the folder is missing, has no known layout, or has images without labels or no images.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise InputError(f"data folder {root} does not exist" if not root.exists() else f"{root} is not a folder")
+    if layout is not None and layout not in LAYOUTS:
+        raise InputError(f"--layout must be one of {', '.join(LAYOUTS)}, got {layout}")
+    if classes is not None and not 0 < classes <= 255:
+        raise InputError(f"--classes must be 1 .. 255, got {classes}")
+    names = [layout] if layout else list(LAYOUTS)
+    for base in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
+        for name in names:
+            folders, reader = LAYOUTS[name]
+            if not all((base / folder).is_dir() for folder in folders):
+                continue
+            class_names, train, val = reader(base, classes)
+            if not train or not val:
+                counts = f"{len(train)} training and {len(val)} validation images"
+                raise InputError(f"{base} ({name} layout) has {counts}: at least 1 of each is needed")
+            return Layout(name, class_names, train, val)
+    wanted = dict.fromkeys(" and ".join(LAYOUTS[name][0]) for name in names)
+    raise InputError(f"data folder {root} has no known layout: expected the folders {', or '.join(wanted)}")

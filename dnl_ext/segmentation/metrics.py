@@ -1,0 +1,35 @@
+"""Mean intersection over union from a confusion matrix."""
+
+import torch
+
+#: Label of pixels that count neither in the loss nor in the metric.
+IGNORE = 255
+
+
+class Confusion:
+    """Counts of (true class, predicted class) over any number of images.
+
+    Args:
+        classes: number of classes.
+    """
+
+    def __init__(self, classes):
+        self.classes = classes
+        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
+
+    def add(self, label, prediction):
+        """Count the pixels of one image or batch: two int64 tensors of one shape; label ``IGNORE`` is left out."""
+        keep = label != IGNORE
+        pairs = label[keep] * self.classes + prediction[keep]
+        self.counts += torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes).cpu()
+
+    def iou(self):
+        """Intersection over union of each class: list of floats, None for a class neither present nor predicted."""
+        hit = self.counts.diagonal()
+        union = self.counts.sum(0) + self.counts.sum(1) - hit
+        return [float(h) / float(u) if u else None for h, u in zip(hit, union, strict=True)]
+
+    def miou(self):
+        """Mean of the classes' IoU, 0 .. 1; None where nothing was counted."""
+        values = [value for value in self.iou() if value is not None]
+        return sum(values) / len(values) if values else None

@@ -1,0 +1,92 @@
+"""The segmentation network: a light convolutional encoder of stride 8, a non-local block, a 1x1 classifier."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import DisentangledNonLocal2d
+
+#: Pixels per token along each side.
+STRIDE = 8
+#: Channels of the features that enter the block; its query, key and value have half as many.
+CHANNELS = 256
+
+#: What stands between encoder and classifier: constructor arguments of the block; None is no block.
+VARIANTS = {
+    "dnl": {"whiten": "channel", "unary": True, "temperature": 0.05},
+    "nl": {"whiten": None, "unary": False, "temperature": 1.0},
+    "none": None,
+}
+
+
+def conv_norm(inputs, outputs, stride=1, dilation=1):
+    """3x3 convolution, BatchNorm."""
+    conv = nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(outputs))
+
+
+class Residual(nn.Module):
+    """x + two 3x3 convolutions of x, (B, C, h, w) to the same, then ReLU."""
+
+    def __init__(self, channels, dilation):
+        super().__init__()
+        self.first, self.second = conv_norm(channels, channels, dilation=dilation), conv_norm(channels, channels)
+
+    def forward(self, x):
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+class SegmentationNetwork(nn.Module):
+    """images (B, 3, H, W) in 0 .. 1 to class logits (B, classes, H, W).
+
+    Args:
+        classes: number of classes.
+        variant: "dnl" (disentangled: whitened pairwise + unary term), "nl" (standard non-local block) or "none".
+        backend: "fused" or "reference" (plain PyTorch, which holds maps of N x N); the same parameters and results.
+        width: channels after the first convolution; 24 makes 0.7 M parameters in all.
+        temperature: divides the block's logits; None is the variant's own (dnl: the paper's 0.05, nl: 1).
+        block_gain: initial weight of the BatchNorm behind the block. 0 makes the block start as the identity, as in
+            mmsegmentation; a short training then hardly reaches the attention, which gets its gradient through it.
+    """
+
+    def __init__(self, classes, variant="dnl", backend="fused", width=24, temperature=None, block_gain=0.0):
+        super().__init__()
+        w = width
+        self.encoder = nn.Sequential(
+            conv_norm(3, w, 2), nn.ReLU(),
+            conv_norm(w, 2 * w, 2), nn.ReLU(),
+            conv_norm(2 * w, 4 * w, 2), nn.ReLU(),
+            Residual(4 * w, 1), Residual(4 * w, 2),
+            conv_norm(4 * w, CHANNELS), nn.ReLU(),
+        )  # fmt: skip
+        options = VARIANTS[variant]
+        if options is None:
+            self.block = None
+        else:
+            options = options if temperature is None else {**options, "temperature": temperature}
+            self.block = DisentangledNonLocal2d(CHANNELS, CHANNELS // 2, style="mmseg", backend=backend, **options)
+            nn.init.constant_(self.block.conv_out.bn.weight, block_gain)
+        self.classifier = nn.Conv2d(CHANNELS, classes, 1)
+
+    def features(self, images):
+        """What enters the block: (B, 3, H, W) to (B, CHANNELS, H / 8, W / 8), sides rounded up."""
+        return self.encoder((images - 0.5) / 0.25)
+
+    def classify(self, features, size):
+        """Block, classifier and upsampling: features (B, CHANNELS, h, w) to logits (B, classes, *size)."""
+        if self.block is not None:
+            features = self.block(features)
+        return F.interpolate(self.classifier(features).float(), size=size, mode="bilinear", align_corners=False)
+
+    def forward(self, images):
+        return self.classify(self.features(images), images.shape[-2:])
+
+
+def tokens(size):
+    """Number of positions that the block attends over for an image of ``size`` (height, width)."""
+    return -(-size[0] // STRIDE) * -(-size[1] // STRIDE)
+
+
+def prepare(network, device):
+    """Move to ``device`` in the memory format its convolutions are fastest in."""
+    return network.to(device=device, memory_format=torch.channels_last)

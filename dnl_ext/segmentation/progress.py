@@ -1,0 +1,62 @@
+"""Progress of a training on the terminal: a bar with ETA, loss and mIoU; plain lines where there is no terminal."""
+
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .trainer import Listener
+
+
+class TerminalProgress(Listener):
+    """Use as a context around :meth:`Trainer.run`.
+
+    Args:
+        title: shown in front of the bar.
+        first, steps: finished steps at the start, and steps in all.
+        lines: about how many lines to print where stdout is no terminal.
+    """
+
+    def __init__(self, title, first, steps, lines=20):
+        self.console = Console()
+        self.title, self.first, self.steps = title, first, steps
+        self.every = max(1, steps // lines)
+        self.started, self.last_loss, self.last_miou = time.perf_counter(), None, None
+        self.bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
+            TextColumn("ETA"), TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.bar.add_task(title, total=steps, completed=first, note="")
+
+    def __enter__(self):
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bar.stop()
+
+    def _note(self, extra=""):
+        loss = "" if self.last_loss is None else f"loss {self.last_loss:.3f}"
+        miou = "" if self.last_miou is None else f"mIoU {100 * self.last_miou:.1f} %"
+        return "  ".join(part for part in (loss, miou, extra) if part)
+
+    def step(self, step, loss, rate, seconds):
+        # Smoothed, so that one odd batch does not catch the eye.
+        self.last_loss = loss if self.last_loss is None else 0.9 * self.last_loss + 0.1 * loss
+        self.bar.update(self.task, completed=step, note=self._note())
+        if not self.console.is_terminal and (step % self.every == 0 or step == self.steps):
+            left = (time.perf_counter() - self.started) / (step - self.first) * (self.steps - step)
+            pace = f"{seconds:.2f} s/step  ETA {left:.0f} s"
+            self.print(f"{self.title}: step {step}/{self.steps}  {self._note()}  {pace}")
+
+    def validation(self, step, done, total, miou):
+        if miou is None and done < total:
+            self.bar.update(self.task, note=self._note(f"validating {done}/{total}"))
+        elif miou is not None:
+            self.last_miou = miou
+            self.bar.update(self.task, note=self._note())
+            self.print(f"{self.title}: step {step}/{self.steps}  held-out mIoU {100 * miou:.1f} %")
+
+    def print(self, text):
+        """A line above the bar."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,300 @@
+"""The training loop: the same settings and seed give the same weights, in one run or in several.
+
+A step is a function of the weights, the optimizer's state and the step's number: which images it sees, their order and
+augmentation are drawn from (seed, number of the image), the learning rate from the number of the step. So a run that
+resumes from a checkpoint continues bit for bit on a CPU with as many threads.
+"""
+
+import contextlib
+import dataclasses
+import signal
+import statistics
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from . import checkpoint
+from .errors import InputError, Interrupted
+from .folders import FolderData
+from .log import CsvLog
+from .metrics import IGNORE, Confusion
+from .mosaic import MosaicData
+from .network import SegmentationNetwork, prepare
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.csv"
+WARM_UP = 10
+
+
+def pick_device(name):
+    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:1``. Raises InputError where there is none."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def open_data(config):
+    """The data set that the settings name. Raises InputError."""
+    if config.data is None:
+        if config.layout is not None or config.classes is not None:
+            raise InputError("--layout and --classes belong to --data DIR")
+        return MosaicData(config.crop, config.val_images or 8)
+    return FolderData(config.data, config.layout, config.classes, config.val_images)
+
+
+def learning_rate(config, step):
+    """Polynomial decay with power 0.9 after a linear warm-up; ``step`` counts from 0."""
+    warm = min(1.0, (step + 1) / min(WARM_UP, config.steps))
+    return config.lr * warm * max(0.0, 1 - step / config.steps) ** 0.9
+
+
+class StopFlag:
+    """Context in which Ctrl-C and SIGTERM set ``signum`` instead of raising; a second Ctrl-C raises as usual.
+
+    The loop stops at the next end of a step, where the state is whole. Outside the main thread it does nothing.
+    """
+
+    signum = None
+
+    def __enter__(self):
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for signum in (signal.SIGINT, signal.SIGTERM):
+                self.previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def _handle(self, signum, _frame):
+        self.signum = signum
+        signal.signal(signum, self.previous[signum])
+
+    def __exit__(self, *_):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+
+class Listener:
+    """What a run reports to; this one is silent. See :mod:`progress`."""
+
+    def step(self, step, loss, rate, seconds):
+        """After each step: its number from 1, loss, learning rate, wall seconds."""
+
+    def validation(self, step, done, total, miou):
+        """During validation: images done so far; ``miou`` is None until all are."""
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        config: a :class:`config.TrainConfig`.
+        out: folder for the checkpoint and the log; None writes nothing.
+        state: checkpoint to continue, from :func:`checkpoint.load`.
+        init: checkpoint whose weights to begin with (of the same variant, or of a network without a block).
+        data: a data set; None opens the one that the settings name.
+
+    Attributes:
+        step: number of finished steps. miou: the latest validation result. network, data, config, out.
+
+    Raises:
+        InputError: settings, data or checkpoint that cannot be used.
+    """
+
+    def __init__(self, config, out=None, *, state=None, state_path=None, init=None, init_path=None, data=None):
+        self.device = pick_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.config = config = dataclasses.replace(config, threads=torch.get_num_threads())
+        self.data = open_data(config) if data is None else data
+        if state is not None and tuple(state["classes"]) != tuple(self.data.classes):
+            raise InputError(
+                f"checkpoint {state_path} has {len(state['classes'])} classes, the data {len(self.data.classes)}"
+                if len(state["classes"]) != len(self.data.classes)
+                else f"checkpoint {state_path} has other classes than the data"
+            )
+        torch.manual_seed(config.seed)
+        self.network = SegmentationNetwork(
+            len(self.data.classes), config.variant, config.backend, config.width, config.temperature, config.block_gain
+        )
+        if init is not None:
+            checkpoint.load_weights(self.network, init, init_path, partial=True)
+        prepare(self.network, self.device)
+        groups = [
+            {"params": list(self.network.encoder.parameters()), "factor": config.encoder_lr},
+            {"params": [p for n, p in self.network.named_parameters() if not n.startswith("encoder.")], "factor": 1.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        self.step, self.validated, self.miou, self.confusion, self.step_seconds = 0, 0, None, None, []
+        if state is not None:
+            self._restore(state, state_path)
+        self.out = None if out is None else Path(out)
+        self.log = None
+        if self.out is not None:
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+                self.log = CsvLog(self.out / LOG, self.step)
+            except OSError as error:
+                raise InputError(f"cannot write to {self.out}: {error.strerror}") from None
+
+    def _restore(self, state, path):
+        checkpoint.load_weights(self.network, state, path)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.validated, self.miou = state["step"], state["validated"], state["miou"]
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda" and state["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+
+    def state(self):
+        """All that a run needs to continue: what :func:`checkpoint.save` writes."""
+        on_cuda = self.device.type == "cuda"
+        return {
+            "format": checkpoint.FORMAT,
+            "config": dataclasses.asdict(self.config),
+            "classes": list(self.data.classes),
+            "data": self.data.name,
+            "step": self.step,
+            "validated": self.validated,
+            "miou": self.miou,
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if on_cuda else None,
+        }
+
+    @property
+    def checkpoint_path(self):
+        return None if self.out is None else self.out / CHECKPOINT
+
+    def save(self):
+        """Write the checkpoint, where there is an ``out`` folder."""
+        if self.out is not None:
+            checkpoint.save(self.state(), self.checkpoint_path)
+
+    def batch(self, step):
+        """Training batch of a step: images (B, 3, *crop) float32 and labels (B, *crop) int64, on the CPU."""
+        config = self.config
+        numbers = range(step * config.batch_size, (step + 1) * config.batch_size)
+        images, labels = zip(*(self.data.training_sample(config.seed, n, config.crop) for n in numbers), strict=True)
+        return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.stack(labels)
+
+    def autocast(self):
+        """Context of the forward computation."""
+        if self.config.amp == "none":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def train_step(self, images, labels):
+        """One update of the weights; returns the loss."""
+        rate = learning_rate(self.config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["factor"]
+        self.network.train()
+        with self.autocast():
+            logits = self.network(images.to(self.device, non_blocking=True))
+        loss = segmentation_loss(logits, labels.to(self.device, non_blocking=True))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        return float(loss.detach())
+
+    @torch.inference_mode()
+    def predict(self, image):
+        """Predicted classes (H, W) int64, on the CPU, of an image (3, H, W) in 0 .. 1."""
+        self.network.eval()
+        with self.autocast():
+            return self.network(image[None].to(self.device)).argmax(1)[0].cpu()
+
+    def validate(self, listener, stop):
+        """mIoU over the validation images, kept in ``miou``; left undone where ``stop`` is set."""
+        confusion = Confusion(len(self.data.classes))
+        for index in range(self.data.validation_size):
+            if stop.signum:
+                return
+            image, label = self.data.validation_sample(index)
+            confusion.add(label, self.predict(image))
+            listener.validation(self.step, index + 1, self.data.validation_size, None)
+        self.validated, self.miou, self.confusion = self.step, confusion.miou(), confusion
+        listener.validation(self.step, self.data.validation_size, self.data.validation_size, self.miou)
+        if self.log:
+            self.log.write(step=self.step, epoch=self.epoch, miou=None if self.miou is None else round(self.miou, 5))
+
+    @property
+    def epoch(self):
+        """Finished part of the first, second, ... pass over the data, as in 1.25."""
+        return round(self.step * self.config.batch_size / self.data.epoch, 4)
+
+    def run(self, listener=None, stop_after=None):
+        """Train to the last step, validating and saving on the way.
+
+        Args:
+            listener: a :class:`Listener`.
+            stop_after: save and return after this many steps in all, as if interrupted without a signal.
+
+        Raises:
+            InputError: bad data or a loss that is not finite. What was trained before is saved.
+            Interrupted: Ctrl-C or SIGTERM. The state is saved.
+        """
+        config, listener = self.config, listener or Listener()
+        with StopFlag() as stop, ThreadPoolExecutor(config.workers) as pool:
+            pending = {}
+            while True:
+                last = self.step >= config.steps
+                due = last or (config.val_every and self.step and self.step % config.val_every == 0)
+                try:
+                    if due and self.validated != self.step:
+                        self.validate(listener, stop)
+                    if stop.signum or last or (self.step and self.step % config.save_every == 0):
+                        self.save()
+                    if stop.signum:
+                        raise Interrupted(stop.signum, self.checkpoint_path, self.step)
+                    if last:
+                        return
+                    if stop_after is not None and self.step >= stop_after:
+                        self.save()
+                        return
+                    for step in range(self.step, min(self.step + 1 + config.workers, config.steps)):
+                        if step not in pending:
+                            pending[step] = pool.submit(self.batch, step)
+                    images, labels = pending.pop(self.step).result()
+                except InputError:
+                    if self.step:
+                        self.save()
+                    raise
+                finally:
+                    if stop.signum:
+                        for future in pending.values():
+                            future.cancel()
+                start = time.perf_counter()
+                loss = self.train_step(images, labels)
+                seconds = time.perf_counter() - start
+                self.step_seconds.append(seconds)
+                rate = learning_rate(config, self.step - 1)
+                if self.log:
+                    self.log.write(
+                        step=self.step, epoch=self.epoch, lr=f"{rate:.6g}", loss=f"{loss:.6g}", seconds=f"{seconds:.4f}"
+                    )
+                listener.step(self.step, loss, rate, seconds)
+                if loss != loss or abs(loss) == float("inf"):
+                    raise InputError(f"the loss is {loss} at step {self.step}: try a lower --lr than {config.lr:g}")
+
+    def seconds_per_step(self):
+        """Median wall time of a step, the first left out; None before the first."""
+        return statistics.median(self.step_seconds[1:] or self.step_seconds) if self.step_seconds else None
+
+
+def segmentation_loss(logits, labels):
+    """Mean cross-entropy over pixels that are not IGNORE; 0 where all are. logits (B, C, H, W), labels (B, H, W)."""
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp(min=1)

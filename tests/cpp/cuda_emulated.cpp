@@ -1,0 +1,59 @@
+// The whole CUDA route on CPU tensors: the operators' glue, drivers and kernels as they are, with kernels run by
+// cuda_host.h and products by torch's CPU bmm. Registered as dnl_cuda_emulated::*; tests/test_cuda.py builds and loads
+// it.
+
+// clang-format off
+#include "cuda_host.h"
+#include "core/cuda/launch.h"
+// clang-format on
+
+namespace dnl {
+
+class CudaDevice : public TensorMemory {
+ public:
+  using TensorMemory::TensorMemory;
+
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), int64_t tasks, const Arguments&... arguments) const {
+    cuda_host::machine().launch(static_cast<unsigned>(tasks), kThreads, [&] { kernel(arguments...); });
+  }
+
+  // torch's CPU bmm has no dtype_out: halves are widened first, which is exact.
+  template <class T, class Out>
+  void product(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<Out>& c, int64_t batches, int64_t m,
+               int64_t n, int64_t k) const {
+    if constexpr (std::is_same_v<T, Out>) {
+      TensorMemory::product(a, b, c, batches, m, n, k);
+    } else {
+      TensorMemory memory(like_);
+      const Matrix<float> left = widened(memory, a, batches, m, k), right = widened(memory, b, batches, k, n);
+      const int64_t pitch = pitch_of(n);
+      const Matrix<float> out = dense(memory.allocate<float>(batches * m * pitch), batches, m, pitch);
+      memory.product(left.read(), right.read(), out, batches, m, n, k);
+      for (int64_t e = 0; e < batches; ++e)
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t j = 0; j < n; ++j) *c.element(e, i, j) = *out.element(e, i, j);
+    }
+  }
+
+ private:
+  template <class T>
+  static Matrix<float> widened(TensorMemory& memory, const Matrix<const T>& x, int64_t batches, int64_t rows,
+                               int64_t columns) {
+    const int64_t pitch = pitch_of(columns);
+    const Matrix<float> copy = dense(memory.allocate<float>(batches * rows * pitch), batches, rows, pitch);
+    for (int64_t e = 0; e < batches; ++e)
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t j = 0; j < columns; ++j) *copy.element(e, i, j) = wide(*x.element(e, i, j));
+    return copy;
+  }
+};
+
+}  // namespace dnl
+
+// The same registrations under another name and for the key that CPU tensors have.
+#define dnl_ext dnl_cuda_emulated
+#define CUDA CPU
+#include "ops/pairwise/pairwise_cuda.cu"
+#include "ops/unary/unary_cuda.cu"
+#include "ops/whiten/whiten_cuda.cu"
