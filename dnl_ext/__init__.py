@@ -4,7 +4,7 @@ Functions: :func:`disentangled_attention`, :func:`pairwise_attention`, :func:`un
 :func:`pairwise_softmax`, :func:`unary_softmax`; the same names in plain PyTorch under :mod:`dnl_ext.reference`.
 """
 
-from . import _load  # noqa: F401  (the compiled operators, before anything that calls them)
+from . import _load as _load  # first: the compiled operators, before anything that calls them
 from . import reference
 from .config import show_config
 from .modules import DisentangledNonLocal1d, DisentangledNonLocal2d, DisentangledNonLocal3d

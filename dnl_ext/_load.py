@@ -1,6 +1,6 @@
 """Loads the compiled operators, or says in one sentence why they cannot be loaded."""
 
-import torch  # noqa: F401  (its libraries must be loaded before ours, which link to them)
+import torch  # before ours: its libraries must be loaded first, and ours link to them
 
 REBUILD = "rebuild it against the torch you run: pip install --no-build-isolation --force-reinstall --no-deps ."
 

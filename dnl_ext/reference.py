@@ -4,7 +4,7 @@ Every function here has the name and the signature of its fused counterpart in :
 that the fused one never stores. Read it as the definition, test against it, and use it where the extension cannot
 be built. Equations follow Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020 (arXiv 2006.06668).
 
-Shapes: query (..., Nq, Dqk), key (..., Nk, Dqk), value (..., Nk, Dv), mask_logits (..., Nk), where ... is batch and heads.
+Shapes: query (..., Nq, Dqk), key (..., Nk, Dqk), value (..., Nk, Dv), mask_logits (..., Nk); ... is batch and heads.
 """
 
 import math
@@ -57,7 +57,7 @@ def unary_attention(mask_logits, value):
 
 
 def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, whiten="channel"):
-    """y_i = sum_j (P_ij + u_j) v_j, shape (..., Nq, Dv). Paper, equation 10. Without ``mask_logits``: the pairwise term."""
+    """y_i = sum_j (P_ij + u_j) v_j, shape (..., Nq, Dv). Paper, equation 10; pairwise alone without ``mask_logits``."""
     output = pairwise_attention(query, key, value, scale=scale, whiten=whiten)
     if mask_logits is not None:
         output = output + unary_attention(mask_logits, value).unsqueeze(-2)

@@ -7,7 +7,6 @@ import torch
 from typer.testing import CliRunner
 
 import dnl_ext
-from dnl_ext._load import _C
 from dnl_ext.cli.app import app
 from dnl_ext.config import arch_cover, parse_dtype, show_config
 

@@ -134,8 +134,8 @@ class TestRegistration:
     def test_kernel_files_include_no_torch_and_only_one_file_launches(self):
         for path in (ROOT / "csrc").rglob("*.cuh"):
             assert "torch/" not in re.sub(r"//.*", "", path.read_text()), path
-        launching = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp") and "<<<" in p.read_text()]
-        assert [path.name for path in launching] == ["launch.h"]
+        sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp")]
+        assert [path.name for path in sources if "<<<" in path.read_text()] == ["launch.h"]
 
 
 @pytest.mark.slow
@@ -183,7 +183,7 @@ class TestValues:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("tf32", [False, True])
     def test_large_means(self, dtype, tf32, monkeypatch):
-        """Centring comes before any rounding to TF32: the bar is the reference's error with TF32 where it is allowed."""
+        """Centring comes before any rounding to TF32. The bar is the reference's error under the same setting."""
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
         q, k, v, m = inputs_on("cuda", dtype, queries=512, keys=512, width=64, channels=64)
         assert_within_bar((q + 30, k + 30, v + 30, m), dtype)
@@ -224,6 +224,7 @@ class TestValues:
 
 def assert_within_bar(inputs, dtype):
     """Fused against the reference, both on the GPU, in errors against float64 on the GPU."""
+
     def reference(tensors):
         leaves = [x.detach().requires_grad_() for x in tensors]
         output = dnl_ext.reference.disentangled_attention(*leaves)
@@ -292,8 +293,8 @@ class TestMachine:
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_repeats_are_bit_equal(self, dtype):
         for seed in range(20):
-            sizes = {"queries": 97 + 41 * seed, "keys": 131 + 29 * seed, "width": 8 + 3 * seed, "channels": 16 + 5 * seed}
-            inputs = inputs_on("cuda", dtype, seed=seed, **sizes)
+            n, m, d, c = 97 + 41 * seed, 131 + 29 * seed, 8 + 3 * seed, 16 + 5 * seed
+            inputs = inputs_on("cuda", dtype, queries=n, keys=m, width=d, channels=c, seed=seed)
             first = step(inputs)
             for _ in range(12):
                 for x, y in zip(step(inputs), first, strict=True):
@@ -324,6 +325,7 @@ class TestMachine:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_memory_is_linear(self, dtype):
         """Peak memory of a step beyond inputs and results: doubling N may double it, and a chunk's share is bounded."""
+
         def peak(n):
             inputs = inputs_on("cuda", dtype, batch=(1,), queries=n, keys=n, width=64, channels=64)
             step(inputs)

@@ -44,7 +44,7 @@ PUBLIC = {
 
 def raw_calls(device="cpu"):
     inputs = attention_inputs(device=device)
-    q, k, v, m = inputs.values()
+    q, _, v, m = inputs.values()
 
     def new(*shape):
         return torch.zeros(shape, device=device)

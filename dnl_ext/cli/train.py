@@ -1,7 +1,7 @@
 """``python -m dnl_ext train``."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
@@ -47,14 +47,14 @@ def train(
     val_images: Annotated[int | None, option("Validation images to use (8 mosaics; all of a folder).", DATA)] = None,
     workers: Annotated[int | None, option("Threads that prepare images ahead (1).", DATA)] = None,
     variant: Annotated[
-        Literal["dnl", "nl", "none"] | None,
+        str | None,
         option("dnl: disentangled, nl: standard non-local, none: encoder and classifier alone (dnl)."),
     ] = None,
     backend: Annotated[
-        Literal["fused", "reference"] | None,
+        str | None,
         option("fused: memory linear in the tokens, reference: plain PyTorch with N x N maps (fused)."),
     ] = None,
-    amp: Annotated[Literal["none", "bf16"] | None, option("bf16: autocast to bfloat16 (none).")] = None,
+    amp: Annotated[str | None, option("none, or bf16: autocast to bfloat16 (none).")] = None,
     lr: Annotated[float | None, option("Peak learning rate of AdamW; polynomial decay, power 0.9 (0.002).")] = None,
     encoder_lr: Annotated[float | None, option("Factor on the encoder's learning rate (1).")] = None,
     weight_decay: Annotated[float | None, option("Weight decay of AdamW (0.01).")] = None,

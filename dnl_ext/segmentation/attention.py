@@ -74,27 +74,30 @@ class Focus(NamedTuple):
     uniform: the same for attention spread evenly, which is the class's share of the image.
     variety: total variation distance between a query's map and the mean map, 0 .. 1; 0 means that all queries of an
         image look at the same places.
+    images: how many images were looked at.
     """
 
     same_class: float
     uniform: float
     variety: float
+    images: int
 
 
-def focus(trainer, queries=128):
-    """How a trained block's pairwise maps relate to the classes, over the validation images.
+def focus(trainer, queries=128, images=4):
+    """How a trained block's pairwise maps relate to the classes, over the first validation images.
 
     This is a measure of ours, not the paper's (whose definition is not public).
 
     Args:
         trainer: a :class:`trainer.Trainer` whose network has a block.
-        queries: random queries per image.
+                queries: random queries per image.
+        images: how many images, at most; each costs a forward pass at full size.
 
     Returns:
         A :class:`Focus`.
     """
     network, totals, count = trainer.network.eval(), torch.zeros(3, dtype=torch.float64), 0
-    for index in range(trainer.data.validation_size):
+    for index in range(min(images, trainer.data.validation_size)):
         image, label = trainer.data.validation_sample(index)
         labels = token_labels(label)
         generator = torch.Generator().manual_seed(index)
@@ -108,4 +111,4 @@ def focus(trainer, queries=128):
         variety = (maps - maps.mean(0)).abs().sum(1).mean() / 2
         totals += torch.stack([(maps * same).sum(1).mean(), same.mean(), variety]).double()
         count += 1
-    return Focus(*(totals / count).tolist())
+    return Focus(*(totals / count).tolist(), images=count)

@@ -74,7 +74,8 @@ def training_section(metrics):
         "",
         *table(head, rows),
         "",
-        text(f"""Means over {metrics["data"]["validation_images"]} held-out mosaics. Attention spread evenly would have
+        text(f"""mIoU is over {metrics["data"]["validation_images"]} held-out mosaics, attention over the first
+            {metrics["variants"]["dnl"]["attention"]["images"]} of them. Attention spread evenly would have
             {uniform} on the query's own class. The difference between maps is the mean total variation distance of the
             queries' maps from the image's mean map: 0 if all pixels look at the same places, 1 if each looks elsewhere.
             Both are measures of this library, not of the paper, whose definition is not public."""),

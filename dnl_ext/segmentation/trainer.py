@@ -100,8 +100,8 @@ class Trainer:
     Args:
         config: a :class:`config.TrainConfig`.
         out: folder for the checkpoint and the log; None writes nothing.
-        state: checkpoint to continue, from :func:`checkpoint.load`.
-        init: checkpoint whose weights to begin with (of the same variant, or of a network without a block).
+        state: checkpoint to continue, from :func:`checkpoint.load`; ``state_path`` names it in messages.
+        init: checkpoint whose weights to begin with, of the same variant or without a block; ``init_path`` names it.
         data: a data set; None opens the one that the settings name.
 
     Attributes:
