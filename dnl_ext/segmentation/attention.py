@@ -90,7 +90,7 @@ def focus(trainer, queries=128, images=4):
 
     Args:
         trainer: a :class:`trainer.Trainer` whose network has a block.
-                queries: random queries per image.
+        queries: random queries per image.
         images: how many images, at most; each costs a forward pass at full size.
 
     Returns:
