@@ -32,8 +32,8 @@ namespace dnl {
 // Chunks
 // ---------------------------------------------------------------------------------------------------------------------
 
-// At least kRowStep rows, at most `rows`, and fewer where a chunk of accumulators would exceed `bytes`. Products of
-// 4096 rows fill a large chip (32 x Dv / 128 tiles of 128 x 128); more rows would only cost memory.
+// At most `rows` rows of the map, fewer where a chunk of accumulators would exceed `bytes`, never below `step`.
+// Products of 4096 rows fill a large chip (32 x Dv / 128 tiles of 128 x 128); more rows would only cost memory.
 struct ChunkLimits {
   int64_t rows = 4096;
   int64_t bytes = int64_t(256) << 20;
