@@ -76,7 +76,8 @@ def passes(error, dtype):
     """The bar of helpers; for gradients through the map in float32 and float64, ten times the model will do too.
 
     The backward multiplies the logits anew, in chunks of keys rather than of queries, and the library may add in
-    another order. Where the reference's softmax is one-hot, and so without error, a last place of a hot logit then shows in P.
+    another order. Where the reference's softmax is one-hot, and so without error, a last place of a hot logit then
+    shows in P.
     """
     through_map = error.name in ("query", "key", "value")
     recomputed = through_map and dtype in (torch.float32, torch.float64)
