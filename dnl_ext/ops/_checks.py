@@ -8,8 +8,9 @@ import math
 
 import torch
 
+from ..reference import WHITEN_NAMES
+
 FLOAT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-WHITEN_NAMES = ("channel", None)
 
 
 def check_tensor(name, x, shape):
