@@ -22,6 +22,7 @@ from ._common import (
     make_norm,
     positions_last_but_one,
 )
+from ._inputs import AttentionInputs
 
 #: Who computes the attention. "reference" holds the N x N map and differentiates twice.
 BACKENDS = {"fused": ops, "reference": reference}
@@ -158,6 +159,30 @@ class _DisentangledNonLocal(nn.Module):
     def _scale(self):
         return 1.0 / ((math.sqrt(self.inter_channels) if self.use_scale else 1.0) * self.temperature)
 
+    def attention_inputs(self, x):
+        """What the attention receives for an input, see :class:`AttentionInputs`; arguments and errors as `forward`."""
+        check_input(x, self.dims, self.in_channels, (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims])
+        source = self.pool(x) if self.sub_sample == "before" else x
+        mask_layer = self._layer("mask")
+        query = self._layer("query")(x)
+        key = self._layer("key")(source)
+        value = self._layer("value")(source)
+        mask = None if mask_layer is None else mask_layer(source)
+        if self.sub_sample == "after":
+            key, value = self.pool(key), self.pool(value)
+            mask = None if mask is None else self.pool(mask)
+        return AttentionInputs(
+            positions_last_but_one(query),
+            positions_last_but_one(key),
+            positions_last_but_one(value),
+            None if mask is None else mask.flatten(1),
+            scale=self._scale(),
+            whiten=self.whiten,
+            gain=1.0 if self.gamma is None else self.gamma,
+            query_shape=tuple(query.shape[2:]),
+            key_shape=tuple(key.shape[2:]),
+        )
+
     def _attend(self, query, key, value, mask_logits):
         """gamma * sum_j P_ij v_j + sum_j u_j v_j: (B, Nq, Dv) from (B, Nq, C'), (B, Nk, C'), (B, Nk, Dv), (B, Nk)."""
         functional = BACKENDS[self.backend]
@@ -184,23 +209,8 @@ class _DisentangledNonLocal(nn.Module):
             TypeError: ``x`` is not a tensor.
             ValueError: its number of dimensions, its channels or its spatial sizes do not fit.
         """
-        check_input(x, self.dims, self.in_channels, (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims])
-        source = self.pool(x) if self.sub_sample == "before" else x
-        mask_layer = self._layer("mask")
-        query = self._layer("query")(x)
-        key = self._layer("key")(source)
-        value = self._layer("value")(source)
-        mask = None if mask_layer is None else mask_layer(source)
-        if self.sub_sample == "after":
-            key, value = self.pool(key), self.pool(value)
-            mask = None if mask is None else self.pool(mask)
-
-        y = self._attend(
-            positions_last_but_one(query),
-            positions_last_but_one(key),
-            positions_last_but_one(value),
-            None if mask is None else mask.flatten(1),
-        )
+        inputs = self.attention_inputs(x)
+        y = self._attend(inputs.query, inputs.key, inputs.value, inputs.mask_logits)
         y = y.transpose(1, 2).unflatten(2, x.shape[2:])
         for layer in (self._layer("out"), self._layer("norm")):
             if layer is not None:
