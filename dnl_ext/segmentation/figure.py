@@ -16,7 +16,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from scipy import ndimage
 
-from .attention import AttentionRows, token_labels
+from ..analysis import AttentionMaps
+from .attention import token_labels
 from .network import STRIDE
 
 CLASS_COLORS = ("#d1495b", "#3c8d40", "#edae49", "#2e6f9e", "#8d6a9f", "#66c3c0", "#7f5539", "#f4a5ae")
@@ -38,7 +39,7 @@ class Rows(NamedTuple):
     """A line of the picture: a variant's name, its attention maps and each query's share on its own class."""
 
     variant: str
-    maps: AttentionRows
+    maps: AttentionMaps
     shares: list
 
 
@@ -103,12 +104,12 @@ def draw(path, image, label, prediction, classes, queries, rows):
     for line, (variant, maps, shares) in enumerate(rows, 1):
         for column, query in enumerate(queries):
             axis, name, kind = axes[line, column], "AB"[column], classes[query.kind]
-            heat(figure, axis, image, maps.pairwise[column])
+            heat(figure, axis, image, maps.own[column])
             mark(axis, query, name, QUERY_COLORS[column])
             share = f"{100 * shares[column]:.0f} % of it on {kind}"
             axis.set_title(f"Where {name} looks: {share} ({100 * area[column]:.0f} % of the area)")
         axes[line, 0].set_ylabel(TITLES[variant], fontsize=13, fontweight="bold")
-        if maps.unary is None:
+        if maps.joint != "sum":
             axes[line, 2].axis("off")
             text = "This block has no unary term.\n\nAll its attention is in the maps on the left."
             axes[line, 2].text(0.5, 0.5, text, ha="center", va="center", fontsize=12, transform=axes[line, 2].transAxes)
