@@ -9,12 +9,16 @@ from . import reference
 from .config import show_config
 from .modules import DisentangledNonLocal1d, DisentangledNonLocal2d, DisentangledNonLocal3d
 from .ops import (
+    concatenation_attention,
     disentangled_attention,
+    dot_product_attention,
     mean_subtract,
     pairwise_attention,
     pairwise_softmax,
+    shared_key_logits,
     unary_attention,
     unary_softmax,
+    whiten,
 )
 
 __version__ = "0.1.0"

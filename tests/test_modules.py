@@ -191,7 +191,7 @@ class TestOfficial:
     def test_whiten_names(self, name, whiten):
         assert DisentangledNonLocal2d.official(8, whiten_type=name).whiten == whiten
 
-    @pytest.mark.parametrize("name", ["ln_nostd", "nln", ["channel", "bn"], "", 1])
+    @pytest.mark.parametrize("name", ["ln-like", "nln", ["channel", "bn"], "", 1])
     def test_unknown_whiten_names_raise(self, name):
         with pytest.raises(ValueError, match="whiten_type: expected one of 'channel'"):
             DisentangledNonLocal2d.official(8, whiten_type=name)
@@ -499,7 +499,7 @@ class TestErrors:
             ("temperature", {"temperature": "0.05"}),
             ("sub_sample", {"sub_sample": True}),
             ("sub_sample", {"sub_sample": "both"}),
-            ("whiten", {"whiten": "spatial"}),
+            ("whiten", {"whiten": "nln"}),
             ("whiten", {"whiten": False}),
             ("style", {"style": "mmcv"}),
             ("use_out", {"style": "mmseg", "use_out": False}),
