@@ -64,9 +64,7 @@ def train(
     block_gain: Annotated[
         float | None, option("Initial weight of the BatchNorm behind the block; 0 starts it as the identity (0).")
     ] = None,
-    temperature: Annotated[
-        float | None, option("Divides the attention's logits (0.05, the paper's; nl: 1).")
-    ] = None,
+    temperature: Annotated[float | None, option("Divides the attention's logits (0.05, the paper's; nl: 1).")] = None,
     width: Annotated[int | None, option("Channels after the encoder's first convolution (24).")] = None,
     stop_after: Annotated[int | None, typer.Option(hidden=True)] = None,
 ):

@@ -252,9 +252,7 @@ class AttentionBlock(nn.Module):
             return functional.unary_attention(mask_logits, value).unsqueeze(-2)
         if self.gamma is None and self.mode in ("embedded_gaussian", "gaussian"):
             whiten = None if self.whiten in BATCH_NORM_WHITEN else self.whiten
-            return functional.disentangled_attention(
-                query, key, value, mask_logits, scale=self._scale(), whiten=whiten
-            )
+            return functional.disentangled_attention(query, key, value, mask_logits, scale=self._scale(), whiten=whiten)
         pairwise = self._pairwise(functional, query, key, value)
         # Under autocast a float32 gamma would widen the whole map.
         gamma = None if self.gamma is None else self.gamma.to(pairwise.dtype)
@@ -281,7 +279,7 @@ class AttentionBlock(nn.Module):
         grid = x.shape[2:] if VARIANTS[self.variant].pairwise else (1,) * self.dims
         y = y.transpose(1, 2).unflatten(2, grid)
         out, norm = self._out_and_norm()
-        # One vector for every position is projected once; a norm sees it at each of them, as it does beside other terms.
+        # One vector for every position is projected once; a norm sees it at each of them, as beside other terms.
         if out is not None:
             y = out(y)
         if norm is not None:
