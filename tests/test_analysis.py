@@ -402,20 +402,52 @@ class TestBlocks:
         assert inputs.query_shape == (4, 6)
         assert inputs.key_shape == ((2, 3) if "sample" in name else (4, 6))
 
-    @pytest.mark.parametrize("sub_sample", [None, "before", "after"])
-    @pytest.mark.parametrize("options", [{}, {"whiten": None, "unary": False}, {"learn_gamma": True}])
-    def test_own_blocks(self, options, sub_sample):
-        block = dnl_ext.DisentangledNonLocal2d(8, sub_sample=sub_sample, norm=None, **options).double()
+    def assert_rows_make_the_output(self, block, x):
+        """Weights times values, through the block's own out-projection, are what its forward adds."""
+        for image, terms in enumerate(split_images(block.attention_inputs(x))):
+            rows = terms.rows(torch.arange(terms.queries))
+            weight = terms.gain + 1 if terms.joint == "sum" else 1.0
+            y = (weight * rows.total @ terms.value).T.view(1, -1, *x.shape[2:])
+            y = y if block.conv_out is None else block.conv_out(y)
+            torch.testing.assert_close(x[image : image + 1] + y, block(x)[image : image + 1])
+
+    def block(self, **options):
+        block = dnl_ext.DisentangledNonLocal2d(8, **{"norm": None, "temperature": 0.5, **options}).double().eval()
+        for layer in block.modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                torch.nn.init.normal_(layer.weight)
         if block.gamma is not None:
             torch.nn.init.constant_(block.gamma, 0.3)
-        for conv in (block.conv_query, block.conv_key, block.conv_out):
-            torch.nn.init.normal_(conv.weight)
-        x = torch.randn(1, 8, 4, 6, dtype=torch.float64)
-        (terms,) = split_images(block.attention_inputs(x))
-        rows = terms.rows(torch.arange(24))
-        weight = terms.gain + 1 if terms.joint == "sum" else 1.0
-        y = (weight * rows.total @ terms.value).T.view(1, -1, 4, 6)
-        torch.testing.assert_close(x + block.conv_out(y), block(x))
+        return block
+
+    @pytest.mark.parametrize("sub_sample", [None, "before", "after"])
+    @pytest.mark.parametrize("variant", ["nl", "pairwise", "unary", "dnl_shared_key", "dnl"])
+    def test_every_variant(self, variant, sub_sample):
+        x = torch.randn(2, 8, 4, 6, dtype=torch.float64) + 0.5
+        block = self.block(variant=variant, sub_sample=sub_sample)
+        self.assert_rows_make_the_output(block, x)
+        joint = split_images(block.attention_inputs(x)).__next__().joint
+        expected = {"nl": "product", "dnl_shared_key": "sum", "dnl": "sum"}.get(variant, variant)
+        assert joint == expected
+
+    @pytest.mark.parametrize("whiten", ["spatial", "ln_nostd", "fln_nostd", "in", "ln", "fln", "bn", "bn_affine"])
+    def test_every_whitening(self, whiten):
+        x = torch.randn(2, 8, 4, 6, dtype=torch.float64) + 0.5
+        self.assert_rows_make_the_output(self.block(whiten=whiten), x)
+
+    @pytest.mark.parametrize("options", [{"learn_gamma": True}, {"mode": "gaussian"}, {"style": "mmseg"}])
+    def test_other_options(self, options):
+        self.assert_rows_make_the_output(self.block(**options), torch.randn(2, 8, 4, 6, dtype=torch.float64))
+
+    @pytest.mark.parametrize("mode", ["dot_product", "concatenation"])
+    def test_no_softmax_no_map(self, mode):
+        with pytest.raises(NotImplementedError, match=f"softmaxes, got '{mode}'"):
+            dnl_ext.NonLocal2d(8, mode=mode).attention_inputs(torch.randn(1, 8, 4, 4))
+
+    def test_global_context_is_one_map(self):
+        for block in (dnl_ext.GlobalContext2d(8), dnl_ext.SimplifiedNonLocal2d(8)):
+            (terms,) = split_images(block.attention_inputs(torch.randn(1, 8, 4, 6)))
+            assert terms.joint == "unary" and analysis.measure_terms(terms, 8).total.jsd.value < 1e-6
 
     def test_attention_rows(self):
         block, x = MmcvNonLocal(8, dnl=True).double(), torch.randn(1, 8, 4, 6, dtype=torch.float64)

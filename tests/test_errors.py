@@ -344,7 +344,7 @@ scaled = pytest.mark.parametrize(("route", "name"), SCALED)
 
 class TestOptions:
     @scaled
-    @pytest.mark.parametrize("whiten", ["spatial", "Channel", "", "none", "channels", "bn-like", "ln-like"])
+    @pytest.mark.parametrize("whiten", ["nln", "Channel", "", "none", "channels", "bn-like", "ln-like"])
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     def test_unknown_whiten_is_a_value_error(self, route, name, whiten, device):
         arguments = {**CALLS[route](device)[name], "whiten": whiten}
@@ -392,7 +392,7 @@ class TestOptions:
     def test_the_reference_refuses_unknown_whiten_too(self):
         x = attention_inputs()
         with pytest.raises(ValueError, match="whiten"):
-            reference.disentangled_attention(*x.values(), whiten="spatial")
+            reference.disentangled_attention(*x.values(), whiten="nln")
 
 
 class TestEmpty:

@@ -56,6 +56,10 @@ def official_inputs(block, x):
     """
     source = x if getattr(block, "downsample", None) is None else block.downsample(x)
     query, key, value = block.conv_query(x), block.conv_key(source), block.conv_value(source)
+    mask = block.conv_mask(source) if getattr(block, "conv_mask", None) is not None else None
+    if mask is None and getattr(block, "with_unary", False):
+        mean = query.mean(tuple(range(2, query.dim())), keepdim=True)
+        mask = (mean * key).sum(1, keepdim=True)
     names = getattr(block, "whiten_type", "channel")
     names = [names] if isinstance(names, str) else list(names or ())
     if len(names) > 1:
@@ -64,10 +68,6 @@ def official_inputs(block, x):
     if whiten in OFFICIAL_NORMS:
         query = getattr(block, f"query_{whiten}")(query.flatten(2)).view_as(query)
         key, whiten = getattr(block, f"key_{whiten}")(key.flatten(2)).view_as(key), None
-    mask = block.conv_mask(source) if getattr(block, "conv_mask", None) is not None else None
-    if mask is None and getattr(block, "with_unary", False):
-        mean = query.mean(tuple(range(2, query.dim())), keepdim=True)
-        mask = (mean * key).sum(1, keepdim=True)
     scale = 1 / (float(getattr(block, "scale", math.sqrt(query.shape[1]))) * getattr(block, "temperature", 1.0))
     gain = getattr(block, "gamma", 1.0)
     return spatial_inputs(query, key, value, mask, scale=scale, whiten=whiten, gain=gain)

@@ -44,20 +44,22 @@ class Terms:
         query: tensor (Nq, Dqk) or None. key: tensor (Nk, Dqk) or None. Both whitened as the block does it.
         value: tensor (Nk, Dv). mask_logits: tensor (Nk,) or None.
         scale, gain: as in :class:`dnl_ext.modules.AttentionInputs`. whitened: whether the block whitens.
+        queries: their number, needed where there is no ``query``; None: as many as keys.
 
     Attributes:
         joint: "product", "sum", "pairwise" or "unary", see the module.
         query, key: the query times ``scale``, the key: logits are ``query @ key.T``.
         pair_query: the query of the pairwise term: less its mean where the joint is the product.
-        unary_logits: tensor (Nk,) or None. gain: float.
+        unary_logits: tensor (Nk,) or None. gain: float. queries, positions: Nq, Nk.
 
     Computed in float64 for float64 inputs, otherwise in float32.
     """
 
-    def __init__(self, query, key, value, mask_logits, scale, whitened, gain=1.0):
+    def __init__(self, query, key, value, mask_logits, scale, whitened, gain=1.0, queries=None):
         wide = torch.float64 if value.dtype == torch.float64 else torch.float32
         self.value, self.gain = value.to(wide), float(gain)
         self.positions = value.shape[0]
+        self.queries = query.shape[0] if query is not None else self.positions if queries is None else queries
         if (query is None) != (key is None) or (query is None and mask_logits is None):
             raise ValueError("query, key: expected both, or neither and mask_logits")
         self.query = self.key = self.pair_query = None
@@ -74,11 +76,6 @@ class Terms:
             self.unary_logits = self.key @ mean
         self.log_unary = None if self.unary_logits is None else torch.log_softmax(self.unary_logits, 0)
         self.unary = None if self.log_unary is None else self.log_unary.exp()
-
-    @property
-    def queries(self):
-        """Number of queries Nq; for the unary term alone, any query has the same row."""
-        return self.positions if self.query is None else self.query.shape[0]
 
     def rows(self, queries):
         """The :class:`Rows` of the queries with these numbers (n,); the caller keeps n small."""
@@ -105,11 +102,7 @@ def whiten_pair(query, key, name):
     if query is None:
         return None, None
     query, key = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key))
-    if name == "channel":
-        return reference.mean_subtract(query), reference.mean_subtract(key)
-    if name is None:
-        return query, key
-    raise ValueError(f"whiten: expected one of {reference.WHITEN_NAMES}, got {name!r}")
+    return reference.whiten(query, name), reference.whiten(key, name)
 
 
 def split_images(inputs):
@@ -123,4 +116,4 @@ def split_images(inputs):
     gain = float(torch.as_tensor(inputs.gain).detach())
     parts = (flat(query, 2), flat(key, 2), flat(inputs.value, 2), flat(inputs.mask_logits, 1))
     for entry in zip(*parts, strict=True):
-        yield Terms(*entry, inputs.scale, inputs.whiten is not None, gain)
+        yield Terms(*entry, inputs.scale, inputs.whiten is not None, gain, math.prod(inputs.query_shape))
