@@ -231,6 +231,8 @@ class TestCoupling:
             x, y = (a.detach().abs().log() for a in (other, gradient))
             x, y = x - x.mean(1, keepdim=True), y - y.mean(1, keepdim=True)
             assert found.slope == pytest.approx(((x * y).sum() / (x * x).sum()).item(), rel=1e-7)
+            structural = 1 if joint == "product" else 0
+            assert found.slope - found.values == pytest.approx(structural, abs=1e-12)
             assert found.correlation == pytest.approx(((x * y).sum() / (x.norm() * y.norm())).item(), rel=1e-7)
         assert FLOOR <= 1e-12  # which moves no gradient here by more than the tolerance
 

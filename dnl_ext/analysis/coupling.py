@@ -15,7 +15,9 @@ maps exchanged.
     pairwise_by_unary   slope of log |dL/dp_ij| on log u_j            1: proportional to the other; 0: independent of it
     unary_by_pairwise   slope of log |query i's dL/du_j| on log p_ij
 
-Where g itself varies with the map, the figures differ from 1 and 0; that part is the data's. The statistic is ours; the
+Where g itself varies with the map, for instance because the unary term favours positions whose values are long, the
+figures differ from 1 and 0. That part is given beside each as ``values``: the slope of log |dL/dw_ij| on the same
+logarithm. What is left, slope - values, is what the block's own form does. The statistic is ours; the
 argument is the paper's (Yin et al., ECCV 2020, section 3.2). dy comes from a loss where the caller gives it; otherwise
 it is standard normal: the mean over directions in which a loss might pull.
 """
@@ -31,10 +33,14 @@ FLOOR = 1e-12
 
 @dataclasses.dataclass(frozen=True)
 class Slope:
-    """A least-squares line with a constant per query: slope, correlation r within queries; nan where nothing varies."""
+    """A least-squares line with a constant per query; nan where nothing varies.
+
+    slope, correlation: of the term's gradient on the other map. values: the part of the slope that comes from dL/dw.
+    """
 
     slope: float
     correlation: float
+    values: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,9 +52,13 @@ class Coupling:
 
 
 class SlopeAccumulator:
-    """Sums for the line of y on x over the columns of rows (n, N), each row with a constant of its own."""
+    """Sums for the lines of y + factor * x, and of y alone, on x over the columns of rows (n, N).
 
-    def __init__(self):
+    Each row has a constant of its own. ``factor`` is 1 where the gradient has the other map as a factor, else 0.
+    """
+
+    def __init__(self, factor):
+        self.factor = factor
         self.xx = self.xy = self.yy = 0.0
 
     def add(self, x, y):
@@ -61,9 +71,12 @@ class SlopeAccumulator:
 
     def result(self):
         """A :class:`Slope`."""
-        slope = self.xy / self.xx if self.xx > 0 else math.nan
-        spread = math.sqrt(self.xx * self.yy)
-        return Slope(slope, self.xy / spread if spread > 0 else math.nan)
+        if not self.xx > 0:
+            return Slope(math.nan, math.nan, math.nan)
+        values = self.xy / self.xx
+        joint = self.factor * self.xx + self.xy
+        spread = math.sqrt(self.xx * max(self.yy + self.factor * (2 * self.xy + self.xx), 0.0))
+        return Slope(joint / self.xx, joint / spread if spread > 0 else math.nan, values)
 
 
 class CouplingAccumulator:
@@ -71,7 +84,8 @@ class CouplingAccumulator:
 
     def __init__(self, terms):
         self.terms = terms
-        self.by_unary, self.by_pairwise = SlopeAccumulator(), SlopeAccumulator()
+        factor = 1 if terms.joint == "product" else 0
+        self.by_unary, self.by_pairwise = SlopeAccumulator(factor), SlopeAccumulator(factor)
 
     def add(self, rows, grad_output):
         """Add queries.
@@ -81,17 +95,12 @@ class CouplingAccumulator:
             grad_output: dL/dy of these queries, tensor (n, Dv).
         """
         gradient = grad_output @ self.terms.value.T  # g (n, Nk)
-        log_pairwise, log_unary = rows.log_pairwise, self.terms.log_unary[None]
         if self.terms.joint == "product":
             gradient -= (rows.total * gradient).sum(1, keepdim=True)
         magnitude = gradient.abs_()
         magnitude = magnitude.add_(FLOOR * magnitude.mean()).log_()
-        if self.terms.joint == "product":
-            self.by_unary.add(log_unary, magnitude + log_unary)
-            self.by_pairwise.add(log_pairwise, magnitude + log_pairwise)
-        else:
-            self.by_unary.add(log_unary, magnitude)
-            self.by_pairwise.add(log_pairwise, magnitude)
+        self.by_unary.add(self.terms.log_unary[None], magnitude)
+        self.by_pairwise.add(rows.log_pairwise, magnitude)
 
     def result(self):
         """A :class:`Coupling`."""

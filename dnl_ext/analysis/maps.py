@@ -22,6 +22,11 @@ class AttentionMaps(NamedTuple):
     total: torch.Tensor | None
 
     @property
+    def positions(self):
+        """Number of key positions."""
+        return (self.unary if self.pairwise is None else self.pairwise[0]).numel()
+
+    @property
     def own(self):
         """Where a query looks by itself: the pairwise map of a sum, all there is of any other block."""
         return self.pairwise if self.joint == "sum" else self.total

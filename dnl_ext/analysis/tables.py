@@ -13,7 +13,7 @@ class Figure(NamedTuple):
 
 SECTIONS = {
     "Degeneration": (
-        Figure("total.cosine_distance", "cosine distance of rows, total", "0: all queries look at the same places"),
+        Figure("total.cosine_distance", "cosine distance of rows, total", "0: one map for all"),
         Figure("total.jsd", "Jensen-Shannon divergence of rows, total", "0 to log 2 = 0.693"),
         Figure("pairwise.cosine_distance", "cosine distance of rows, pairwise", "0"),
         Figure("pairwise.jsd", "Jensen-Shannon divergence of rows, pairwise", "0 to 0.693"),
@@ -35,9 +35,11 @@ SECTIONS = {
     ),
     "Coupling of the gradients (elasticity)": (
         Figure("coupling.pairwise_by_unary.slope", "pairwise gradient on the unary map", "1 product, 0 sum"),
-        Figure("coupling.pairwise_by_unary.correlation", "its correlation", "0: independent"),
+        Figure("coupling.pairwise_by_unary.values", "of it through the values", "the rest is 1 or 0"),
+        Figure("coupling.pairwise_by_unary.correlation", "correlation", "0: independent"),
         Figure("coupling.unary_by_pairwise.slope", "unary gradient on the pairwise map", "1 product, 0 sum"),
-        Figure("coupling.unary_by_pairwise.correlation", "its correlation", "0"),
+        Figure("coupling.unary_by_pairwise.values", "of it through the values", "the rest is 1 or 0"),
+        Figure("coupling.unary_by_pairwise.correlation", "correlation", "0"),
     ),
     "Consistency with the labels (our definition)": (
         Figure("pairwise.own_class.mass", "pairwise, mass on the own class", "pairwise.own_class.uniform"),

@@ -37,6 +37,10 @@ def train(
     threads: Annotated[int | None, option("CPU threads of PyTorch (its own choice).", RUN)] = None,
     device: Annotated[str | None, option("auto, cpu, cuda or cuda:N (auto).", RUN)] = None,
     data: Annotated[str | None, option("Folder of images and label PNGs (mosaics of photographs).", DATA)] = None,
+    task: Annotated[
+        str | None,
+        option("Built-in data: mosaic, or context: classes that are shown elsewhere in the image (mosaic).", DATA),
+    ] = None,
     layout: Annotated[
         str | None,
         option("cityscapes, ade20k, pascal-context, pascal-context-59 or plain (found by folder names).", DATA),
@@ -75,7 +79,7 @@ def train(
     """
     typed = {
         "steps": steps, "val_every": val_every, "save_every": save_every, "seed": seed, "threads": threads,
-        "device": device, "data": data, "layout": layout, "classes": classes, "batch_size": batch_size,
+        "device": device, "data": data, "task": task, "layout": layout, "classes": classes, "batch_size": batch_size,
         "val_images": val_images, "workers": workers, "variant": variant, "backend": backend, "amp": amp, "lr": lr,
         "encoder_lr": encoder_lr, "weight_decay": weight_decay, "block_gain": block_gain, "temperature": temperature,
         "width": width, "crop": parse_size(crop) if crop else None,

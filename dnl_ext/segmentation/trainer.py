@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checkpoint
+from .context import ContextData
 from .errors import InputError, Interrupted
 from .folders import FolderData
 from .log import CsvLog
@@ -50,7 +51,8 @@ def open_data(config):
     if config.data is None:
         if config.layout is not None or config.classes is not None:
             raise InputError("--layout and --classes belong to --data DIR")
-        return MosaicData(config.crop, config.val_images or 8)
+        builtin = {"mosaic": MosaicData, "context": ContextData}[config.task]
+        return builtin(config.crop, config.val_images or 8)
     return FolderData(config.data, config.layout, config.classes, config.val_images)
 
 
