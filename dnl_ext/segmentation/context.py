@@ -9,12 +9,12 @@ tint (a pairwise relation) that favours clear cells (a unary one) sees the whole
 """
 
 import colorsys
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .metrics import IGNORE
 from .mosaic import PHOTOGRAPHS, MosaicData, cells, smooth_noise, texture
 
 #: Photographs whose texture a small cell shows.
@@ -24,17 +24,21 @@ ZOOM = (0.5, 0.8)
 
 #: Classes in one image, and so tints.
 GROUPS = 3
-#: Part of a class's cells that are clear; at least one is.
-CLEAR = 0.34
+#: Part of a class's cells that are clear, in the task and in :class:`PretextData`; at least one is.
+CLEAR, PRETEXT_CLEAR = 0.34, 0.7
+#: Chance that :class:`PretextData` labels a clear cell with its photograph.
+ASK_TEXTURE = 0.75
+#: Bins of hue in the labels of :class:`PretextData`.
+HUES = 6
 #: Strength of the tints, as distance from grey in each colour channel.
 TINT = 0.16
 
 
 def tints(rng):
-    """One tint per class: float32 array (GROUPS, 3), evenly spaced hues from a random one, in random order."""
-    first, order = rng.uniform(), rng.permutation(GROUPS)
-    colors = [colorsys.hsv_to_rgb((first + number / GROUPS) % 1, 1, 1) for number in order]
-    return (2 * np.array(colors, dtype=np.float32) - 1) * TINT
+    """Hues of the classes, 0 .. 1, and their colours: float64 array (GROUPS,), float32 array (GROUPS, 3)."""
+    hues = (rng.uniform() + rng.permutation(GROUPS) / GROUPS) % 1
+    colors = [colorsys.hsv_to_rgb(hue, 1, 1) for hue in hues]
+    return hues, (2 * np.array(colors, dtype=np.float32) - 1) * TINT
 
 
 def noise(rng, size):
@@ -44,30 +48,44 @@ def noise(rng, size):
     return blurred * 3
 
 
-def compose(rng, sources, size):
-    """One mosaic: image (3, *size) in 0 .. 1, label (*size), and which pixels are clear, bool (*size).
+class Mosaic(NamedTuple):
+    """image: float32 tensor (3, h, w) in 0 .. 1. label: int64 tensor (h, w). clear: bool tensor (h, w).
+
+    pretext: int64 tensor (h, w), see :class:`PretextData`.
+    """
+
+    image: torch.Tensor
+    label: torch.Tensor
+    clear: torch.Tensor
+    pretext: torch.Tensor
+
+
+def compose(rng, sources, size, share=CLEAR):
+    """One :class:`Mosaic`.
 
     Args:
         rng: numpy Generator; the same state gives the same mosaic, bit for bit.
         sources: one tensor (h, w) per class, from :func:`mosaic.load_photograph`.
         size: (height, width) in pixels.
+        share: part of a class's cells that are clear; at least one is.
     """
     index, count = cells(rng, size)
-    kinds, colors = rng.permutation(len(sources))[:GROUPS], tints(rng)
+    kinds, (hues, colors) = rng.permutation(len(sources))[:GROUPS], tints(rng)
     groups = np.arange(count) % GROUPS
     is_clear = np.zeros(count, dtype=bool)
     for group in range(GROUPS):
         members = np.flatnonzero(groups == group)
-        is_clear[members[: max(1, round(CLEAR * len(members)))]] = True
+        is_clear[members[: max(1, round(share * len(members)))]] = True
     order = rng.permutation(count)
     groups, is_clear = groups[order], is_clear[order]
     image, label = torch.zeros(3, *size), torch.zeros(size, dtype=torch.int64)
-    clear, zoom = torch.zeros(size, dtype=torch.bool), np.exp(rng.uniform(*np.log(ZOOM)))
+    clear, pretext = torch.zeros(size, dtype=torch.bool), torch.zeros(size, dtype=torch.int64)
+    zoom = np.exp(rng.uniform(*np.log(ZOOM)))
     for number in range(count):
         inside = index == number
         rows, columns = inside.any(1).nonzero()[:, 0], inside.any(0).nonzero()[:, 0]
         level, contrast = rng.uniform(0.42, 0.58), rng.uniform(0.12, 0.2)
-        cell_zoom = zoom * np.exp(rng.uniform(-0.1, 0.1))
+        cell_zoom, ask_texture = zoom * np.exp(rng.uniform(-0.1, 0.1)), is_clear[number] and rng.uniform() < ASK_TEXTURE
         if len(rows) == 0:
             continue
         box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
@@ -78,38 +96,54 @@ def compose(rng, sources, size):
         image[(slice(None), *box)] = torch.where(inside, patch, image[(slice(None), *box)])
         label[box][inside] = kind
         clear[box][inside] = bool(is_clear[number])
+        pretext[box][inside] = kind if ask_texture else len(sources) + int(hues[groups[number]] * HUES)
     image *= 1 + 0.1 * smooth_noise(rng, size, max(size), 1)
     image += 0.02 * torch.from_numpy(rng.standard_normal((1, *size), dtype=np.float32))
-    return image.clamp_(0, 1), label, clear
+    return Mosaic(image.clamp_(0, 1), label, clear, pretext)
 
 
 class ContextData(MosaicData):
-    """The task as a data set, with the interface of :class:`mosaic.MosaicData`.
-
-    Args:
-        size, validation_size: as there.
-        clear_only: give hidden cells the label ``IGNORE``: what an encoder without a block can learn.
-    """
+    """The task as a data set, with the interface and arguments of :class:`mosaic.MosaicData`."""
 
     name = "context"
+    clear_share = CLEAR
     photographs = tuple(photograph for photograph in PHOTOGRAPHS if photograph.name in CLASSES)
 
-    def __init__(self, size=(128, 256), validation_size=16, clear_only=False):
-        super().__init__(size, validation_size)
-        self.clear_only = clear_only
+    def training_mosaic(self, seed, index, crop):
+        """Training :class:`Mosaic` number ``index``, a function of its arguments."""
+        return compose(np.random.default_rng((seed, index, 4)), self.sources["train"], crop, self.clear_share)
 
-    def _sample(self, key, part, size):
-        image, label, clear = compose(np.random.default_rng(key), self.sources[part], size)
-        return image, torch.where(clear, label, IGNORE) if self.clear_only else label
+    def validation_mosaic(self, index):
+        """Held-out :class:`Mosaic` number ``index``, the same for every seed."""
+        return compose(np.random.default_rng((2020, index, 5)), self.sources["val"], self.size, self.clear_share)
 
     def training_sample(self, seed, index, crop):
-        """Training image number ``index``: image (3, h, w) in 0 .. 1, label (h, w); a function of its arguments."""
-        return self._sample((seed, index, 4), "train", crop)
+        """Training image number ``index``: image (3, h, w) in 0 .. 1, label (h, w)."""
+        return self.training_mosaic(seed, index, crop)[:2]
 
     def validation_sample(self, index):
-        """Held-out mosaic number ``index``, the same for every seed: image (3, H, W) in 0 .. 1, label (H, W)."""
-        return self._sample((2020, index, 5), "val", self.size)
+        """Held-out mosaic number ``index``: image (3, H, W) in 0 .. 1, label (H, W)."""
+        return self.validation_mosaic(index)[:2]
 
-    def clear(self, index):
-        """Which pixels of held-out mosaic ``index`` are clear: bool tensor (H, W)."""
-        return compose(np.random.default_rng((2020, index, 5)), self.sources["val"], self.size)[2]
+
+class PretextData(ContextData):
+    """The same images with labels that every pixel's surroundings show: for an encoder to begin with.
+
+    A hidden cell is labelled with the bin of its hue, a clear one with its photograph or the bin of its hue, one or the
+    other by chance, so that features must hold both. What belongs together is left for the block to find.
+    """
+
+    name = "pretext"
+    clear_share = PRETEXT_CLEAR
+
+    def __init__(self, size=(128, 256), validation_size=8):
+        super().__init__(size, validation_size)
+        self.classes += tuple(f"hue {number}" for number in range(HUES))
+
+    def training_sample(self, seed, index, crop):
+        mosaic = self.training_mosaic(seed, index, crop)
+        return mosaic.image, mosaic.pretext
+
+    def validation_sample(self, index):
+        mosaic = self.validation_mosaic(index)
+        return mosaic.image, mosaic.pretext

@@ -136,7 +136,10 @@ class Trainer:
             {"params": list(self.network.encoder.parameters()), "factor": config.encoder_lr},
             {"params": [p for n, p in self.network.named_parameters() if not n.startswith("encoder.")], "factor": 1.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(groups, config.lr, momentum=0.9, weight_decay=config.weight_decay)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         self.step, self.validated, self.miou, self.confusion, self.step_seconds = 0, 0, None, None, []
         if state is not None:
             self._restore(state, state_path)
