@@ -36,10 +36,10 @@ RECIPES = {
     "context": Recipe(
         (1.0, 0.05),
         {
-            "task": "context", "steps": 600, "crop": (128, 256), "batch_size": 4, "lr": 1e-3, "block_gain": 1.0,
+            "task": "context", "steps": 400, "crop": (128, 256), "batch_size": 4, "lr": 1e-3, "block_gain": 1.0,
             "width": 16, "val_every": 0, "val_images": 48, "save_every": 100,
         },
-        1500,
+        1200,
         None,
         24,
         "The built-in task of dnl_ext.segmentation.context; two temperatures: none, and the paper's for Cityscapes.",
