@@ -2,6 +2,9 @@
 
 from typing import NamedTuple
 
+#: Below this a figure is rounding, shown as 0.
+NEGLIGIBLE = 1e-9
+
 
 class Figure(NamedTuple):
     """A row: the key in a summary, its name, and what to read it against (text, or the key of a figure)."""
@@ -94,8 +97,9 @@ def cell(estimate):
     """A mean with its standard error over images."""
     if estimate is None:
         return "-"
-    error = estimate.stderr
-    text = f"{estimate.value:.3f}" if abs(estimate.value) >= 0.001 or estimate.value == 0 else f"{estimate.value:.1e}"
+    value, error = estimate.value, estimate.stderr
+    small = NEGLIGIBLE < abs(value) < 0.001
+    text = f"{value:.1e}" if small else f"{value + 0.0:.3f}"
     return text if error != error else f"{text} ± {error:.3f}" if error >= 0.0005 else f"{text} ± <0.001"
 
 
