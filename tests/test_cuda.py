@@ -88,10 +88,10 @@ def emulated():
     cpp_extension.load(
         "dnl_cuda_emulated",
         [str(ROOT / "tests/cpp/cuda_emulated.cpp")],
-        extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests/cpp")],
+        extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests/emulator")],
         extra_cflags=[
             *("-O2", "-march=native", "-ffp-contract=fast"),  # fused multiply-adds, as nvcc makes them
-            *("-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
+            *("-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
         ],
         is_python_module=False,
     )

@@ -1,22 +1,18 @@
 // The whole CUDA route on CPU tensors: the operators' glue, drivers and kernels as they are, with kernels run by
-// cuda_host.h and products by torch's CPU bmm. Registered as dnl_cuda_emulated::*; tests/test_cuda.py builds and loads
+// the emulator and products by torch's CPU bmm. Registered as dnl_cuda_emulated::*; tests/conftest.py builds and loads
 // it.
 
 // clang-format off
-#include "cuda_host.h"
+#include "emulator.h"
+#include "device.h"
 #include "core/cuda/launch.h"
 // clang-format on
 
 namespace dnl {
 
-class CudaDevice : public TensorMemory {
+class CudaDevice : public TensorMemory, public emulator::Launcher {
  public:
   using TensorMemory::TensorMemory;
-
-  template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t tasks, const Arguments&... arguments) const {
-    cuda_host::machine().launch(static_cast<unsigned>(tasks), kThreads, [&] { kernel(arguments...); });
-  }
 
   // torch's CPU bmm has no dtype_out: halves are widened first, which is exact.
   template <class T, class Out>
