@@ -12,18 +12,18 @@
 
 namespace emulator {
 
-// `bytes` at `address` must lie in the block's dynamic shared memory, `bytes` apart.
+// The bytes at `address` must lie in the block's dynamic shared memory, and be aligned.
 inline void check_shared(const char* what, const void* address, int64_t bytes, int64_t alignment, const Site& site) {
   const Unseen unseen;
   const Machine& self = machine();
   const char* begin = static_cast<const char*>(address);
   const int64_t offset = begin - self.shared_begin();
+  if (reinterpret_cast<uintptr_t>(address) % alignment)
+    self.fail(text(what, ": byte ", offset, " of shared memory is not a multiple of ", alignment), site);
   if (!self.shared_begin() || offset < 0 || offset + bytes > self.shared_bytes())
     self.fail(text(what, ": bytes ", offset, " to ", offset + bytes - 1, " are not in the block's ",
                    self.shared_bytes(), " bytes of dynamic shared memory"),
               site);
-  if (reinterpret_cast<uintptr_t>(address) % alignment)
-    self.fail(text(what, ": byte ", offset, " of shared memory is not a multiple of ", alignment), site);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
