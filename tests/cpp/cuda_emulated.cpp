@@ -1,5 +1,5 @@
 // The whole CUDA route on CPU tensors: the operators' glue, drivers and kernels as they are, with kernels run by
-// the emulator and products by torch's CPU bmm. Registered as dnl_cuda_emulated::*; tests/conftest.py builds and loads
+// the emulator and products by torch's CPU bmm. Registered as dnl_cuda_emulated::*; tests/routes.py builds and loads
 // it.
 
 // clang-format off
@@ -13,6 +13,14 @@ namespace dnl {
 class CudaDevice : public TensorMemory, public emulator::Launcher {
  public:
   using TensorMemory::TensorMemory;
+
+  // NaN in every type: what no kernel writes shows.
+  template <class T>
+  T* allocate(int64_t count) {
+    T* data = TensorMemory::allocate<T>(count);
+    if (count) std::memset(static_cast<void*>(data), emulator::kPoison, count * sizeof(T));
+    return data;
+  }
 
   // torch's CPU bmm has no dtype_out: halves are widened first, which is exact.
   template <class T, class Out>
