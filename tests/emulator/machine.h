@@ -35,17 +35,34 @@ constexpr unsigned kWarpLanes = 32;
 constexpr unsigned kEveryLane = 0xffffffffu;
 constexpr unsigned char kPoison = 0xff;  // repeated, NaN in float16, bfloat16, float32 and float64
 
+// The most dynamic shared memory a block can have on a GPU of a compute capability (80 for 8.0).
+constexpr int64_t shared_limit(int capability) {
+  switch (capability) {
+    case 75:
+      return 64 << 10;
+    case 80:
+    case 87:
+      return 163 << 10;
+    case 90:
+    case 100:
+    case 103:
+      return 227 << 10;
+    default:  // 8.6, 8.9, 12.0
+      return 99 << 10;
+  }
+}
+
 // In which order threads of a block, and blocks of a grid, get their turns.
 enum class Turns { ascending, descending, random };
 
 struct Options {
   Turns turns = Turns::ascending;
-  uint64_t seed = 0;                    // of random turns
-  int64_t max_threads = 1024;           // of a block
-  int64_t max_blocks = 0x7fffffff;      // of a grid
-  int64_t max_shared_bytes = 99 << 10;  // of a block: 163 KiB on compute capability 8.0, 227 on 9.0, 99 on 8.6 and 8.9
-  bool allow_early_exit = false;        // whether __syncthreads may go without threads that have returned
-  std::vector<int64_t> only_blocks;     // if not empty, the blocks that run; others of a huge grid do not
+  uint64_t seed = 0;                            // of random turns
+  int64_t max_threads = 1024;                   // of a block
+  int64_t max_blocks = 0x7fffffff;              // of a grid
+  int64_t max_shared_bytes = shared_limit(86);  // of a block, beside static shared memory
+  bool allow_early_exit = false;                // whether __syncthreads may go without threads that have returned
+  std::vector<int64_t> only_blocks;             // if not empty, the blocks that run; others of a huge grid do not
 };
 
 struct Statistics {
@@ -92,6 +109,12 @@ struct Gathering {
   void (*together)();  // identifies the function and the types
   void* arguments[kWarpLanes] = {};
   Order* order = nullptr;
+};
+
+// What other files keep for the block that runs.
+struct BlockExtension {
+  virtual ~BlockExtension() = default;
+  virtual std::string unfinished() const = 0;  // what is wrong when all threads have returned; or ""
 };
 
 class Machine {
@@ -223,6 +246,13 @@ class Machine {
     if (order) depart(order);
   }
 
+  // The block's one extension, made at first use.
+  template <class E>
+  E& extension() {
+    if (!extension_) extension_ = std::make_unique<E>();
+    return static_cast<E&>(*extension_);
+  }
+
   // Waiting at places that are not the machine's own. Call wait_at() with bookkeeping unseen, then pause().
   void wait_at(const void* place, const Site& site, std::string (*describe)(const Thread&)) {
     current_->state = State::waiting;
@@ -299,7 +329,12 @@ class Machine {
       }
     }
     if (!error_ && alive_) error_ = std::make_exception_ptr(Error(who_waits()));
+    if (!error_ && extension_) {
+      const std::string unfinished = extension_->unfinished();
+      if (!unfinished.empty()) error_ = std::make_exception_ptr(Error(text("block ", block_, " ", unfinished)));
+    }
     stop_the_rest();
+    extension_ = nullptr;
     if (shared_) free_shared();
   }
 
@@ -476,6 +511,7 @@ class Machine {
     shared_ = nullptr;
   }
 
+  std::unique_ptr<BlockExtension> extension_;
   std::mutex one_at_a_time_;
   std::function<void()> kernel_;
   unsigned block_ = 0, blocks_ = 0, thread_count_ = 0, alive_ = 0;
