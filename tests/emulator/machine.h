@@ -78,7 +78,7 @@ struct Copy {
   bool valid;
 };
 
-enum class State { ready, waiting, done };
+enum class State { ready, deferred, waiting, done };
 
 struct Thread {
   unsigned index = 0;
@@ -270,6 +270,14 @@ class Machine {
     current_->fiber->leave(home_, false);
     if (stopping_) throw Stop{};
   }
+  // Goes on only when nobody else can: what it is about to do takes as long as it may.
+  void defer() {
+    {
+      const Unseen unseen;
+      current_->state = State::deferred;
+    }
+    pause();
+  }
   Order* new_order() { return kThreadSanitizer ? new Order : &no_order_; }
   void depart(Order* order) {
     order->acquire();
@@ -327,6 +335,7 @@ class Machine {
           if (options.turns == Turns::random && generator_() % 2) break;
         }
       }
+      moved = moved || resume_deferred();
     }
     if (!error_ && alive_) error_ = std::make_exception_ptr(Error(who_waits()));
     if (!error_ && extension_) {
@@ -346,6 +355,16 @@ class Machine {
       if (error_ || index >= thread_count_ || thread_list_[index].state != State::ready) continue;
       moved = true;
       run(thread_list_[index]);
+    }
+    return moved;
+  }
+
+  bool resume_deferred() {
+    bool moved = false;
+    for (Thread& thread : thread_list_) {
+      if (thread.state != State::deferred) continue;
+      thread.state = State::ready;
+      moved = true;
     }
     return moved;
   }

@@ -382,6 +382,7 @@ inline void wgmma_wait(size_t left) {
     finishing.assign(mine->products.begin(), mine->products.begin() + count);
     mine->products.erase(mine->products.begin(), mine->products.begin() + count);
   }
+  if (!finishing.empty()) machine().defer();
   for (const Product& product : finishing)
     product.run(product, mine->results.at(product.result), machine().thread_index());
   const Unseen unseen;
