@@ -14,7 +14,7 @@
 namespace dnl {
 
 // An Op of row_sums, by columns: its batches are splits of kSplit positions of a batch element, its positions are
-// channels, its channels the positions of the split. The term is (x - mean)^2, or x y where `result` is given.
+// channels, its channels the positions of the split. The term is (x - mean)^2, or (x - mean) y where `result` is given.
 template <class T>
 struct SecondMoment {
   using A = AccOf<T>;
@@ -35,9 +35,8 @@ struct SecondMoment {
       i += first;
       if (i >= length) return 0;
       const double value = wide(x[i * input.position + c * input.channel]);
-      if (y) return value * double(wide(y[i * result.position + c * result.channel]));
       const double from_mean = value - double(mean[c * step]);
-      return from_mean * from_mean;
+      return from_mean * (y ? double(wide(y[i * result.position + c * result.channel])) : from_mean);
     }
   };
   DNL_HOST_DEVICE Term at(int64_t split) const {
