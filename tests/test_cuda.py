@@ -18,7 +18,8 @@ import dnl_ext
 
 ROOT = pathlib.Path(__file__).parents[1]
 OPERATORS = (
-    *("mean_subtract", "softmax", "softmax_backward", "unary_forward", "unary_backward"),
+    *("mean_subtract", "whiten_forward", "whiten_backward"),
+    *("softmax", "softmax_backward", "unary_forward", "unary_backward"),
     *("pairwise_forward", "pairwise_backward"),
 )
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -138,6 +139,9 @@ class TestEmulated:
     @pytest.mark.parametrize("first", range(0, EMULATED_CASES, EMULATED_AT_ONCE))
     def test_error_is_within_the_bar(self, emulated, first):
         report(failures(range(first, first + EMULATED_AT_ONCE), large=0))
+
+    def test_whitening_is_within_the_bar(self, emulated):
+        report(failures(range(EMULATED_CASES // 4), op="whiten", large=0))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_empty_batch_and_no_queries(self, emulated, dtype):

@@ -10,7 +10,16 @@ import sys
 import helpers
 import pytest
 import torch
-from blocks import BLOCKS, CHANNELS_LAST, assert_loads_both_ways, assert_same, backends, dimensions, make_input, scramble
+from blocks import (
+    BLOCKS,
+    CHANNELS_LAST,
+    assert_loads_both_ways,
+    assert_same,
+    backends,
+    dimensions,
+    make_input,
+    scramble,
+)
 from helpers import one_thread  # noqa: F401
 from transcriptions import OfficialBlock, whitened
 
@@ -222,7 +231,7 @@ class TestEdges:
     def test_unknown_names_list_the_valid_ones(self, function):
         with pytest.raises(ValueError, match=r"^name: expected one of 'channel', .*'fln', None, got 'nln'$"):
             function(torch.randn(2, 3, 4), "nln")
-        with pytest.raises(TypeError, match="^name: expected a string or None, got int"):
+        with pytest.raises(TypeError, match=r"^name: expected a string or None, got int"):
             function(torch.randn(2, 3, 4), 1)
 
     def test_wrong_calls(self):
@@ -231,12 +240,12 @@ class TestEdges:
             dnl_ext.whiten(x[0, 0], "ln")
         with pytest.raises(ValueError, match=r"^eps: expected a number of at least 0, got -1"):
             dnl_ext.whiten(x, "ln", eps=-1)
-        with pytest.raises(TypeError, match="^eps: expected a float"):
+        with pytest.raises(TypeError, match=r"^eps: expected a float"):
             dnl_ext.whiten(x, "ln", eps="small")
         raw = torch.ops.dnl_ext
-        with pytest.raises(ValueError, match="^name: expected one of 'channel', .*, got 'bn'$"):
+        with pytest.raises(ValueError, match=r"^name: expected one of 'channel', .*, got 'bn'$"):
             raw.whiten_forward(x, "bn", 0, 1e-5)
-        with pytest.raises(ValueError, match="^apart: expected a value from 0 to 1, got 2"):
+        with pytest.raises(ValueError, match=r"^apart: expected a value from 0 to 1, got 2"):
             raw.whiten_forward(x, "ln", 2, 1e-5)
         y, rstd = raw.whiten_forward(x, "ln", 0, 1e-5)
         with pytest.raises(ValueError, match=r"^rstd: expected shape \(2,\), got \(2, 4\)"):
