@@ -30,6 +30,7 @@ NAMES = [name for name in reference.WHITEN_NAMES if name is not None]
 DEVIATION = ("in", "ln", "fln")
 names = pytest.mark.parametrize("name", NAMES)
 deviations = pytest.mark.parametrize("name", DEVIATION)
+on_every_device = pytest.mark.usefixtures("device")
 dtypes = pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
 
 
@@ -71,6 +72,7 @@ class TestNames:
         assert (y - dnl_ext.whiten(x, "in")).abs().max() > 0.1
 
 
+@on_every_device
 class TestValues:
     @dtypes
     @names
@@ -112,6 +114,8 @@ class TestValues:
         x = torch.full((2, 1000, 2), 60000.0, dtype=torch.float16)
         assert dnl_ext.whiten(x, name).abs().max() == 0
 
+
+class TestInstructionSets:
     @names
     def test_every_instruction_set(self, name):
         """The kernels of each table that this CPU has, on all layouts, against the one in use here."""
@@ -173,6 +177,7 @@ class TestDifferentiation:
             dx.sum().backward()
 
 
+@on_every_device
 class TestLayout:
     @names
     @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -199,6 +204,7 @@ class TestLayout:
         assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
 
 
+@on_every_device
 class TestEdges:
     @names
     @dtypes
