@@ -55,10 +55,11 @@ def whiten(x, name="channel", *, eps=1e-5):
         return x
     dims = {"channel": -2, "in": -2, "spatial": -1, "ln": (-2, -1), "fln": tuple(range(x.dim()))}
     dims = dims["channel" if name == "in_nostd" else name.removesuffix("_nostd")]
-    centred = x - x.mean(dims, keepdim=True)
     if name not in ("in", "ln", "fln"):
-        return centred
-    return centred / torch.sqrt(x.var(dims, keepdim=True) + eps)
+        return x - x.mean(dims, keepdim=True)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # as torch's norms: in float16 the gradient overflows
+    centred = wide - wide.mean(dims, keepdim=True)
+    return (centred / torch.sqrt(wide.var(dims, keepdim=True) + eps)).to(x.dtype)
 
 
 def pairwise_softmax(query, key, *, scale=None, whiten="channel"):

@@ -1,111 +1,193 @@
-"""The built-in task in which a region's class is shown somewhere else, and the encoder's own task beside it."""
+"""GlobalContext1d / 2d / 3d and SimplifiedNonLocal1d / 2d / 3d against GCNet's blocks written out."""
 
-import numpy as np
+import copy
+import io
+
 import pytest
 import torch
+from blocks import (
+    CHANNELS_LAST,
+    assert_loads_both_ways,
+    assert_same,
+    backends,
+    dimensions,
+    make_input,
+    one_thread,  # noqa: F401
+    run,
+    scramble,
+)
+from torch import nn
+from transcriptions import CONV, _softmax
 
-from dnl_ext.segmentation import context
-from dnl_ext.segmentation.ablation import Ablation, Run, quiet
-from dnl_ext.segmentation.config import TrainConfig
-from dnl_ext.segmentation.context import ContextData, PretextData
-from dnl_ext.segmentation.errors import InputError
-from dnl_ext.segmentation.trainer import Trainer, open_data
+import dnl_ext
 
-
-@pytest.fixture(scope="module")
-def data():
-    return ContextData((96, 192), 3)
-
-
-class TestMosaic:
-    def test_is_a_function_of_its_numbers(self, data):
-        for first, again in zip(
-            data.training_mosaic(1, 2, (64, 96)), data.training_mosaic(1, 2, (64, 96)), strict=True
-        ):
-            assert torch.equal(first, again)
-        assert not torch.equal(data.training_sample(1, 2, (64, 96))[0], data.training_sample(1, 3, (64, 96))[0])
-        assert not torch.equal(data.training_sample(2, 2, (64, 96))[0], data.training_sample(1, 2, (64, 96))[0])
-
-    def test_every_class_is_shown_clearly_somewhere_and_hidden_elsewhere(self, data):
-        for index in range(10):
-            mosaic = data.training_mosaic(0, index, (128, 256))
-            kinds = set(mosaic.label.unique().tolist())
-            assert len(kinds) == context.GROUPS
-            assert set(mosaic.label[mosaic.clear].unique().tolist()) == kinds
-            assert set(mosaic.label[~mosaic.clear].unique().tolist()) == kinds
-
-    def test_a_class_has_one_tint_per_image_and_another_in_the_next(self, data):
-        """Clear and hidden cells of a class have the same colour; the same class differs between images."""
-        by_class = {}
-        for index in range(12):
-            image, label, clear, _ = data.training_mosaic(0, index, (128, 256))
-            color = image - image.mean(0)
-            for kind in label.unique().tolist():
-                here = [color[:, (label == kind) & part].mean(1) for part in (clear, ~clear)]
-                assert (here[0] - here[1]).norm() < 0.12
-                others = [color[:, label == other].mean(1) for other in label.unique().tolist() if other != kind]
-                assert all((here[0] - other).norm() > 0.15 for other in others)
-                by_class.setdefault(kind, []).append(here[0])
-        for colors in by_class.values():
-            if len(colors) > 3:
-                assert torch.stack(colors).std(0).norm() > 0.1
-
-    def test_a_hidden_cell_does_not_show_its_class(self):
-        """The same random numbers with two classes exchanged: hidden pixels are the same, clear ones are not."""
-        sources = ContextData((64, 64), 1).sources["train"]
-        swapped = [sources[1], sources[0], *sources[2:]]
-        first = context.compose(np.random.default_rng(5), sources[:3], (96, 192))
-        second = context.compose(np.random.default_rng(5), swapped[:3], (96, 192))
-        assert torch.equal(first.clear, second.clear) and torch.equal(first.label, second.label)
-        assert torch.equal(first.image[:, ~first.clear], second.image[:, ~first.clear])
-        changed = first.clear & (first.label < 2)
-        assert (first.image[:, changed] != second.image[:, changed]).float().mean() > 0.9
-
-    def test_pretext_labels_are_visible(self, data):
-        pretext = PretextData((96, 192), 2)
-        assert len(pretext.classes) == len(data.classes) + context.HUES
-        seen = set()
-        for index in range(6):
-            mosaic = pretext.training_mosaic(0, index, (128, 256))
-            texture = mosaic.pretext < len(data.classes)
-            assert not (texture & ~mosaic.clear).any()
-            assert torch.equal(mosaic.pretext[texture], mosaic.label[texture])
-            seen |= set(mosaic.pretext.unique().tolist())
-        assert max(seen) < len(pretext.classes) and len(seen) > context.HUES
+CONTEXT = {d: getattr(dnl_ext, f"GlobalContext{d}d") for d in (1, 2, 3)}
+SIMPLIFIED = {d: getattr(dnl_ext, f"SimplifiedNonLocal{d}d") for d in (1, 2, 3)}
+fusions = pytest.mark.parametrize("fusion_types", [("channel_add",), ("channel_mul",), ("channel_mul", "channel_add")])
+memory_formats = pytest.mark.parametrize("channels_last", [False, True])
 
 
-class TestTraining:
-    def test_open_data(self):
-        config = TrainConfig(task="context", crop=(64, 96), val_images=2)
-        assert open_data(config).name == "context" and open_data(config).validation_size == 2
-        with pytest.raises(InputError, match="--task must be one of mosaic, context, got x"):
-            TrainConfig(task="x")
+class ContextBlock(nn.Module):
+    """mmcv's ContextBlock."""
 
-    @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-    def test_runs(self, optimizer):
-        config = TrainConfig(
-            task="context", steps=2, crop=(64, 96), batch_size=1, width=4, val_images=1, threads=1, optimizer=optimizer,
-            lr=0.01,
-        )  # fmt: skip
-        trainer = Trainer(config)
-        trainer.run()
-        assert trainer.step == 2 and trainer.miou is not None
-        assert type(trainer.optimizer).__name__ == {"adamw": "AdamW", "sgd": "SGD"}[optimizer]
+    def __init__(self, channels, ratio, pooling_type, fusion_types, dims):
+        super().__init__()
+        conv, planes, ones = CONV[dims], int(channels * ratio), [1] * dims
+        if pooling_type == "att":
+            self.conv_mask = conv(channels, 1, 1)
+        for name in ("channel_add", "channel_mul"):
+            if name in fusion_types:
+                layers = conv(channels, planes, 1), nn.LayerNorm([planes, *ones]), nn.ReLU(), conv(planes, channels, 1)
+                setattr(self, f"{name}_conv", nn.Sequential(*layers))
 
-    @pytest.mark.slow
-    def test_a_network_without_the_block_cannot_do_it(self, tmp_path):
-        """The check of the task itself, a few minutes: hidden cells need the block."""
-        ablation = Ablation(tmp_path, variants=("dnl",), temperatures=(0.05,), seeds=(0,), pretext=1000,
-                            overrides={"steps": 400, "val_images": 16}, images=4)  # fmt: skip
-        data, hidden = open_data(ablation.base), {}
-        for variant in ("none", "dnl"):
-            trainer = ablation.train(Run(variant, None, 0), variant, data, quiet)
-            right = total = 0
-            for index in range(data.validation_size):
-                mosaic = data.validation_mosaic(index)
-                correct = trainer.predict(mosaic.image) == mosaic.label
-                right += int(correct[~mosaic.clear].sum())
-                total += int((~mosaic.clear).sum())
-            hidden[variant] = right / total
-        assert hidden["none"] < 0.4  # 1/3 is what guessing among an image's classes gives
-        assert hidden["dnl"] > hidden["none"] + 0.2
+    def forward(self, x):
+        flat = x.flatten(2)
+        weights = torch.full_like(flat[:, 0], 1 / flat.shape[2])
+        if hasattr(self, "conv_mask"):
+            weights = _softmax(self.conv_mask(x).flatten(1))
+        context = torch.einsum("bn,bcn->bc", weights, flat).reshape(*x.shape[:2], *[1] * (x.dim() - 2))
+        y = x
+        if hasattr(self, "channel_mul_conv"):
+            y = y * torch.sigmoid(self.channel_mul_conv(context))
+        if hasattr(self, "channel_add_conv"):
+            y = y + self.channel_add_conv(context)
+        return y
+
+
+class SimplifiedBlock(nn.Module):
+    """The values of every position, pooled."""
+
+    def __init__(self, channels, dims):
+        super().__init__()
+        self.conv_value = CONV[dims](channels, channels, 1, bias=False)
+        self.conv_mask = CONV[dims](channels, 1, 1)
+
+    def forward(self, x):
+        weights = _softmax(self.conv_mask(x).flatten(1))
+        y = torch.einsum("bn,bcn->bc", weights, self.conv_value(x).flatten(2))
+        return x + y.reshape(*y.shape, *[1] * (x.dim() - 2))
+
+
+def layout(dims, channels_last):
+    return CHANNELS_LAST.get(dims) if channels_last else None
+
+
+class TestGlobalContext:
+    @memory_formats
+    @fusions
+    @pytest.mark.parametrize("pooling_type", ["att", "avg"])
+    @dimensions
+    @backends
+    def test_equals_original(self, backend, dims, pooling_type, fusion_types, channels_last):
+        original = ContextBlock(8, 0.5, pooling_type, fusion_types, dims).double()
+        ours = CONTEXT[dims](8, 0.5, pooling_type, fusion_types, backend=backend).double()
+        scramble(original)
+        assert_loads_both_ways(ours, original)
+        assert_same(ours, original, make_input(dims, memory_format=layout(dims, channels_last)))
+
+    def test_key_names(self):
+        transform = [f"{i}.{kind}" for i in (0, 1, 3) for kind in ("weight", "bias")]
+        assert list(CONTEXT[2](8).state_dict()) == [
+            "conv_mask.weight", "conv_mask.bias", *(f"channel_add_conv.{name}" for name in transform),
+        ]  # fmt: skip
+        keys = set(CONTEXT[2](8, pooling_type="avg", fusion_types=["channel_mul"]).state_dict())
+        assert keys == {f"channel_mul_conv.{name}" for name in transform}
+
+    def test_start(self):
+        x = make_input(2, dtype=torch.float32)
+        assert torch.equal(CONTEXT[2](8)(x), x)
+        torch.testing.assert_close(CONTEXT[2](8, fusion_types=("channel_mul",))(x), x / 2)
+
+    @pytest.mark.parametrize(
+        "name, options",
+        [
+            ("in_channels", {"in_channels": 0}),
+            ("ratio", {"ratio": 0}),
+            ("ratio", {"ratio": "1/4"}),
+            ("pooling_type", {"pooling_type": "max"}),
+            ("fusion_types", {"fusion_types": "channel_add"}),
+            ("fusion_types", {"fusion_types": ()}),
+            ("fusion_types", {"fusion_types": ["add"]}),
+            ("backend", {"backend": None}),
+        ],
+    )
+    def test_wrong_options(self, name, options):
+        with pytest.raises(ValueError, match=f"^{name}: expected "):
+            CONTEXT[2](**{"in_channels": 8, **options})
+
+
+class TestSimplified:
+    @memory_formats
+    @dimensions
+    @backends
+    def test_equals_original(self, backend, dims, channels_last):
+        original = scramble(SimplifiedBlock(8, dims).double())
+        ours = SIMPLIFIED[dims](8, backend=backend).double()
+        assert_loads_both_ways(ours, original)
+        assert_same(ours, original, make_input(dims, memory_format=layout(dims, channels_last)))
+
+    def test_is_the_unary_term_of_the_official_block(self):
+        block = scramble(dnl_ext.DisentangledNonLocal2d.official(8, with_nl=False).double())
+        ours = SIMPLIFIED[2](8).double()
+        ours.load_state_dict(block.state_dict(), strict=True)
+        torch.testing.assert_close(ours(make_input(2)), block(make_input(2)), rtol=1e-12, atol=1e-12)
+
+
+class TestBoth:
+    def make(self, kind, dims=2, **options):
+        return scramble((CONTEXT if kind == "context" else SIMPLIFIED)[dims](8, **options))
+
+    both = pytest.mark.parametrize("kind", ["context", "simplified"])
+
+    @both
+    @dimensions
+    def test_empty_batch(self, kind, dims):
+        x, block = make_input(dims, batch=0, dtype=torch.float32), self.make(kind, dims)
+        block(x).sum().backward()
+        assert x.grad.shape == x.shape and all(not p.grad.any() for p in block.parameters())
+
+    @both
+    @pytest.mark.parametrize("dims", [2, 3])
+    def test_memory_format_is_kept(self, kind, dims):
+        x, block = make_input(dims, dtype=torch.float32), self.make(kind, dims)
+        assert block(x).is_contiguous()
+        y = block(x.detach().to(memory_format=CHANNELS_LAST[dims]))
+        assert y.is_contiguous(memory_format=CHANNELS_LAST[dims]) and not y.is_contiguous()
+
+    @both
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision(self, kind, dtype):
+        block = self.make(kind).double()
+        y, dx, grads = run(copy.deepcopy(block).to(dtype), make_input(2).to(dtype))
+        assert all(g.isfinite().all() for g in (dx, *grads.values()))
+        torch.testing.assert_close(y.double(), block(make_input(2)), rtol=0.05, atol=0.05)
+
+    @both
+    def test_autocast(self, kind):
+        block, x = self.make(kind), make_input(2, dtype=torch.float32)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = block(x)
+        y.square().sum().backward()
+        assert all(p.grad.dtype == torch.float32 for p in block.parameters())
+        torch.testing.assert_close(y, block(x), rtol=0.05, atol=0.05)
+
+    @both
+    def test_compiles_copies_and_is_saved(self, kind):
+        block, x = self.make(kind).double(), make_input(2)
+        compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
+        for a, b in zip(run(block, x)[:2], run(compiled, x)[:2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+        file = io.BytesIO()
+        torch.save(block, file)
+        file.seek(0)
+        assert torch.equal(torch.load(file, weights_only=False)(x), block(x))
+        assert "backend='fused'" in repr(block)
+
+    @both
+    def test_wrong_inputs(self, kind):
+        with pytest.raises(ValueError, match="expected 8 channels"):
+            self.make(kind)(torch.zeros(2, 4, 3, 3))
+        with pytest.raises(ValueError, match="expected 4 dimensions"):
+            self.make(kind)(torch.zeros(2, 8, 3))
+        with pytest.raises(TypeError, match="input: expected"):
+            self.make(kind)(None)

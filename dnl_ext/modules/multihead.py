@@ -129,7 +129,7 @@ class DisentangledMultiheadAttention(nn.Module):
             key, value: the same with S in place of L and kdim, vdim in place of embed_dim.
             key_padding_mask: bool (B, S), True where a key is left out of both terms, or floats added to the logits;
                 None. Queries at padded positions still count in the mean that whitening subtracts; names of
-                ``whiten`` whose statistics of the keys matter (all but "channel" and None) refuse it.
+                ``whiten`` that would count padded keys (all but "channel", "spatial" and None) refuse it.
             need_weights: return the weights P_ij + u_j too; their rows sum to 2 with a unary term.
             attn_mask: bool (L, S) or (B * num_heads, L, S), True where a pair is left out, or floats added to the
                 logits; None with the unary term, whose weights are the same for every query.
@@ -193,7 +193,7 @@ class DisentangledMultiheadAttention(nn.Module):
         if key_padding_mask is not None:
             shape = (batch, source) if batched else (source,)
             key_padding_mask = self._additive("key_padding_mask", key_padding_mask, dtype, shape).view(batch, source)
-            if self.whiten not in ("channel", "in_nostd", None):
+            if self.whiten not in ("channel", "in_nostd", "spatial", None):
                 raise ValueError(f"key_padding_mask: expected None with whiten={self.whiten!r}, got a mask")
         if attn_mask is not None:
             if self.unary:

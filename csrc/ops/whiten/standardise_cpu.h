@@ -2,8 +2,9 @@
 // parallel over batch elements and blocks), statistics per group of columns, then one elementwise pass.
 //
 // All sums are in double and per column first, so the order of adding depends on the shape alone. The second moment is
-// taken around each column's own mean and the means' spread is added: sums of squares would cancel. The input is read
-// up to three times, the last two from cache where a block fits. Traded away: one pass for a group that is one column.
+// taken around the mean in a pass of its own, since sums of squares would cancel: the input is read three times with a
+// deviation, twice without, and once more in float64. Traded away: reading once where a group is one column and fits
+// the cache.
 #pragma once
 
 #include "core/cpu/reduce.h"
@@ -27,29 +28,12 @@ void for_channel_blocks(const StandardiseArgs& args, const Executor& executor, c
   });
 }
 
-// Statistics of every group from those of its columns; in place.
-//   forward   mean, second = sum of squares around the column's mean   ->  mean of the group, its rstd (also in
-//   args.rstd) backward  mean of dy, second = sum of dy y                         ->  mean of the group, sum of dy y /
-//   (n - 1)
-template <class A>
-void share_moments(const StandardiseArgs& args, double* mean, double* second) {
-  const double n = args.count();
+// values[column] of every group by their sum over `divisor`, in place.
+inline void share(const StandardiseArgs& args, double* values, double divisor) {
   for (int64_t g = 0; g < args.groups(); ++g) {
-    double *means = mean + g * args.group, *seconds = second + g * args.group, total = 0, moment = 0;
-    for (int64_t c = 0; c < args.group; ++c) total += means[c];
-    total /= args.group;
-    if (args.rstd) {
-      const double weight = args.result.data ? 0 : args.positions;
-      for (int64_t c = 0; c < args.group; ++c)
-        moment += seconds[c] + (weight ? weight * (means[c] - total) * (means[c] - total) : 0);
-      moment /= n - 1;  // one element has no variance: 0 / 0
-      if (!args.result.data) {
-        moment = 1 / std::sqrt(moment + args.eps);
-        static_cast<A*>(args.rstd)[g] = static_cast<A>(moment);
-      }
-    }
-    std::fill(means, means + args.group, total);
-    std::fill(seconds, seconds + args.group, moment);
+    double *group = values + g * args.group, total = 0;
+    for (int64_t c = 0; c < args.group; ++c) total += group[c];
+    std::fill(group, group + args.group, total / divisor);
   }
 }
 
@@ -61,26 +45,44 @@ void standardise_ordered(const StandardiseArgs& args, double* workspace, const E
   const auto input = [&](const T* x, int64_t i, int64_t c) { return widen(x[Order::at(args.input, i, c)]); };
   const auto result = [&](const T* y, int64_t i, int64_t c) { return widen(y[Order::at(args.result, i, c)]); };
 
-  for_channel_blocks<Order>(args, executor, [&](int64_t b, int64_t begin, int64_t end) {
-    const T* x = element<T>(args.input, b);
-    double sums[kReduceBlock], *means = mean + b * args.channels, *seconds = second + b * args.channels;
-    column_sums_of<Order>(args.positions, begin, end, sums,
-                          [&](int64_t i, int64_t c) { return double(input(x, i, c)); });
-    for (int64_t c = begin; c < end; ++c) means[c] = sums[c - begin] / args.positions;
-    if (!args.rstd) return;
-    if (backward) {
-      const T* y = element<T>(args.result, b);
-      column_sums_of<Order>(args.positions, begin, end, seconds + begin,
-                            [&](int64_t i, int64_t c) { return double(input(x, i, c)) * double(result(y, i, c)); });
-    } else {
-      column_sums_of<Order>(args.positions, begin, end, seconds + begin, [&](int64_t i, int64_t c) {
-        const double from_mean = double(input(x, i, c)) - means[c];
-        return from_mean * from_mean;
+  // out[column] = sum over positions of x - center[column]
+  const auto sum_around = [&](const double* center, double* out) {
+    for_channel_blocks<Order>(args, executor, [&](int64_t b, int64_t begin, int64_t end) {
+      const T* x = element<T>(args.input, b);
+      const int64_t first = b * args.channels;
+      column_sums_of<Order>(args.positions, begin, end, out + first + begin, [&](int64_t i, int64_t c) {
+        return double(input(x, i, c)) - (center ? center[first + c] : 0.0);
       });
-    }
-  });
+    });
+  };
+  sum_around(nullptr, mean);
+  share(args, mean, args.count());
+  if constexpr (std::is_same_v<T, double>) {  // nothing is wider: what rounding took from the mean, all elements share
+    sum_around(mean, second);
+    share(args, second, args.count());
+    for (int64_t c = 0; c < args.columns(); ++c) mean[c] += second[c];
+  }
 
-  share_moments<A>(args, mean, second);
+  if (args.rstd) {
+    // Around the mean in both directions: the sum of the y is 0, but not that of the y as they were rounded.
+    for_channel_blocks<Order>(args, executor, [&](int64_t b, int64_t begin, int64_t end) {
+      const T* x = element<T>(args.input, b);
+      const T* y = backward ? element<T>(args.result, b) : nullptr;
+      const double* means = mean + b * args.channels;
+      double* sums = second + b * args.channels + begin;
+      const auto from_mean = [&](int64_t i, int64_t c) { return double(input(x, i, c)) - means[c]; };
+      if (backward)
+        column_sums_of<Order>(args.positions, begin, end, sums,
+                              [&](int64_t i, int64_t c) { return from_mean(i, c) * double(result(y, i, c)); });
+      else
+        column_sums_of<Order>(args.positions, begin, end, sums,
+                              [&](int64_t i, int64_t c) { return from_mean(i, c) * from_mean(i, c); });
+    });
+    share(args, second, args.count() - 1);  // one element has no variance: 0 / 0
+    if (!backward)
+      for (int64_t g = 0; g < args.groups(); ++g)
+        static_cast<A*>(args.rstd)[g] = static_cast<A>(1 / std::sqrt(second[g * args.group] + args.eps));
+  }
 
   for_channel_blocks<Order>(args, executor, [&](int64_t b, int64_t begin, int64_t end) {
     const T* x = element<T>(args.input, b);
@@ -91,7 +93,7 @@ void standardise_ordered(const StandardiseArgs& args, double* workspace, const E
       const int64_t column = b * args.channels + c;
       means[c - begin] = static_cast<A>(mean[column]);
       factors[c - begin] = args.rstd ? static_cast<const A*>(args.rstd)[column / args.group] : A(1);
-      slopes[c - begin] = static_cast<A>(second[column]);
+      slopes[c - begin] = y ? static_cast<A>(second[column]) : A(0);
     }
     const auto write = [&](int64_t i, int64_t c) {
       A value = input(x, i, c) - means[c - begin];

@@ -1,9 +1,9 @@
 // Whitening by any mean and deviation on CUDA, forward and backward: column sums, statistics per group of columns, one
 // elementwise pass (core/cuda/reduce.cuh holds the sums).
 //
-// Means come first, second moments around them: the input is read three times with a deviation, twice without, later
-// reads mostly from L2. Statistics are summed in double, kept in the accumulate type. Nothing is added atomically, so
-// equal inputs give equal bits.
+// Means come first, second moments around them: the input is read three times with a deviation, twice without (and once
+// more in float64, to correct the mean), later reads mostly from L2. Statistics are summed in double, kept in the
+// accumulate type. Nothing is added atomically, so equal inputs give equal bits.
 #pragma once
 
 #include "core/cuda/affine.cuh"
@@ -14,9 +14,10 @@
 namespace dnl {
 
 // An Op of row_sums, by columns: its batches are splits of kSplit positions of a batch element, its positions are
-// channels, its channels the positions of the split. The term is (x - mean)^2, or x y where `result` is given.
-template <class T>
-struct SecondMoment {
+// channels, its channels the positions of the split. The term is (x - mean) times 1, x - mean or y.
+enum class Moment { first, second, with_result };
+template <class T, Moment kMoment>
+struct MomentSums {
   using A = AccOf<T>;
   using Sum = double;
   Matrix<const T> input, result;
@@ -35,9 +36,10 @@ struct SecondMoment {
       i += first;
       if (i >= length) return 0;
       const double value = wide(x[i * input.position + c * input.channel]);
-      if (y) return value * double(wide(y[i * result.position + c * result.channel]));
       const double from_mean = value - double(mean[c * step]);
-      return from_mean * from_mean;
+      if constexpr (kMoment == Moment::first) return from_mean;
+      if constexpr (kMoment == Moment::second) return from_mean * from_mean;
+      return from_mean * double(wide(y[i * result.position + c * result.channel]));
     }
   };
   DNL_HOST_DEVICE Term at(int64_t split) const {
@@ -107,36 +109,44 @@ __global__ void __launch_bounds__(kThreads) standardise_kernel(Standardise<T> op
   }
 }
 
+// out[g] = factor * the sum over the elements of group g of one moment around mean[g]
+template <Moment kMoment, class T, class Device>
+void moment_sums(Device& device, const StandardiseArgs& args, const Matrix<const T>& x, const Matrix<const T>& y,
+                 const AccOf<T>* mean, double factor, double* out) {
+  const int64_t splits = column_splits(args.positions), parts = args.batches * splits;
+  double* partial = device.template allocate<double>(parts * args.channels);
+  const MomentSums<T, kMoment> op{x,     y, mean, partial, args.group, splits, args.positions, parts, args.channels,
+                                  kSplit};
+  row_sums(device, op, !position_is_fast(x, args.positions, args.channels));
+  // A group of one column is summed over its splits; a larger one is whole batch elements, which lie in one run.
+  const int64_t width = args.group == 1 ? args.channels : 1, runs = args.groups() / width;
+  const int64_t rows = parts * args.channels / args.groups();
+  column_sums<double>(device, dense<double>(partial, runs, rows, width).read(), runs, rows, width, {}, factor, out);
+}
+
 template <class T, class Device>
 void standardise_cuda(const StandardiseArgs& args, Device& device) {
   using A = AccOf<T>;
   const auto x = matrix_of<const T>("x", args.input, args.batches);
   const auto y = args.rstd ? matrix_of<const T>("output", args.result, args.batches) : Matrix<const T>{};
-  const int64_t columns = args.columns(), groups = args.groups();
+  const int64_t columns = args.columns(), groups = args.groups(), whole_quads = round_up_to(groups, kQuad);
 
-  A* mean = device.template allocate<A>(columns);
-  column_sums<T>(device, x, args.batches, args.positions, args.channels, {}, 1.0 / args.positions, mean);
-  if (args.group > 1) {
-    A* shared = device.template allocate<A>(groups);
-    column_sums<A>(device, dense<A>(mean, groups, args.group, 1).read(), groups, args.group, 1, {}, 1.0 / args.group,
-                   shared);
-    mean = shared;
+  A* column = device.template allocate<A>(columns);
+  A* mean = device.template allocate<A>(whole_quads);
+  column_sums<T>(device, x, args.batches, args.positions, args.channels, {}, 1.0 / args.positions, column);
+  column_sums<A>(device, dense<A>(column, groups, args.group, 1).read(), groups, args.group, 1, {}, 1.0 / args.group,
+                 mean);
+  double* second = device.template allocate<double>(whole_quads);
+  if constexpr (std::is_same_v<T, double>) {  // nothing is wider: what rounding took from the mean, all elements share
+    moment_sums<Moment::first>(device, args, x, y, mean, 1.0 / args.count(), second);
+    add(device, mean, second, whole_quads);
   }
-
-  double* second = nullptr;
   if (args.rstd) {
-    const int64_t splits = column_splits(args.positions), parts = args.batches * splits;
-    double* partial = device.template allocate<double>(parts * args.channels);
-    second = device.template allocate<double>(groups);
-    const SecondMoment<T> op{x, y, mean, partial, args.group, splits, args.positions, parts, args.channels, kSplit};
-    row_sums(device, op, !position_is_fast(x, args.positions, args.channels));
-    // A group of one column is summed over its splits; a larger one is whole batch elements, which lie in one run.
-    const int64_t rows = args.group == 1 ? splits : parts * args.channels / groups;
-    const int64_t width = args.group == 1 ? args.channels : 1;
-    const int64_t runs = groups / width;
-    column_sums<double>(device, dense<double>(partial, runs, rows, width).read(), runs, rows, width, {},
-                        1.0 / (args.count() - 1), second);
-    if (!args.result.data) {
+    const double factor = 1.0 / (args.count() - 1);  // one element has no variance: 0 times infinity
+    if (args.result.data) {
+      moment_sums<Moment::with_result>(device, args, x, y, mean, factor, second);
+    } else {
+      moment_sums<Moment::second>(device, args, x, y, mean, factor, second);
       const int64_t tasks = ceil_div_of(groups, kThreads);
       device.launch(&rstd_kernel<A>, tasks, second, static_cast<A*>(args.rstd), args.eps, groups, tasks);
     }
