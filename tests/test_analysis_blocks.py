@@ -180,6 +180,22 @@ class TestProbe:
         with analysis.AttentionProbe(network):
             torch.testing.assert_close(network(images), before, rtol=0, atol=0)
 
+    def test_under_autocast_only_the_block_is_narrow(self):
+        """Rows come from the bfloat16 query and key, but in float32."""
+        network, images = self.network().eval(), 3 * torch.randn(1, 3, 8, 12)
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            with analysis.AttentionProbe(network, queries=None) as probe:
+                network(images)
+            features = network[0](images)
+            inputs = analysis.block_inputs(network[1], features)
+            maps = analysis.attention_rows(network[1], features, [(1, 2)])
+        assert inputs.query.dtype == torch.bfloat16
+        (terms,) = split_images(inputs)
+        expected = analysis.measure_terms(terms, None)
+        assert probe.blocks["1"].images[0].total.entropy.value == pytest.approx(expected.total.entropy.value, rel=1e-7)
+        assert probe.blocks["1"].images[0].decomposition == expected.decomposition
+        torch.testing.assert_close(maps.total[0].flatten(), terms.rows(torch.tensor([8])).total[0], rtol=1e-6, atol=0)
+
     def test_a_block_without_softmax_is_skipped(self):
         network = self.network()
         network[1].mode = "dot_product"

@@ -17,7 +17,7 @@ import math
 
 import torch
 
-#: Label of positions that have no class; the same number as in dnl_ext.segmentation.metrics.
+#: Label of positions that have no class.
 IGNORE = 255
 
 

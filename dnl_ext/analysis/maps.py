@@ -55,12 +55,17 @@ def attention_rows(block, features, queries):
         if len(query) != len(shape) or not all(0 <= place < size for place, size in zip(query, shape, strict=True)):
             raise ValueError(f"queries: expected positions on {' x '.join(map(str, shape))}, got {tuple(query)}")
     inputs = block_inputs(block, features)
+    with torch.autocast(features.device.type, enabled=False):  # the inputs are what it made them; the rows are not
+        return _rows(inputs, queries, shape)
+
+
+def _rows(inputs, queries, shape):
     images = list(split_images(inputs))
     if len(images) != 1:
         raise ValueError(f"block: expected one head, got {len(images)}")
     places = torch.tensor([list(query) for query in queries]).view(-1, len(shape))
     strides = torch.tensor([1, *shape[:0:-1]]).cumprod(0).flip(0)
-    rows = images[0].rows((places * strides).sum(1).to(features.device))
+    rows = images[0].rows((places * strides).sum(1).to(inputs.value.device))
 
     def on_grid(x, *lead):
         return None if x is None else x.view(*lead, *inputs.key_shape).cpu()

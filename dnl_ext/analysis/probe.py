@@ -99,6 +99,10 @@ class AttentionProbe:
             self.skipped[name] = str(error)
             self.blocks.pop(name, None)
             return
+        with torch.autocast(x.device.type, enabled=False):  # the inputs are what it made them; sums over them are not
+            self._measure_images(name, inputs, x, output)
+
+    def _measure_images(self, name, inputs, x, output):
         images = x.shape[0]
         terms = list(split_images(inputs))
         heads = len(terms) // max(images, 1)
