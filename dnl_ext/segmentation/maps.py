@@ -1,7 +1,7 @@
 """The picture of ``dnl-ext maps``: one image, some query pixels, and where the blocks of several networks look.
 
-One row per checkpoint. Columns: the prediction with the queries on it, then the pairwise map of every query, the
-unary map, and the total of every query, which is what the block applies. What a block does not have is said in place.
+One row per checkpoint. Columns: the image with the queries on it, the prediction, then the pairwise map of every query,
+the unary map, and the total of every query, which is what the block applies. What a block lacks is said in its place.
 """
 
 from pathlib import Path
@@ -19,18 +19,13 @@ from .network import STRIDE
 from .overlay import QUERY_COLORS, heat, mark
 
 #: What the attention of a block is called in its row.
-JOINTS = {
-    "product": "product of the terms",
-    "sum": "sum of the terms",
-    "pairwise": "pairwise alone",
-    "unary": "unary alone",
-}
+JOINTS = {"product": "(product)", "sum": "(sum)", "pairwise": "(one term)", "unary": "(one term)"}
 #: Largest side of an image here: four times the tokens of a Cityscapes photograph at stride 8.
 LARGEST = 4096
 #: Most classes in the legend.
 LEGEND = 12
 #: Width of a panel in inches.
-PANEL = 3.6
+PANEL = 3.0
 
 
 class MapRow(NamedTuple):
@@ -85,7 +80,7 @@ def draw_maps(path, image, queries, rows, classes):
     names = "ABCDEF"[: len(queries)]
     unary = any(row.maps.joint != "pairwise" for row in rows)
     total = any(row.maps.joint in ("product", "sum") for row in rows)
-    titles = ["Prediction and queries"]
+    titles = ["Image and queries", "Prediction"]
     titles += [f"Pairwise from {name}" for name in names]
     titles += ["Unary, for all queries"] * unary + [f"Total from {name}" for name in names] * total
     height, width = image.shape[1:]
@@ -120,20 +115,21 @@ def draw_row(figure, line, image, queries, names, row, unary, total):
     for axis in line:
         axis.set_xticks([])
         axis.set_yticks([])
-    line[0].imshow(tinted(image, row.prediction).permute(1, 2, 0).numpy())
-    size = 9 if len(line) < 7 else 8
+    line[0].imshow(image.permute(1, 2, 0).numpy())
+    line[1].imshow(tinted(image, row.prediction).permute(1, 2, 0).numpy())
+    size = 8
     for (x, y), name, color in zip(queries, names, QUERY_COLORS, strict=False):
         mark(line[0], x, y, name, color, size + 1)
 
     count, maps = len(queries), row.maps
-    columns = [(axis, number, maps.pairwise, "no pairwise term") for number, axis in enumerate(line[1 : count + 1])]
+    columns = [(axis, number, maps.pairwise, "no pairwise term") for number, axis in enumerate(line[2 : count + 2])]
     if unary:
-        columns.append((line[count + 1], None, None if maps.unary is None else maps.unary[None], "no unary term"))
+        columns.append((line[count + 2], None, None if maps.unary is None else maps.unary[None], "no unary term"))
     if total:
         both = maps.joint in ("product", "sum")
         shown = maps.total if both else None
         single = "negative gain: no map" if both else f"the {maps.joint} map is all there is"
-        columns += [(axis, number, shown, single) for number, axis in enumerate(line[count + 1 + unary :])]
+        columns += [(axis, number, shown, single) for number, axis in enumerate(line[count + 2 + unary :])]
     for axis, number, weights, missing in columns:
         if weights is None:
             axis.axis("off")
