@@ -1,6 +1,6 @@
 """Do the maps keep to what is in the image: pairwise rows to the query's class, the unary map to class boundaries?
 
-The paper reports such figures (Yin et al., ECCV 2020, section 3.2), but the exact definition behind them is not public.
+The paper reports such figures (Yin et al., ECCV 2020, section 3), but the exact definition behind them is not public.
 These are OUR definitions; compare them with the uniform value beside each, not with the paper's numbers.
 
     own class    mass: share of a query's attention that lies on keys of its own class, mean over queries.

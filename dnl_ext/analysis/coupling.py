@@ -18,7 +18,7 @@ maps exchanged.
 Where g itself varies with the map, for instance because the unary term favours positions whose values are long, the
 figures differ from 1 and 0. That part is given beside each as ``values``: the slope of log |dL/dw_ij| on the same
 logarithm. What is left, slope - values, is what the block's own form does. The statistic is ours; the
-argument is the paper's (Yin et al., ECCV 2020, section 3.2). dy comes from a loss where the caller gives it; otherwise
+argument is the paper's (Yin et al., ECCV 2020, section 3). dy comes from a loss where the caller gives it; otherwise
 it is standard normal: the mean over directions in which a loss might pull.
 """
 

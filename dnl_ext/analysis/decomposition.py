@@ -5,7 +5,7 @@ With mu_q, mu_k the means over positions of (whitened, scaled) queries and keys,
     <q_i, k_j> = <q_i - mu_q, k_j - mu_k>  +  <mu_q, k_j>  +  <q_i - mu_q, mu_k>
                  whitened pairwise            unary           constant per row
 
-(Yin et al., ECCV 2020, equations 4 to 7; the last part leaves the softmax as it is). It is a two-way analysis of
+(Yin et al., ECCV 2020, section 3; the last part leaves the softmax as it is). It is a two-way analysis of
 variance: over all (i, j) the parts are uncorrelated, so their variances add up to that of the logits. They are second
 moments: with the D x D sums of products Q = sum_i q'_i q'_i^T and K = sum_j k'_j k'_j^T of the centred ones the
 pairwise variance is trace(Q K) / (Nq Nk), the others are <mu_q, K mu_q> / Nk and <mu_k, Q mu_k> / Nq. No N x N map.

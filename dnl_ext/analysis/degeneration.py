@@ -1,4 +1,4 @@
-"""Degeneration: do all queries look at the same places? As GCNet measures it (Cao et al., ICCV Workshops 2019, 3.1).
+"""Degeneration: do all queries look at the same places? As GCNet measures it (Cao et al., ICCVW 2019, section 3).
 
 Two distances between the rows a, b of two queries, averaged over pairs of different queries:
 

@@ -9,7 +9,7 @@ What the terms are depends on how the block joins them:
     unary       u_j                               -                         u                  the same
 
 mu is the mean query. The first line is the paper's split of the standard non-local block (Yin et al., ECCV 2020,
-equations 5 to 7): it multiplies two maps that can be looked at one by one, although it computes their product only.
+section 3): it multiplies two maps that can be looked at one by one, although it computes their product only.
 
 A row of a map is Nk numbers. Everything here works on chunks of rows, so memory is linear in Nq and Nk.
 """
