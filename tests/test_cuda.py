@@ -101,6 +101,9 @@ class TestEmulated:
     def test_error_is_within_the_bar(self, emulated, first):
         report(failures(range(first, first + EMULATED_AT_ONCE), large=0))
 
+    def test_whitening_is_within_the_bar(self, emulated):
+        report(failures(range(EMULATED_CASES // 4), op="whiten", large=0))
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_empty_batch_and_no_queries(self, emulated, dtype):
         check_empty("cpu", dtype)
