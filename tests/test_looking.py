@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from test_cli import assert_one_line, one_thread, run, start, train  # noqa: F401
+from test_data import MAKERS
 
 from dnl_ext.analysis import AttentionProbe
 from dnl_ext.segmentation.ablation import Ablation, Run, over_seeds, plan, quiet
@@ -205,6 +206,21 @@ class TestAblate:
         assert all(
             ablation.config(entry).temperature in (None, *ablation.recipe.temperatures) for entry in ablation.runs
         )
+
+    @pytest.mark.parametrize(
+        ("recipe", "layout"),
+        [("cityscapes", "cityscapes"), ("ade20k", "ade20k"), ("pascal_context", "pascal-context")],
+    )
+    def test_recipe_on_a_folder(self, recipe, layout, tmp_path):
+        """A recipe's own layout is read, and diagnose finds the data of its checkpoints again."""
+        MAKERS[layout](tmp_path / "data")
+        result = self.ablate(tmp_path / "out", "--recipe", recipe, "--data", tmp_path / "data", "--variants", "dnl",
+                             "--seeds", "0", "--temperatures", "0.1", "--pretext", "0")  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert f"Recipe {recipe}" in (tmp_path / "out" / "table.md").read_text()
+        path = tmp_path / "out" / "dnl-T0.1-seed0" / "checkpoint.pt"
+        again = run("diagnose", path, "--images", 1, "--queries", 8, "--out", tmp_path / "report")
+        assert again.exit_code == 0, again.output
 
     def test_spread(self):
         results = {
