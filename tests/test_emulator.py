@@ -11,9 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # g++ sees misaligned vectors that clang++ lets pass; clang++'s ThreadSanitizer knows fibers and static shared memory.
-CLANG = next(
-    (name for name in ("clang++", *(f"clang++-{v}" for v in range(22, 13, -1))) if shutil.which(name)), "clang++"
-)
+CLANG = next(filter(shutil.which, ("clang++", *(f"clang++-{version}" for version in range(22, 13, -1)))), "clang++")
 BUILDS = {
     "plain": ("g++", "-O1"),
     "address": ("g++", "-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),

@@ -55,6 +55,16 @@ class CudaDevice : public TensorMemory, public emulator::Launcher {
 
 }  // namespace dnl
 
+// For tests/routes.py: in which order threads and blocks get their turns (emulator::Turns), and how many threads a
+// block may have.
+extern "C" __attribute__((visibility("default"))) void configure_emulator(int turns, uint64_t seed,
+                                                                          int64_t max_threads) {
+  emulator::Options& options = emulator::machine().options;
+  options.turns = static_cast<emulator::Turns>(turns);
+  options.seed = seed;
+  options.max_threads = max_threads;
+}
+
 // The same registrations under another name and for the key that CPU tensors have.
 #define dnl_ext dnl_cuda_emulated
 #define CUDA CPU
