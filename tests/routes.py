@@ -12,7 +12,6 @@ import ctypes
 import functools
 import hashlib
 import pathlib
-import threading
 import warnings
 
 import torch
@@ -85,20 +84,6 @@ def configure(turns="ascending", seed=0, max_threads=1024):
     library.configure_emulator(TURNS.index(turns), ctypes.c_uint64(seed), ctypes.c_int64(max_threads))
 
 
-ONE_AT_A_TIME = threading.Lock()
-
-
-def emulated(name, *arguments):
-    """An operator in the emulator. Torch fills its results with NaN first, so that one which nobody wrote shows."""
-    with ONE_AT_A_TIME:  # the setting is the whole process's
-        before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            return getattr(torch.ops.dnl_cuda_emulated, name)(*arguments)
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
 def on_gpu(name, *arguments):
     """An operator of CPU tensors, on the GPU."""
     moved = [onto(x, "cuda:0") if isinstance(x, torch.Tensor) else x for x in arguments]
@@ -114,10 +99,10 @@ def route(name, seed=0):
         return
     if name == "emulated":
         configure("random", seed)
-    function = {"emulated": emulated, "cuda": on_gpu}[name]
     with torch.library._scoped_library("dnl_ext", "IMPL") as override:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for op in OPERATORS:
-                override.impl(op, functools.partial(function, op), "CPU", allow_override=True)
+                function = getattr(torch.ops.dnl_cuda_emulated, op).default if name == "emulated" else None
+                override.impl(op, function or functools.partial(on_gpu, op), "CPU", allow_override=True)
         yield
