@@ -20,7 +20,8 @@ import dnl_ext
 
 ROOT = pathlib.Path(__file__).parents[1]
 OPERATORS = (
-    *("mean_subtract", "softmax", "softmax_backward", "unary_forward", "unary_backward"),
+    *("mean_subtract", "whiten_forward", "whiten_backward"),
+    *("softmax", "softmax_backward", "unary_forward", "unary_backward"),
     *("pairwise_forward", "pairwise_backward"),
 )
 HAS_GPU = torch.cuda.is_available() and dnl_ext._C.build_info()["cuda"]

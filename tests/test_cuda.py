@@ -112,6 +112,10 @@ class TestEmulated:
         routes.configure()
         dnl_ext.mean_subtract(torch.randn(5, 3))
 
+    @pytest.mark.slow
+    def test_whitening_is_within_the_bar(self, emulated):
+        report(failures(range(EMULATED_CASES // 4), op="whiten", large=0))
+
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_empty_batch_and_no_queries(self, emulated, dtype):
         check_empty("cpu", dtype)

@@ -15,44 +15,71 @@ inline const Src* element(const View& x, int64_t batch) {
   return static_cast<const Src*>(x.data) + x.batch[batch];
 }
 
-// sum_i weight_i x_i over `count` elements `stride` apart; weight may be null.
-template <class Src>
-inline double strided_sum(const Src* x, int64_t stride, int64_t count, const Acc<Src>* weight) {
+// Where element (i, c) of a matrix lies, with the unit stride known to the compiler where there is one.
+struct PositionFast {
+  static constexpr bool kChannelOutside = true;
+  static int64_t at(const View& x, int64_t i, int64_t c) { return i + c * x.channel; }
+};
+struct ChannelFast {
+  static constexpr bool kChannelOutside = false;
+  static int64_t at(const View& x, int64_t i, int64_t c) { return i * x.position + c; }
+};
+struct AnyOrder {
+  static constexpr bool kChannelOutside = true;
+  static int64_t at(const View& x, int64_t i, int64_t c) { return i * x.position + c * x.channel; }
+};
+
+// Calls f(order) with the order that all of `views` have.
+template <class F, class... Views>
+inline void dispatch_order(const F& f, const Views&... views) {
+  if (((views.position == 1) && ...)) return f(PositionFast{});
+  if (((views.channel == 1) && ...)) return f(ChannelFast{});
+  f(AnyOrder{});
+}
+
+// sum_i f(i) over `count` of them.
+template <class F>
+inline double lane_sum(int64_t count, const F& f) {
   double lane[kReduceLanes] = {};
   int64_t i = 0;
-  const auto lanes = [&](int64_t step) {
-    for (; i + kReduceLanes <= count; i += kReduceLanes)
-      for (int64_t l = 0; l < kReduceLanes; ++l)
-        lane[l] += double(widen(x[(i + l) * step])) * (weight ? double(weight[i + l]) : 1.0);
-  };
-  stride == 1 ? lanes(1) : lanes(stride);
+  for (; i + kReduceLanes <= count; i += kReduceLanes)
+    for (int64_t l = 0; l < kReduceLanes; ++l) lane[l] += f(i + l);
   double sum = 0;
-  for (; i < count; ++i) sum += double(widen(x[i * stride])) * (weight ? double(weight[i]) : 1.0);
+  for (; i < count; ++i) sum += f(i);
   for (int64_t l = 0; l < kReduceLanes; ++l) sum += lane[l];
   return sum;
 }
 
-// out[c] = sum_i weight_i x[i][c] for channels [begin, end) of one batch element, at most kReduceBlock of them.
+// out[c - begin] = sum_i f(i, c) for channels [begin, end), at most kReduceBlock of them, visiting memory in `Order`.
+template <class Order, class F>
+inline void column_sums_of(int64_t positions, int64_t begin, int64_t end, double* out, const F& f) {
+  if constexpr (Order::kChannelOutside) {
+    for (int64_t c = begin; c < end; ++c) out[c - begin] = lane_sum(positions, [&](int64_t i) { return f(i, c); });
+  } else {
+    // Sums of runs, then of their results: one running sum over many positions would show in double.
+    constexpr int64_t kRun = 128;
+    for (int64_t c = begin; c < end; ++c) out[c - begin] = 0;
+    for (int64_t first = 0; first < positions; first += kRun) {
+      double run[kReduceBlock] = {};
+      for (int64_t i = first; i < std::min(positions, first + kRun); ++i)
+        for (int64_t c = begin; c < end; ++c) run[c - begin] += f(i, c);
+      for (int64_t c = begin; c < end; ++c) out[c - begin] += run[c - begin];
+    }
+  }
+}
+
+// out[c - begin] = sum_i weight_i x[i][c] for channels [begin, end) of one batch element; weight may be null.
 template <class Src>
 inline void column_sums(const Src* x, const View& view, int64_t positions, int64_t begin, int64_t end,
                         const Acc<Src>* weight, double* out) {
-  if (view.position == 1 || view.channel != 1) {
-    for (int64_t c = begin; c < end; ++c)
-      out[c - begin] = strided_sum(x + c * view.channel, view.position, positions, weight);
-    return;
-  }
-  // Sums of runs, then of their results: one running sum over many positions would show in double.
-  constexpr int64_t kRun = 128;
-  for (int64_t c = begin; c < end; ++c) out[c - begin] = 0;
-  for (int64_t first = 0; first < positions; first += kRun) {
-    double run[kReduceBlock] = {};
-    for (int64_t i = first; i < std::min(positions, first + kRun); ++i) {
-      const Src* row = x + i * view.position;
-      const double w = weight ? double(weight[i]) : 1.0;
-      for (int64_t c = begin; c < end; ++c) run[c - begin] += w * double(widen(row[c]));
-    }
-    for (int64_t c = begin; c < end; ++c) out[c - begin] += run[c - begin];
-  }
+  const auto sums = [&](auto order) {
+    using Order = decltype(order);
+    const auto term = [&](int64_t i, int64_t c) {
+      return double(widen(x[Order::at(view, i, c)])) * (weight ? double(weight[i]) : 1.0);
+    };
+    column_sums_of<Order>(positions, begin, end, out, term);
+  };
+  dispatch_order(sums, view);
 }
 
 // The same for every batch element and channel, in parallel, times `factor`. out: (batches, channels).

@@ -129,7 +129,7 @@ void unary_map(const View& mask, const Acc<T>* lse, int64_t batches, int64_t key
       const int64_t n = gather(element<T>(mask, b), mask.position, begin, keys, Acc<T>(0), block);
       exponentials(block, lse[b]);
       std::copy(block, block + n, map + begin);
-      sum += strided_sum(map + begin, 1, n, static_cast<const Acc<T>*>(nullptr));
+      sum += lane_sum(n, [&](int64_t j) { return double(map[begin + j]); });
     }
     const Acc<T> factor = static_cast<Acc<T>>(1 / sum);
     for (int64_t j = 0; j < keys; ++j) map[j] *= factor;
