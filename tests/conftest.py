@@ -1,6 +1,7 @@
 """Options and fixtures for all tests."""
 
 import pytest
+import routes
 import torch
 
 
@@ -12,11 +13,40 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="long form; give --slow")
+    seen = set()
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(skip)
+        # Emulated, a test function runs once, with the first of its parameters.
+        elif "device" in item.fixturenames and item.callspec.params["device"] == "emulated":
+            function = item.nodeid.split("[")[0]
+            if function in seen:
+                item.add_marker(skip)
+            seen.add(function)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def device(request):
+    """Runs a test of operators on CPU tensors by every route there is: see routes.py."""
+    if request.param == "cuda" and not routes.HAS_GPU:
+        pytest.skip("needs a GPU and dnl_ext built with CUDA")
+    with routes.route(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def emulated_library():
+    """The emulated CUDA operators, as torch.ops.dnl_cuda_emulated; built if their sources have changed."""
+    return routes.emulated_library()
+
+
+@pytest.fixture
+def emulated(emulated_library):
+    """dnl_ext with every operator on CPU tensors computed by the emulated CUDA route."""
+    with routes.route("emulated"):
+        yield

@@ -1,8 +1,7 @@
 """The CUDA route of every operator: on a GPU where there is one, and emulated on the CPU in the long form (--slow).
 
 Values and gradients are held to the bar of tests/helpers.py, on its random cases. What needs the real machine (streams,
-graphs, large N, memory) is skipped without one. The emulation runs the same glue, drivers and kernels: see
-tests/cpp/cuda_emulated.cpp.
+graphs, large N, memory) is skipped without one. The emulation runs the same glue, drivers and kernels: see routes.py.
 """
 
 import math
@@ -13,29 +12,17 @@ import helpers
 import pytest
 import torch
 from helpers import one_thread  # noqa: F401
+from routes import HAS_GPU, OPERATORS, onto
 
 import dnl_ext
 
 ROOT = pathlib.Path(__file__).parents[1]
-OPERATORS = (
-    *("mean_subtract", "softmax", "softmax_backward", "unary_forward", "unary_backward"),
-    *("pairwise_forward", "pairwise_backward"),
-)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-HAS_GPU = torch.cuda.is_available() and dnl_ext._C.build_info()["cuda"]
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and dnl_ext built with CUDA")
 
 CASES, AT_ONCE = 2000, 100
 EMULATED_CASES, EMULATED_AT_ONCE = 1000, 50
-
-
-def onto(x, device):
-    """`x` on another device, with its strides, its offset and everything its storage holds."""
-    if x.device == torch.device(device):
-        return x
-    length = x.untyped_storage().nbytes() // x.element_size()
-    return x.as_strided((length,), (1,), 0).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 class Onto(torch.autograd.Function):
@@ -74,31 +61,6 @@ def failures(seeds, route=lambda op: getattr(dnl_ext, op), **draw):
 
 def report(messages):
     assert not messages, f"{len(messages)} cases failed\n" + "\n".join(messages)
-
-
-@pytest.fixture(scope="module")
-def emulated():
-    """dnl_ext with every operator on CPU tensors computed by the emulated CUDA route."""
-    from torch.utils import cpp_extension
-
-    library = torch.library.Library("dnl_cuda_emulated", "DEF")
-    for name in OPERATORS:
-        schema = str(getattr(torch.ops.dnl_ext, name).default._schema)
-        library.define(schema.removeprefix("dnl_ext::"))
-    cpp_extension.load(
-        "dnl_cuda_emulated",
-        [str(ROOT / "tests/cpp/cuda_emulated.cpp")],
-        extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests/cpp")],
-        extra_cflags=[
-            *("-O2", "-march=native", "-ffp-contract=fast"),  # fused multiply-adds, as nvcc makes them
-            *("-fvisibility=hidden", "-U_FORTIFY_SOURCE", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
-        ],
-        is_python_module=False,
-    )
-    with torch.library._scoped_library("dnl_ext", "IMPL") as override:
-        for name in OPERATORS:
-            override.impl(name, getattr(torch.ops.dnl_cuda_emulated, name).default, "CPU", allow_override=True)
-        yield library
 
 
 def inputs_on(device, dtype, *, batch=(2,), queries=37, keys=45, width=16, channels=24, channel_first=False, seed=0):

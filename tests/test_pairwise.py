@@ -16,6 +16,7 @@ from helpers import one_thread  # noqa: F401
 import dnl_ext
 from dnl_ext import disentangled_attention, pairwise_attention, pairwise_softmax, reference
 
+pytestmark = pytest.mark.usefixtures("device")
 dtypes = pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
 half_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 whitens = pytest.mark.parametrize("whiten", ["channel", None])

@@ -14,6 +14,7 @@ from helpers import one_thread  # noqa: F401
 import dnl_ext
 from dnl_ext import reference, unary_attention, unary_softmax
 
+pytestmark = pytest.mark.usefixtures("device")
 dtypes = pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
 HOT = {torch.float64: 1e6, torch.float32: 1e6, torch.bfloat16: 1e4, torch.float16: 1e4}
 

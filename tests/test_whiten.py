@@ -11,6 +11,7 @@ from helpers import one_thread  # noqa: F401
 import dnl_ext
 from dnl_ext import mean_subtract, reference
 
+pytestmark = pytest.mark.usefixtures("device")
 dtypes = pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
 
 

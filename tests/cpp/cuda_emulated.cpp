@@ -1,21 +1,25 @@
 // The whole CUDA route on CPU tensors: the operators' glue, drivers and kernels as they are, with kernels run by
-// cuda_host.h and products by torch's CPU bmm. Registered as dnl_cuda_emulated::*; tests/test_cuda.py builds and loads
+// the emulator and products by torch's CPU bmm. Registered as dnl_cuda_emulated::*; tests/routes.py builds and loads
 // it.
 
 // clang-format off
-#include "cuda_host.h"
+#include "emulator.h"
+#include "device.h"
 #include "core/cuda/launch.h"
 // clang-format on
 
 namespace dnl {
 
-class CudaDevice : public TensorMemory {
+class CudaDevice : public TensorMemory, public emulator::Launcher {
  public:
   using TensorMemory::TensorMemory;
 
-  template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t tasks, const Arguments&... arguments) const {
-    cuda_host::machine().launch(static_cast<unsigned>(tasks), kThreads, [&] { kernel(arguments...); });
+  // NaN in every type: what no kernel writes shows.
+  template <class T>
+  T* allocate(int64_t count) {
+    T* data = TensorMemory::allocate<T>(count);
+    if (count) std::memset(static_cast<void*>(data), emulator::kPoison, count * sizeof(T));
+    return data;
   }
 
   // torch's CPU bmm has no dtype_out: halves are widened first, which is exact.

@@ -1,4 +1,4 @@
-// The CUDA kernels and the drivers that launch them, on the host (cuda_host.h), against plain loops in double: every
+// The CUDA kernels and the drivers that launch them, on the host (emulator.h), against plain loops in double: every
 // operator, every type, layouts, several chunks, small grids, both thread orders. Library products are plain loops,
 // which check that their operands are what the driver promises. No GPU, no CUDA toolkit.
 #include <algorithm>
@@ -9,8 +9,11 @@
 #include <random>
 #include <vector>
 
+// clang-format off
+#include "emulator.h"
+#include "device.h"
+// clang-format on
 #include "check.h"
-#include "cuda_host.h"
 #include "ops/pairwise/pairwise_backward_cuda.cuh"
 #include "ops/pairwise/pairwise_forward_cuda.cuh"
 #include "ops/unary/unary_cuda.cuh"
@@ -37,7 +40,9 @@ constexpr double kBound = std::is_same_v<T, double>          ? 1e-12
                                                              : 2e-3;
 
 // Memory and products as core/cuda/launch.h gives them, and the promises they rely on.
-struct HostDevice {
+struct HostDevice : emulator::Launcher {
+  HostDevice() { most_blocks = 3; }
+
   std::deque<std::unique_ptr<void, void (*)(void*)>> buffers;
 
   // Aligned, of its exact size (a sanitizer sees the next byte), and NaN in every type.
@@ -49,13 +54,6 @@ struct HostDevice {
     std::memset(data, 0xff, count * sizeof(T));
     buffers.emplace_back(data, std::free);
     return static_cast<T*>(data);
-  }
-
-  template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t tasks, const Arguments&... arguments) {
-    auto& machine = cuda_host::machine();
-    const auto blocks = static_cast<unsigned>(std::min<int64_t>(tasks, machine.max_blocks));
-    machine.launch(blocks, kThreads, [&] { kernel(arguments...); });
   }
 
   template <class T, class Out>
@@ -491,10 +489,8 @@ int main() {
   test_online_softmax();
   test_batch();
   test_chunks();
-  auto& machine = cuda_host::machine();
-  for (auto order : {cuda_host::Order::ascending, cuda_host::Order::descending}) {
-    machine.order = order;
-    machine.max_blocks = 3;
+  for (auto turns : {emulator::Turns::ascending, emulator::Turns::descending, emulator::Turns::random}) {
+    emulator::machine().options.turns = turns;
     generator.seed(1);
     test_type<double>();
     test_type<float>();

@@ -1,9 +1,10 @@
 // What every CUDA kernel here is written with: element types, strided matrices by value, warp and block reductions.
 //
-// No torch header and no launch: a kernel file compiles alone, with nvcc or, after tests/cpp/cuda_host.h has defined
-// CUDA's names, with a host compiler. Kernels use __syncthreads and full-warp __shfl_xor_sync only.
+// No torch header and no launch: a kernel file compiles alone, with nvcc or, after tests/emulator/emulator.h has
+// defined CUDA's names, with a host compiler. What C++ has no name for is in ptx.cuh.
 //
-// How kernels share out work: a launch names a number of tasks, blocks take tasks blockIdx.x, blockIdx.x + gridDim.x,
+// How kernels share out work, unless they ask for a LaunchShape: a launch names a number of tasks, blocks take tasks
+// blockIdx.x, blockIdx.x + gridDim.x,
 // ... So no count of rows or batch elements can exceed a limit of the grid.
 #pragma once
 
@@ -18,13 +19,26 @@
 #include "core/online_softmax.h"
 #include "core/types.h"
 
+#ifdef __CUDACC__
+#define DNL_DEVICE __device__ __forceinline__
+#else
+#define DNL_DEVICE inline
+#endif
+
 namespace dnl {
 
 constexpr int kWarp = 32;
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;  // of a block, unless it has a LaunchShape
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kThreads % kWarp == 0 && kWarps <= kWarp, "reductions combine whole warps, at most one warp of them");
+
+// A launch that is not of tasks: a one-dimensional grid, whose kernel takes blockIdx.x apart itself.
+struct LaunchShape {
+  int64_t blocks;
+  int threads;               // of a block
+  int64_t shared_bytes = 0;  // dynamic shared memory of a block
+};
 
 constexpr int64_t ceil_div_of(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up_to(int64_t a, int64_t b) { return ceil_div_of(a, b) * b; }
@@ -189,12 +203,6 @@ bool position_is_fast(const Matrix<T>& x, int64_t positions, int64_t channels) {
 // ---------------------------------------------------------------------------------------------------------------------
 // Reductions. The order is fixed, so equal inputs give equal bits.
 // ---------------------------------------------------------------------------------------------------------------------
-
-#ifdef __CUDACC__
-#define DNL_DEVICE __device__ __forceinline__
-#else
-#define DNL_DEVICE inline
-#endif
 
 // Sum over the warp, in every lane.
 template <class A>

@@ -21,17 +21,30 @@ class CudaDevice : public TensorMemory {
   // Blocks of kThreads threads for `tasks` tasks; the kernel takes further tasks in steps of the grid.
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), int64_t tasks, const Arguments&... arguments) const {
+    launch(kernel, LaunchShape{std::min(tasks, kMostBlocks), kThreads}, arguments...);
+  }
+
+  // A grid of the kernel's own making; no blocks, no launch.
+  template <class... Parameters, class... Arguments>
+  void launch(void (*kernel)(Parameters...), const LaunchShape& shape, const Arguments&... arguments) const {
     const torch::stable::accelerator::DeviceGuard guard(like_.get_device_index());
-    if (tasks == 0) return;
+    if (shape.blocks == 0) return;
+    if (shape.blocks > kMostBlocks)
+      throw std::length_error(message("a launch of ", shape.blocks, " blocks: at most ", kMostBlocks, " are possible"));
+    // Set for the current device only, so at every launch.
+    if (shape.shared_bytes > kSharedWithoutAsking)
+      STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shape.shared_bytes)));
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like_.get_device_index(), &stream));
-    const auto blocks = static_cast<unsigned>(std::min(tasks, kMaxBlocks));
-    kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+    kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, static_cast<size_t>(shape.shared_bytes),
+             static_cast<cudaStream_t>(stream)>>>(arguments...);
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
  private:
-  static constexpr int64_t kMaxBlocks = int64_t(1) << 30;  // below the limit of gridDim.x, 2^31 - 1
+  static constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;  // of gridDim.x
+  static constexpr int64_t kSharedWithoutAsking = int64_t(48) << 10;
 };
 
 }  // namespace dnl

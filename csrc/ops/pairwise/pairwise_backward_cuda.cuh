@@ -1,7 +1,8 @@
-// Backward of whitened pairwise attention on CUDA, in chunks of keys (the map lies transposed, a row per key):
+// Backward of whitened pairwise attention on CUDA for halves, in chunks of keys (the map lies transposed, a row per
+// key); float and double go by rows of the map (pairwise_backward_rows_cuda.cuh):
 //
 //   S' = K Q^T, dP' = V dO^T         library products, float out    (keys x queries)
-//   P' = exp(scale S' + bias_j - lse_i)   our kernel, a block per key    (keys x queries, of the operands' type)
+//   P' = exp(scale S' + bias_j - lse_i)   our kernel, a block per key    (keys x queries, in 16 bits)
 //   dS' = P' (dP' - Delta_i), and its sum over the queries;  Delta_i = <dO_i, y_i - offset>
 //   dv = P' dO + u G                 library product, then our write with the unary term
 //   dk = scale (dS' Q + mean_term (sum_i dS'_ji) mu_q)      where the query mean enters apart (pairwise_cuda.cuh)
@@ -10,13 +11,13 @@
 //
 // The sum over queries uses dS as rounded, which is what makes the correction exact. Only dQ (queries x width) is held
 // in float over the whole call. Traded away: adding dQ costs a pass over it per chunk, because the product that adds to
-// its output is not reachable through the stable ABI for halves.
+// its output is not reachable through the stable ABI.
 //
 // float16 alone has a range to fear. P' is stored times 2^12, and dS' times a power of two that a bound on
-// |dO_i| |v_j| gives per batch element; both are divided out in float. For the other types these factors are 1.
+// |dO_i| |v_j| gives per batch element; both are divided out in float. For bfloat16 these factors are 1.
 #pragma once
 
-#include "ops/pairwise/pairwise_cuda.cuh"
+#include "ops/pairwise/pairwise_backward_rows_cuda.cuh"
 
 namespace dnl {
 
@@ -122,8 +123,8 @@ struct SoftmaxBackwardStep {
   using A = AccOf<T>;
   const A* logits;            // (group, rows, pitch): S'
   const A* grad_probability;  // (group, rows, pitch): dP', or null: only P' is wanted
-  T* probability;             // (group, rows, pitch): P', which may take the place of S'
-  T* grad_logits;             // (group, rows, pitch): dS', which may take the place of dP'
+  T* probability;             // (group, rows, pitch): P', or null where it is not wanted
+  T* grad_logits;             // (group, rows, pitch): dS'
   A* row_sum;                 // (group, rows): sum of dS', or null
   Rows<const A> bias;         // (group, rows), or null
   Rows<const A> lse;          // (group, columns); whole quads
@@ -178,49 +179,27 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// G = sum_i dy_i (batches, channels) and u (batches, keys) of the unary term, and dm, which need no map. Absent without
-// mask logits.
-template <class T>
-struct UnaryTerm {
-  using A = AccOf<T>;
-  A* grad_pooled = nullptr;
-  Rows<A> map;
-
-  template <class Device>
-  UnaryTerm(const PairwiseArgs& args, Device& device) {
-    if (!args.mask.data) return;
-    grad_pooled = device.template allocate<A>(args.batches * args.channels);
-    column_sums<T>(device, matrix_of<const T>("grad_output", args.grad_output, args.batches), args.batches,
-                   args.queries, args.channels, {}, 1.0, grad_pooled);
-    map = unary_map<T>(device, args.mask, args.batches, args.keys, nullptr);
-    if (args.grad_mask.data)
-      unary_mask_gradient<T>(device, matrix_of<const T>("value", args.value, args.batches), map.read(), grad_pooled,
-                             static_cast<const A*>(args.pooled), args.grad_mask, args.batches, args.keys,
-                             args.channels);
-  }
-};
-
 template <class T, class Device>
 struct PairwiseBackwardChain {
+  static_assert(kHalf<T>, "float and double need P normalised anew");
   using A = AccOf<T>;
   const PairwiseArgs& args;
   Device& device;
-  const UnaryTerm<T>& unary;
   const PairwiseOperands<T, Device> in;
+  const PairwiseGradients<T, Device> out;
   const bool need_logits;  // any gradient that goes through dS
   Matrix<const T> grad_output, centred_key;
   Rows<A> lse, lse_rest, delta;
   A *grad_scale = nullptr, *grad_inverse = nullptr;
 
   PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u)
-      : args(a), device(d), unary(u), in(a, d), need_logits(a.grad_query.data || a.grad_key.data) {}
+      : args(a), device(d), in(a, d), out(a, d, in, u), need_logits(out.query.data || out.key.data) {}
 
   void run(const ChunkLimits& limits) {
     const auto grad = matrix_of<const T>("grad_output", args.grad_output, args.batches);
     grad_output = product_operand(device, grad, args.batches, args.queries, args.channels, nullptr);
     row_statistics(grad);
-    centred_key = in.key;
-    if (kHalf<T> && args.grad_query.data)
+    if (out.query.data)
       centred_key = product_operand(device, matrix_of<const T>("key", args.key, args.batches), args.batches, args.keys,
                                     args.width, in.key_mean);
     run_chunks(limits);
@@ -269,32 +248,20 @@ struct PairwiseBackwardChain {
   }
 
   void run_chunks(const ChunkLimits& limits) {
-    const bool want_query = args.grad_query.data, want_key = args.grad_key.data, want_value = args.grad_value.data;
     const Chunks chunks(args.batches, args.keys, args.queries, sizeof(A), limits);
     const int64_t pitch = pitch_of(args.queries), map = chunks.group * chunks.rows * pitch;
     const int64_t query_size = like_order_size(chunks.group, args.queries, args.width);
     const bool several = chunks.rows < args.keys;
 
     // S' is done with when dQ is made: its buffer then takes the chunk's part of dQ.
-    A* logits = device.template allocate<A>(several && want_query ? std::max(map, query_size) : map);
+    A* logits = device.template allocate<A>(several && out.query.data ? std::max(map, query_size) : map);
     A* grad = need_logits ? device.template allocate<A>(map) : nullptr;
-    T *probability, *grad_logits;
-    if constexpr (kHalf<T>) {
-      probability = want_value ? device.template allocate<T>(map) : nullptr;
-      grad_logits = need_logits ? device.template allocate<T>(map) : nullptr;
-    } else {
-      probability = logits;
-      grad_logits = grad;
-    }
-    const int64_t widest = std::max(want_key ? args.width : 0, want_value ? args.channels : 0);
+    T* probability = out.value.data ? device.template allocate<T>(map) : nullptr;
+    T* grad_logits = need_logits ? device.template allocate<T>(map) : nullptr;
+    const int64_t widest = std::max(out.key.data ? args.width : 0, out.value.data ? args.channels : 0);
     A* sums = device.template allocate<A>(like_order_size(chunks.group, chunks.rows, widest));
-    const bool correct = in.mean_term && want_key;
-    A* row_sum = correct ? device.template allocate<A>(chunks.group * chunks.rows) : nullptr;
-    A* grad_query = want_query ? device.template allocate<A>(query_size) : nullptr;
-    Matrix<T> out_query, out_key, out_value;
-    if (want_query) out_query = matrix_of<T>("query", args.grad_query, args.batches);
-    if (want_key) out_key = matrix_of<T>("key", args.grad_key, args.batches);
-    if (want_value) out_value = matrix_of<T>("value", args.grad_value, args.batches);
+    A* row_sum = out.needs_sum() ? device.template allocate<A>(chunks.group * chunks.rows) : nullptr;
+    A* grad_query = out.query.data ? device.template allocate<A>(query_size) : nullptr;
 
     chunks.for_each(args.batches, args.keys, [&](int64_t b, int64_t group, int64_t first, int64_t rows) {
       const A* inverse = grad_inverse ? grad_inverse + b : nullptr;
@@ -306,7 +273,7 @@ struct PairwiseBackwardChain {
                        args.queries, args.channels);
       const SoftmaxBackwardStep<T> step{logits,
                                         grad,
-                                        want_value ? probability : nullptr,
+                                        probability,
                                         grad_logits,
                                         row_sum,
                                         in.bias.from(b, first),
@@ -322,61 +289,36 @@ struct PairwiseBackwardChain {
 
       const auto p = dense(static_cast<const T*>(probability), group, rows, pitch);
       const auto ds = dense(static_cast<const T*>(grad_logits), group, rows, pitch);
-      if (want_value) {
-        const auto out = out_value.from(b, first);
-        const auto dv = like_order(out, sums, group, rows, args.channels);
+      if (out.value.data) {
+        const auto dv = like_order(out.value.from(b, first), sums, group, rows, args.channels);
         device.product(p, dy, dv, group, rows, args.channels, args.queries);
-        Affine<A, T> write{dv.read(), out, group, rows, args.channels};
-        write.alpha = A(1) / (1 << kProbabilityExponent<T>);
-        write.beta_row = unary.map.from(b, first).read();
-        write.gamma = unary.grad_pooled ? unary.grad_pooled + b * args.channels : nullptr;
-        affine(device, write);
+        out.write_value(dv, b, group, first, rows, A(1) / (1 << kProbabilityExponent<T>));
       }
-      if (want_key) {
-        const auto out = out_key.from(b, first);
-        const auto dk = like_order(out, sums, group, rows, args.width);
+      if (out.key.data) {
+        const auto dk = like_order(out.key.from(b, first), sums, group, rows, args.width);
         device.product(ds, query, dk, group, rows, args.width, args.queries);
-        Affine<A, T> write{dk.read(), out, group, rows, args.width};
-        if (correct) {
-          write.beta = in.mean_term;
-          write.beta_row = {row_sum, rows};
-          write.gamma = in.query_mean + b * args.width;
-        }
-        write.scale = in.scale;
-        write.factor = inverse;
-        affine(device, write);
+        out.write_key(dk, row_sum, b, group, first, rows, inverse);
       }
-      if (want_query) {
-        const auto out = out_query.from(b, 0);
-        const auto dq = like_order(out, first ? logits : grad_query, group, args.queries, args.width);
+      if (out.query.data) {
+        const auto total = like_order(out.query, grad_query, group, args.queries, args.width);
+        auto dq = total;
+        if (first) dq.data = logits;
         device.product(ds.transposed(), centred_key.from(b, first), dq, group, args.queries, args.width, rows);
         if (first) add(device, grad_query, logits, group * dq.batch.stride[0]);
-        if (first + rows == args.keys) write_query(out, grad_query, b, group, inverse);
+        if (first + rows == args.keys) out.write_query(total, b, group, inverse);
       }
     });
-  }
-
-  // dq = scale (sum - its mean over queries)
-  void write_query(const Matrix<T>& out, A* sum, int64_t b, int64_t group, const A* inverse) {
-    const auto dq = like_order(out, sum, group, args.queries, args.width).read();
-    Affine<A, T> write{dq, out, group, args.queries, args.width};
-    if (args.whiten) {
-      A* mean = device.template allocate<A>(group * args.width);
-      column_sums<A>(device, dq, group, args.queries, args.width, {}, 1.0 / args.queries, mean);
-      write.beta = -1;
-      write.gamma = mean;
-    }
-    write.scale = in.scale;
-    write.factor = inverse;
-    affine(device, write);
   }
 };
 
 template <class T, class Device>
 void pairwise_backward_cuda(const PairwiseArgs& args, Device& device, const ChunkLimits& limits = {}) {
   const UnaryTerm<T> unary(args, device);
-  if (args.grad_query.data || args.grad_key.data || args.grad_value.data)
+  if (!args.grad_query.data && !args.grad_key.data && !args.grad_value.data) return;
+  if constexpr (kHalf<T>)
     PairwiseBackwardChain<T, Device>(args, device, unary).run(limits);
+  else
+    PairwiseBackwardRows<T, Device>(args, device, unary).run(limits);
 }
 
 }  // namespace dnl

@@ -92,31 +92,53 @@ Rows<AccOf<T>> unary_map(Device& device, const View& mask, int64_t batches, int6
   return u;
 }
 
-// dm_j = u_j <g, v_j - pooled>
+// An Op of row_sums: x_j = <g, v_j - pooled>, kept in double.
 template <class T>
-struct MaskGradient : RowDot<T> {
-  Rows<const AccOf<T>> u;  // (batches, keys)
-  Matrix<T> grad_mask;     // (batches, keys)
+struct ValueDots : RowDot<T> {
+  Rows<double> dots;  // (batches, keys)
 
-  DNL_HOST_DEVICE void store(int64_t b, int64_t j, double sum) const {
-    *grad_mask.element(b, j, 0) = rounded<T>(static_cast<AccOf<T>>(u.element(b)[j] * sum));
-  }
+  DNL_HOST_DEVICE void store(int64_t b, int64_t j, double sum) const { dots.element(b)[j] = sum; }
 };
+
+// dm_j = u_j (x_j - sum_l u_l x_l). With the exact pooled vector the sum would be 0; it was rounded, which shows where
+// values share a large offset. A block takes a batch element.
+template <class T>
+__global__ void __launch_bounds__(kThreads) mask_gradient_kernel(const double* dots,        // (batches, keys): x
+                                                                 Rows<const AccOf<T>> map,  // (batches, keys): u
+                                                                 Matrix<T> grad_mask,       // (batches, keys)
+                                                                 int64_t keys, int64_t tasks) {
+  __shared__ double weighted_sums[kWarps], sums[kWarps];
+  for (int64_t b = blockIdx.x; b < tasks; b += gridDim.x) {
+    const double* x = dots + b * keys;
+    const AccOf<T>* u = map.element(b);
+    T* out = grad_mask.element(b);
+    double weighted = 0, total = 0;
+    for (int64_t j = threadIdx.x; j < keys; j += kThreads) {
+      weighted += double(u[j]) * x[j];
+      total += double(u[j]);
+    }
+    const double mean = block_sum(weighted, weighted_sums) / block_sum(total, sums);
+    for (int64_t j = threadIdx.x; j < keys; j += kThreads)
+      out[j * grad_mask.position] = rounded<T>(static_cast<AccOf<T>>(double(u[j]) * (x[j] - mean)));
+    __syncthreads();  // before the next element overwrites the sums
+  }
+}
 
 template <class T, class Device>
 void unary_mask_gradient(Device& device, const Matrix<const T>& value, const Rows<const AccOf<T>>& u,
                          const AccOf<T>* grad_pooled, const AccOf<T>* pooled, const View& grad_mask, int64_t batches,
                          int64_t keys, int64_t channels) {
-  MaskGradient<T> op{};
+  ValueDots<T> op{};
   op.x = value;
   op.row = grad_pooled;
   op.offset = pooled;
   op.batches = batches;
   op.positions = keys;
   op.channels = channels;
-  op.u = u;
-  op.grad_mask = matrix_of<T>("mask_logits", grad_mask, batches);
+  op.dots = {device.template allocate<double>(batches * keys), keys};
   row_sums(device, op, position_is_fast(value, keys, channels));
+  device.launch(&mask_gradient_kernel<T>, batches, op.dots.data, u, matrix_of<T>("mask_logits", grad_mask, batches),
+                keys, batches);
 }
 
 template <class T, class Device>
