@@ -2,6 +2,7 @@
 #include "core/cuda/launch.h"
 #include "ops/pairwise/pairwise_backward_cuda.cuh"
 #include "ops/pairwise/pairwise_forward_cuda.cuh"
+#include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
 #include "ops/pairwise/pairwise_op.h"
 
 namespace dnl {
@@ -22,7 +23,13 @@ PairwiseForwardResult pairwise_forward_on_cuda(const Tensor& query, const Tensor
   if (!call.empty()) {
     CudaDevice device(query);
     for (const Tensor& x : {query, key, value}) device.know(x);
-    dispatch_element(call.args.dtype, [&](auto type) { pairwise_forward_cuda<decltype(type)>(call.args, device); });
+    dispatch_element(call.args.dtype, [&](auto type) {
+      using T = decltype(type);
+      const PairwisePlan plan = plan_pairwise(shape_of<T>(call.args), device.gpu(), requested_cuda_path(), false);
+      if constexpr (kHalf<T>)
+        if (plan.fused) return pairwise_fused_forward_cuda<T>(call.args, device, plan.forward);
+      pairwise_forward_cuda<T>(call.args, device);
+    });
   }
   return {call.output, call.lse, call.residual, call.pooled, call.mask_lse};
 }

@@ -434,6 +434,24 @@ void (*fused_forward_kernel_of(int tile))(FusedForward<T>) {
   }
 }
 
+// What the plan of a call depends on.
+template <class T>
+PairwiseShape shape_of(const PairwiseArgs& args) {
+  const auto channel_first = [](const View& view, int64_t positions, int64_t channels) {
+    Matrix<const T> x;
+    x.position = view.position, x.channel = view.channel;
+    return position_is_fast(x, positions, channels);
+  };
+  PairwiseShape shape;
+  shape.dtype = args.dtype;
+  shape.batches = args.batches, shape.queries = args.queries, shape.keys = args.keys;
+  shape.width = args.width, shape.channels = args.channels;
+  shape.query_channel_first = channel_first(args.query, args.queries, args.width);
+  shape.key_channel_first = channel_first(args.key, args.keys, args.width);
+  shape.value_channel_first = channel_first(args.value, args.keys, args.channels);
+  return shape;
+}
+
 template <class T, class Device>
 void pairwise_fused_forward_cuda(const PairwiseArgs& args, Device& device, const ForwardPlan& plan) {
   const PairwiseOperands<T, Device> in(args, device, Placement::as_they_lie);

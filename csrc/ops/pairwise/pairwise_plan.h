@@ -25,13 +25,6 @@
 
 namespace dnl {
 
-// What a kernel plan needs to know of a GPU.
-struct Gpu {
-  int capability = 80;  // 10 * major + minor
-  int multiprocessors = 108;
-  int shared_bytes = 163 << 10;  // that a block can have
-};
-
 // Shared memory a block can have on an architecture (CUDA C++ programming guide, table of technical specifications).
 inline int shared_bytes_of(int capability) {
   if (capability < 80) return 48 << 10;
@@ -80,6 +73,12 @@ constexpr int column_groups_of(const ForwardTile& tile) { return 8 * 32 / tile.q
 // rows which are read together lie in different banks.
 constexpr int kLine = 16;
 constexpr int tile_bytes(int outer, int inner, int element) { return outer * (inner * element + kLine); }
+
+// The fused backward makes tiles of the map, kMapTile x kMapTile, from kMapDepth channels at a time in two buffers,
+// either of which may lie channel-first.
+constexpr int kMapTile = 128, kMapDepth = 64, kMapStages = 2;
+constexpr int kMapOperandBytes = std::max(tile_bytes(kMapTile, kMapDepth, 2), tile_bytes(kMapDepth, kMapTile, 2));
+constexpr int kMapSharedBytes = 2 * kMapStages * kMapOperandBytes;
 
 inline ForwardShared forward_shared(const ForwardTile& tile, int width, int slice_channels, const PairwiseShape& shape,
                                     int element) {
@@ -136,6 +135,64 @@ inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu
   const int64_t blocks = shape.batches * ((shape.queries + tile.queries - 1) / tile.queries);
   best.splits = forward_splits(blocks, (shape.keys + tile.keys - 1) / tile.keys, gpu.multiprocessors);
   return best;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The choice
+// ---------------------------------------------------------------------------------------------------------------------
+
+enum class CudaPath { by_default, chain, fused };
+
+// What DNL_EXT_CUDA_PATH asks for.
+inline CudaPath requested_cuda_path() {
+  const char* value = std::getenv("DNL_EXT_CUDA_PATH");
+  const std::string name = value ? value : "";
+  if (name.empty()) return CudaPath::by_default;
+  if (name == "chain") return CudaPath::chain;
+  if (name == "fused") return CudaPath::fused;
+  throw ValueError(message("DNL_EXT_CUDA_PATH: expected one of 'chain', 'fused', got '", name, "'"));
+}
+
+struct PairwisePlan {
+  bool fused = false;
+  std::string why;
+  ForwardPlan forward{};  // of a fused forward
+};
+
+// Why the fused path cannot take a call; empty where it can.
+inline std::string fused_obstacle(const PairwiseShape& shape, const Gpu& gpu, bool backward) {
+  if (shape.dtype != DType::bf16 && shape.dtype != DType::f16)
+    return message("the fused path takes bfloat16 and float16, got ",
+                   shape.dtype == DType::f32 ? "float32" : "float64");
+  if (gpu.capability < 80)
+    return message("the fused path needs compute capability 8.0 or later, got ", gpu.capability / 10, ".",
+                   gpu.capability % 10);
+  if (shape.channels == 0) return "the fused path needs value channels, got none";
+  if (!backward && shape.width > kFusedWidth)
+    return message("the fused forward takes at most ", kFusedWidth, " query channels, got ", shape.width);
+  if (backward && gpu.shared_bytes < kMapSharedBytes)
+    return message("the fused backward needs ", kMapSharedBytes, " bytes of shared memory, the GPU has ",
+                   gpu.shared_bytes);
+  return "";
+}
+
+inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, CudaPath request, bool backward) {
+  PairwisePlan plan;
+  std::string obstacle = fused_obstacle(shape, gpu, backward);
+  if (obstacle.empty() && !backward) {
+    plan.forward = plan_fused_forward(shape, gpu);
+    if (plan.forward.slices == 0) obstacle = "no tile of the fused forward fits into the GPU's shared memory";
+  }
+  if (request == CudaPath::fused) {
+    if (!obstacle.empty()) throw NotImplementedError(message("DNL_EXT_CUDA_PATH=fused: ", obstacle));
+    plan.fused = true;
+    plan.why = "DNL_EXT_CUDA_PATH=fused";
+  } else if (request == CudaPath::chain) {
+    plan.why = "DNL_EXT_CUDA_PATH=chain";
+  } else {
+    plan.why = obstacle.empty() ? "the default: the fused path has not been measured to be faster" : obstacle;
+  }
+  return plan;
 }
 
 }  // namespace dnl
