@@ -48,7 +48,11 @@ PairwiseBackwardResult pairwise_backward_on_cuda(const Tensor& grad_output, cons
   } else if (call.args.batches) {
     CudaDevice device(query);
     for (const Tensor& x : {grad_output, query, key, value}) device.know(x);
-    dispatch_element(call.args.dtype, [&](auto type) { pairwise_backward_cuda<decltype(type)>(call.args, device); });
+    dispatch_element(call.args.dtype, [&](auto type) {
+      using T = decltype(type);
+      const PairwisePlan plan = plan_pairwise(shape_of<T>(call.args), device.gpu(), requested_cuda_path(), true);
+      pairwise_backward_cuda<T>(call.args, device, {}, plan.fused);
+    });
   }
   return {call.grad_query, call.grad_key, call.grad_value, call.grad_mask};
 }

@@ -17,9 +17,9 @@
 //
 // Statistics are float. Logits are base 2: one fma from the accumulator to the argument of exp2. y is divided by the
 // sum of P as rounded, the lse has the sum before rounding (docs/numerics.md). Channels beyond a slice take further
-// passes that know the lse: there P = exp2(S - lse), times 2^12 in float16, and only its rounded sum is new. Splits of
-// the keys leave their unnormalised O and statistics in float to a second kernel, which merges them in a fixed order.
-// Traded away: one buffer each for K and V leaves a load one product's time to arrive.
+// passes that know the maximum of each row, so that nothing is rescaled there. Splits of the keys leave their
+// unnormalised O and statistics in float to a second kernel, which merges them in a fixed order. Traded away: one
+// buffer each for K and V leaves a load one product's time to arrive.
 #pragma once
 
 #include "ops/pairwise/pairwise_cuda.cuh"
@@ -54,7 +54,8 @@ struct FusedForward {
   Rows<const float> bias;      // (batches, keys), or null
   Matrix<T> output, residual;  // (batches, queries, channels); residual.data may be null
   const float* offset;         // (batches, channels), or null
-  float* lse;                  // (batches, queries, 2), as a pair: written by slice 0, read by the others
+  float* lse;                  // (batches, queries, 2), as a pair
+  float* maxima;               // (batches, queries), of base-2 logits: from slice 0 to the others; null with one slice
   float* partial;              // (splits, batches, queries, channels) if splits > 1
   float* statistics;           // (splits, batches, queries, 3): maximum, sum, sum as rounded, if splits > 1
   int64_t batches, queries, keys, channels;
@@ -81,11 +82,6 @@ struct FusedForward {
             offset ? offset + b * channels : nullptr};
   }
 };
-
-// What slices beyond the first take P relative to, in base-2 logits: P is at most 2^12 in float16, so that the small
-// probabilities of a flat softmax keep their digits, and at most 1 in the other types.
-template <class T>
-constexpr float kKnownExponent = std::is_same_v<T, __half> ? 12 : 0;
 
 // Which part of the problem a block and its warp have.
 template <class Tiling>
@@ -124,24 +120,9 @@ struct ForwardPlace {
 
   // Whether the warp's 16 queries of S are the second half of its rows of the output.
   DNL_DEVICE bool second_half() const { return !Tiling::kWholeRows && column_group % 2; }
-  // Slices beyond the first know the lse.
+  // Slices beyond the first know the maximum of each row.
   DNL_DEVICE bool known() const { return slice > 0; }
 };
-
-// Two neighbours of P, rounded and stored; returns the sum of what was stored.
-template <class T>
-DNL_DEVICE float store_rounded(T* to, float low, float high) {
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t packed = pack2<T>(low, high);
-    *reinterpret_cast<uint32_t*>(to) = packed;
-    const Pair pair = unpack2<T>(packed);
-    return pair.lo + pair.hi;
-  } else {
-    to[0] = float_of(to_tf32(low));
-    to[1] = float_of(to_tf32(high));
-    return to[0] + to[1];
-  }
-}
 
 // What a block found, on its way out: the lse, and its piece of y; with several splits, statistics and O as they are.
 template <class T, class Tiling, int kChannelTiles, int kRowTiles>
@@ -188,6 +169,7 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
         to[2] = rounded_total;
       } else if (!merge && !at.known()) {
         store_pair(double(most[m][h]) * kLn2, log_of(double(total)), op.lse + 2 * (at.b * op.queries + i));
+        if (op.maxima) op.maxima[at.b * op.queries + i] = most[m][h];
       }
     }
   }
@@ -258,10 +240,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
     for (int h = 0; h < 2; ++h) {
       most[m][h] = kLowest;
       const int64_t i = at.first_query + at.row + m * kFragmentRows + fragment_row(h);
-      if (known && i < op.queries) {
-        const float* pair = op.lse + 2 * (at.b * op.queries + i);
-        most[m][h] = (pair[0] + pair[1]) * kLog2E - kKnownExponent<T>;
-      }
+      if (known && i < op.queries) most[m][h] = op.maxima[at.b * op.queries + i];
     }
 
   for (int64_t tile = at.begin; tile < at.end; ++tile) {
@@ -395,7 +374,10 @@ __global__ void __launch_bounds__(kThreads)
       weight[s][threadIdx.x] = factor;
     }
     for (int s = 0; s < op.splits; ++s) weight[s][threadIdx.x] /= stored;
-    if (op.first_slice == 0) store_pair(double(most) * kLn2, log_of(double(sum)), op.lse + 2 * i);
+    if (op.first_slice == 0) {
+      store_pair(double(most) * kLn2, log_of(double(sum)), op.lse + 2 * i);
+      if (op.maxima) op.maxima[i] = most;
+    }
   }
   __syncthreads();
 
@@ -472,13 +454,14 @@ void pairwise_fused_forward_cuda(const PairwiseArgs& args, Device& device, const
   op.splits = plan.splits;
   op.position_fast = position_is_fast(op.output, args.queries, args.channels);
   op.shared = plan.shared;
-  op.scale = static_cast<float>(args.scale * kLog2E);
+  op.scale = static_cast<float>(args.scale * 1.4426950408889634);
+  if (plan.slices > 1) op.maxima = device.template allocate<float>(args.batches * args.queries);
   if (plan.splits > 1) {
     const int64_t rows = plan.splits * args.batches * args.queries;
     op.partial = device.template allocate<float>(rows * args.channels);
     op.statistics = device.template allocate<float>(rows * 3);
   }
-  // The first slice makes the lse that the others take.
+  // The first slice finds the maxima that the others take.
   for (int first = 0; first < plan.slices; first = first ? plan.slices : 1) {
     op.first_slice = first;
     op.slices = first ? plan.slices - 1 : 1;

@@ -165,6 +165,21 @@ DNL_DEVICE void multiply(float (&c)[kRowTiles][2][4], const uint32_t (&a)[kRowTi
   }
 }
 
+// Two neighbours, rounded and stored; returns the sum of what was stored.
+template <class T>
+DNL_DEVICE float store_rounded(T* to, float low, float high) {
+  if constexpr (sizeof(T) == 2) {
+    const uint32_t packed = pack2<T>(low, high);
+    *reinterpret_cast<uint32_t*>(to) = packed;
+    const Pair pair = unpack2<T>(packed);
+    return pair.lo + pair.hi;
+  } else {
+    to[0] = float_of(to_tf32(low));
+    to[1] = float_of(to_tf32(high));
+    return to[0] + to[1];
+  }
+}
+
 // Where this lane's entries of a 16 x 8 result lie: c[2 h + u] is at row fragment_row(h), column fragment_column() + u.
 DNL_DEVICE int fragment_row(int half) { return threadIdx.x % kWarp / 4 + 8 * half; }
 DNL_DEVICE int fragment_column() { return threadIdx.x % 4 * 2; }
