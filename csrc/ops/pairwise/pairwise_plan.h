@@ -60,7 +60,7 @@ constexpr int kStagingBytes = 8 * 32 * 33 * 4;  // of results on their way out, 
 struct ForwardPlan {
   int tile = 0;            // index into kForwardTiles
   int width = 0;           // Dqk, padded
-  int slices = 1;          // passes over the keys, each for slice_channels of the values
+  int slices = 0;          // passes over the keys, each for slice_channels of the values
   int slice_channels = 0;  // a multiple of 16 per column group of warps
   int splits = 1;          // blocks that share the keys of a tile of queries
   ForwardShared shared{};
@@ -113,7 +113,6 @@ inline int forward_splits(int64_t blocks, int64_t key_tiles, int multiprocessors
 inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu) {
   const int element = shape.dtype == DType::f32 ? 4 : 2;
   ForwardPlan best;
-  best.slices = 0;
   const int depth = 32 / element;
   const int width = static_cast<int>((shape.width + depth - 1) / depth * depth);
   for (int index = 0; index < int(std::size(kForwardTiles)); ++index) {
