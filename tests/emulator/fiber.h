@@ -128,10 +128,11 @@ class Fiber {
 #endif
   }
 
+  // What Traces keeps.
 #ifdef EMULATOR_TSAN
-  // ThreadSanitizer's part of a finished fiber. It has to outlive the launch: a race with a fiber whose trace is gone
-  // cannot be reported.
-  void* take_trace() { return fiber_; }
+  void* trace() { return fiber_; }
+#else
+  void* trace() { return nullptr; }
 #endif
 
  private:

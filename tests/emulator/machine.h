@@ -17,82 +17,10 @@
 #include <string>
 #include <vector>
 
-#include "fiber.h"
-#include "report.h"
-#include "sanitizers.h"
-
-// Static shared memory of every kernel, one after another, where the compiler lets us say so (see README.md).
-#ifdef __clang__
-extern "C" {
-extern char __start_emulated_shared[] __attribute__((weak, visibility("hidden")));
-extern char __stop_emulated_shared[] __attribute__((weak, visibility("hidden")));
-}
-#endif
+#include "shared_memory.h"
+#include "state.h"
 
 namespace emulator {
-
-constexpr unsigned kWarpLanes = 32;
-constexpr unsigned kEveryLane = 0xffffffffu;
-constexpr unsigned char kPoison = 0xff;  // repeated, NaN in float16, bfloat16, float32 and float64
-
-// In which order threads of a block, and blocks of a grid, get their turns.
-enum class Turns { ascending, descending, random };
-
-struct Options {
-  Turns turns = Turns::ascending;
-  uint64_t seed = 0;                    // of random turns
-  int64_t max_threads = 1024;           // of a block
-  int64_t max_blocks = 0x7fffffff;      // of a grid
-  int64_t max_shared_bytes = 99 << 10;  // of a block: 163 KiB on compute capability 8.0, 227 on 9.0, 99 on 8.6 and 8.9
-  bool allow_early_exit = false;        // whether __syncthreads may go without threads that have returned
-  std::vector<int64_t> only_blocks;     // if not empty, the blocks that run; others of a huge grid do not
-};
-
-struct Statistics {
-  int64_t launches = 0;
-  int64_t matrix_rows = 0;       // groups of eight rows read by ldmatrix
-  int64_t matrix_conflicts = 0;  // rows among them that waited for another one in the same banks
-};
-
-// A copy by cp.async that has not landed.
-struct Copy {
-  void* to;
-  const void* from;
-  bool valid;
-};
-
-enum class State { ready, waiting, done };
-
-struct Thread {
-  unsigned index = 0;
-  State state = State::ready;
-  bool started = false;
-  Fiber* fiber = nullptr;
-  std::string (*waits_for)(const Thread&) = nullptr;  // says what, from the two members below
-  Site site;
-  const void* place = nullptr;  // the Barrier, Gathering or Mailbox it waits at
-  std::vector<Copy> copies;     // by cp.async, oldest first
-  std::vector<size_t> groups;   // how many of them are in each committed group, oldest first
-};
-
-// A barrier of a block: __syncthreads (number 0), or a named one.
-struct Barrier {
-  int id = 0;
-  unsigned arrived = 0;
-  unsigned threads = 0;  // it waits for; 0: every thread of the block that has not returned
-  Site site;
-  Order* order = nullptr;
-};
-
-// Lanes of a warp on their way to one collective.
-struct Gathering {
-  const char* name;
-  unsigned mask, arrived = 0;
-  Site site;
-  void (*together)();  // identifies the function and the types
-  void* arguments[kWarpLanes] = {};
-  Order* order = nullptr;
-};
 
 class Machine {
  public:
@@ -115,7 +43,7 @@ class Machine {
       error_ = nullptr;
       generator_.seed(options.seed);
       run_blocks();
-      free_traces();
+      traces_.free();
       kernel_ = nullptr;
     }
     launch_order_.acquire();
@@ -133,12 +61,12 @@ class Machine {
   // Dynamic shared memory of the block, aligned to `alignment` and not to more.
   char* dynamic_shared(size_t alignment) {
     const Unseen unseen;
-    if (!shared_) allocate_shared(alignment);
-    if (shared_alignment_ != alignment) fail("dynamic shared memory was asked for with two alignments");
-    return shared_;
+    if (!shared_.begin()) shared_.allocate(static_cast<size_t>(shared_bytes_), alignment);
+    if (shared_.alignment() != alignment) fail("dynamic shared memory was asked for with two alignments");
+    return shared_.begin();
   }
   int64_t shared_bytes() const { return shared_bytes_; }
-  char* shared_begin() const { return shared_; }
+  char* shared_begin() const { return shared_.begin(); }
 
   [[noreturn]] void fail(const std::string& what) const {
     throw Error(text(what, " [block ", block_, ", thread ", current_->index, "]"));
@@ -223,6 +151,13 @@ class Machine {
     if (order) depart(order);
   }
 
+  // The block's one extension, made at first use.
+  template <class E>
+  E& extension() {
+    if (!extension_) extension_ = std::make_unique<E>();
+    return static_cast<E&>(*extension_);
+  }
+
   // Waiting at places that are not the machine's own. Call wait_at() with bookkeeping unseen, then pause().
   void wait_at(const void* place, const Site& site, std::string (*describe)(const Thread&)) {
     current_->state = State::waiting;
@@ -239,6 +174,14 @@ class Machine {
   void pause() {
     current_->fiber->leave(home_, false);
     if (stopping_) throw Stop{};
+  }
+  // Goes on only when nobody else can: what it is about to do takes as long as it may.
+  void defer() {
+    {
+      const Unseen unseen;
+      current_->state = State::deferred;
+    }
+    pause();
   }
   Order* new_order() { return kThreadSanitizer ? new Order : &no_order_; }
   void depart(Order* order) {
@@ -297,10 +240,17 @@ class Machine {
           if (options.turns == Turns::random && generator_() % 2) break;
         }
       }
+      moved = moved || resume_deferred();
     }
-    if (!error_ && alive_) error_ = std::make_exception_ptr(Error(who_waits()));
+    if (!error_ && alive_)
+      error_ = std::make_exception_ptr(Error(text("block ", block_, " cannot go on:", who_waits(thread_list_))));
+    if (!error_ && extension_) {
+      const std::string unfinished = extension_->unfinished();
+      if (!unfinished.empty()) error_ = std::make_exception_ptr(Error(text("block ", block_, " ", unfinished)));
+    }
     stop_the_rest();
-    if (shared_) free_shared();
+    extension_ = nullptr;
+    shared_.release();
   }
 
   // Gives each ready lane a turn. Returns whether there was one.
@@ -311,6 +261,16 @@ class Machine {
       if (error_ || index >= thread_count_ || thread_list_[index].state != State::ready) continue;
       moved = true;
       run(thread_list_[index]);
+    }
+    return moved;
+  }
+
+  bool resume_deferred() {
+    bool moved = false;
+    for (Thread& thread : thread_list_) {
+      if (thread.state != State::deferred) continue;
+      thread.state = State::ready;
+      moved = true;
     }
     return moved;
   }
@@ -332,12 +292,7 @@ class Machine {
     }
     gatherings_.assign((thread_count_ + kWarpLanes - 1) / kWarpLanes, {});
     for (Barrier& barrier : barriers_) barrier = Barrier{};
-#ifdef __clang__
-    if (__start_emulated_shared) {
-      std::memset(__start_emulated_shared, kPoison, __stop_emulated_shared - __start_emulated_shared);
-      forget_accesses(__start_emulated_shared, __stop_emulated_shared);
-    }
-#endif
+    renew_static_shared();
   }
 
   // Where every fiber begins.
@@ -398,84 +353,15 @@ class Machine {
     return gathering;
   }
 
-  // Why nobody can go on.
-  std::string who_waits() const {
-    std::vector<std::pair<std::string, std::vector<unsigned>>> groups;
-    for (const Thread& thread : thread_list_) {
-      const std::string what =
-          thread.state == State::done ? "have returned" : text("wait ", thread.waits_for(thread), " at ", thread.site);
-      const auto same = std::find_if(groups.begin(), groups.end(), [&](const auto& g) { return g.first == what; });
-      if (same == groups.end())
-        groups.push_back({what, {thread.index}});
-      else
-        same->second.push_back(thread.index);
-    }
-    std::string result = text("block ", block_, " cannot go on:");
-    for (const auto& [what, members] : groups) {
-      size_t i = 0;
-      result +=
-          text(" threads ", ranges([&, &m = members] { return i < m.size() ? long(m[i++]) : -1l; }), " ", what, ";");
-    }
-    result.pop_back();
-    return result;
-  }
-
   void stop_the_rest() {
     stopping_ = true;
     for (Thread& thread : thread_list_)
       if (thread.started && thread.state != State::done) run(thread);
     stopping_ = false;
-    keep_traces();
+    for (unsigned t = 0; t < thread_count_; ++t) traces_.keep(fibers_[t]->trace());
   }
 
-#ifdef EMULATOR_TSAN
-  void keep_traces() {
-    for (unsigned t = 0; t < thread_count_; ++t) traces_.push_back(fibers_[t]->take_trace());
-    constexpr size_t kMostTraces = 4096;  // ThreadSanitizer has room for 8128 threads
-    if (traces_.size() >= kMostTraces) free_traces();
-  }
-  void free_traces() {
-    for (void* trace : traces_) __tsan_destroy_fiber(trace);
-    traces_.clear();
-  }
-  std::vector<void*> traces_;
-#else
-  void keep_traces() {}
-  void free_traces() {}
-#endif
-
-  // Exactly as many bytes as were asked for, at an address that has no larger alignment by luck.
-  void allocate_shared(size_t alignment) {
-    void* memory = nullptr;
-    const size_t bytes = alignment + static_cast<size_t>(shared_bytes_);
-#ifdef EMULATOR_TSAN
-    // New pages for every block: two blocks that use the same addresses do not race.
-    memory = mmap(nullptr, bytes + 2 * alignment, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-#else
-    if (posix_memalign(&memory, 2 * alignment, bytes)) throw std::bad_alloc();
-#endif
-    shared_memory_ = memory;
-    shared_alignment_ = alignment;
-    shared_ = static_cast<char*>(memory) + alignment;
-    std::memset(shared_, kPoison, shared_bytes_);
-#ifdef EMULATOR_ASAN
-    __asan_poison_memory_region(memory, alignment);
-#endif
-  }
-
-  void free_shared() {
-#ifdef EMULATOR_TSAN
-    munmap(shared_memory_, 3 * shared_alignment_ + shared_bytes_);
-#else
-#ifdef EMULATOR_ASAN
-    __asan_unpoison_memory_region(shared_memory_, shared_alignment_);
-#endif
-    std::free(shared_memory_);
-#endif
-    shared_ = nullptr;
-  }
-
+  std::unique_ptr<BlockExtension> extension_;
   std::mutex one_at_a_time_;
   std::function<void()> kernel_;
   unsigned block_ = 0, blocks_ = 0, thread_count_ = 0, alive_ = 0;
@@ -490,9 +376,8 @@ class Machine {
   std::exception_ptr error_;
   bool stopping_ = false;
   int64_t shared_bytes_ = 0;
-  size_t shared_alignment_ = 0;
-  void* shared_memory_ = nullptr;
-  char* shared_ = nullptr;
+  DynamicShared shared_;
+  Traces traces_;
 };
 
 inline Machine the_machine;

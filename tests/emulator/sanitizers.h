@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstddef>
+#include <vector>
 
 #ifndef __has_feature
 #define __has_feature(x) 0
@@ -77,6 +78,30 @@ class Order {
   void acquire() {}
 #endif
   int leaving = 0;  // threads that have yet to acquire; the last one frees it
+};
+
+// ThreadSanitizer's part of finished fibers. It has to outlive the launch: a race with a fiber whose trace is gone
+// cannot be reported. There is room for some of them only, so a large launch loses the oldest blocks.
+class Traces {
+ public:
+  ~Traces() { free(); }
+#ifdef EMULATOR_TSAN
+  void keep(void* fiber) {
+    constexpr size_t kMost = 4096;  // ThreadSanitizer has room for 8128 threads
+    if (fibers_.size() == kMost) free();
+    fibers_.push_back(fiber);
+  }
+  void free() {
+    for (void* fiber : fibers_) __tsan_destroy_fiber(fiber);
+    fibers_.clear();
+  }
+
+ private:
+  std::vector<void*> fibers_;
+#else
+  void keep(void*) {}
+  void free() {}
+#endif
 };
 
 // Forgets who accessed a range of memory, as if it were new. ThreadSanitizer offers that for one heap per process.

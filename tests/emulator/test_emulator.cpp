@@ -1,20 +1,12 @@
 // The emulator itself: every feature with a kernel that passes, and a wrong twin (twins.h) that must be found.
-//
-// A fault is found by an error with a message, by values (wrong or NaN in at least one order of turns), by
-// AddressSanitizer and UndefinedBehaviorSanitizer, or by ThreadSanitizer. The last two end the process, so this program
-// runs itself again for each: test_emulator <name of a twin>. Which of them can be shown depends on how it was built;
-// tests/test_emulator.py builds all three.
+// tests/test_emulator.py builds this program in all the ways that show faults.
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <functional>
 #include <limits>
-#include <string>
-#include <vector>
 
+// clang-format off
 #include "twins.h"
-// after it
-#include "check.h"
+#include "twin_test.h"
+// clang-format on
 
 namespace {
 
@@ -22,21 +14,12 @@ using namespace dnl;
 using namespace twins;
 using emulator::Turns;
 
-#if defined(EMULATOR_TSAN)
-enum class Build { plain, address, thread } const build = Build::thread;
-#elif defined(EMULATOR_ASAN)
-enum class Build { plain, address, thread } const build = Build::address;
-#else
-enum class Build { plain, address, thread } const build = Build::plain;
-#endif
-
 using Kernel = void (*)(float*, const float*);
 using Want = float (*)(int index);
 
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-constexpr Turns kTurns[] = {Turns::ascending, Turns::descending, Turns::random};
 
-// What a kernel makes of `count` NaNs (of zeros, if it adds to them).
+// What a kernel makes of `count` values `before`.
 std::vector<float> outputs(Kernel kernel, const LaunchShape& shape, int count, float before = kNaN) {
   static const std::vector<float4> memory = [] {  // aligned to 16
     std::vector<float4> input(kTiles * kBlock);
@@ -55,10 +38,7 @@ bool same(const std::vector<float>& got, Want want) {
   return true;
 }
 
-// How a wrong twin is found.
-enum class By { message, values, values_or_race, race, bounds };
-
-struct Twin {
+struct KernelPair {
   const char* name;
   Kernel right, wrong;
   LaunchShape shape;
@@ -81,7 +61,7 @@ constexpr int64_t kFloat = sizeof(float);
 const LaunchShape kWarpShape{1, kWarp, kWarp * 16};
 const LaunchShape kPipelineShape{1, kBlock, 2 * kTile* kFloat};
 
-const Twin kTwins[] = {
+const KernelPair kPairs[] = {
     {"missing barrier",
      &missing_barrier<false>,
      &missing_barrier<true>,
@@ -233,90 +213,17 @@ const Twin kTwins[] = {
      By::values_or_race},
 };
 
-std::string error_of(Kernel kernel, const LaunchShape& shape, int count, float before) {
-  try {
-    outputs(kernel, shape, count, before);
-  } catch (const std::exception& error) {
-    return error.what();
-  }
-  return "no error";
-}
-
-// What this program prints when it is run for one twin alone, and whether it failed.
-std::string alone(const Twin& twin, const char* program, bool& failed) {
-  const std::string command = std::string(program) + " '" + twin.name + "' 2>&1";
-  std::string output;
-  FILE* pipe = popen(command.c_str(), "r");
-  if (!pipe) return output;
-  char buffer[4096];
-  while (const size_t count = fread(buffer, 1, sizeof buffer, pipe)) output.append(buffer, count);
-  failed = pclose(pipe) != 0;
-  return output;
-}
-
-// Whether the wrong twin throws the error it should, in every order of turns.
-void check_message(const Twin& twin, const char* program) {
-  if (build == Build::thread) {  // alone, because some of them race before they fail
-    bool failed = false;
-    const std::string text = alone(twin, program, failed);
-    CHECK(failed && text.find(twin.text) != std::string::npos, "%s: %s", twin.name, text.c_str());
-    return;
-  }
-  for (Turns turns : kTurns) {
-    emulator::machine().options.turns = turns;
-    const std::string text = error_of(twin.wrong, twin.shape, twin.count, twin.before);
-    CHECK(text.find(twin.text) != std::string::npos, "%s: %s", twin.name, text.c_str());
-  }
-}
-
-bool values_differ(const Twin& twin) {
-  bool differ = false;
-  for (Turns turns : kTurns) {
-    emulator::machine().options.turns = turns;
-    differ |= !same(outputs(twin.wrong, twin.shape, twin.count, twin.before), twin.want);
-  }
-  return differ;
-}
-
-bool sanitizer_reports(const Twin& twin, const char* program) {
-  bool failed = false;
-  const std::string output = alone(twin, program, failed);
-  const char* const reports[] = {"ERROR: AddressSanitizer", "runtime error: ", "WARNING: ThreadSanitizer: data race"};
-  for (const char* report : reports)
-    if (failed && output.find(report) != std::string::npos) return true;
-  std::printf("%s\n", output.c_str());
-  return false;
-}
-
-void check_twin(const Twin& twin, const char* program) {
-  for (Turns turns : kTurns) {
-    emulator::machine().options.turns = turns;
-    CHECK(same(outputs(twin.right, twin.shape, twin.count, twin.before), twin.want), "%s: the right twin", twin.name);
-  }
-  const bool race = twin.by == By::race || twin.by == By::values_or_race;
-  if (twin.by == By::message)
-    check_message(twin, program);
-  else if ((race && build == Build::thread) || (twin.by == By::bounds && build == Build::address))
-    CHECK(sanitizer_reports(twin, program), "%s: no report", twin.name);
-  else if (twin.by == By::values || (twin.by == By::values_or_race && build != Build::thread))
-    CHECK(values_differ(twin), "%s: the wrong twin passes", twin.name);
-}
-
 }  // namespace
 
 #include "test_machine.h"
 
 int main(int argc, char** argv) {
-  if (argc > 1) {  // one wrong twin, for the sanitizers
-    for (const Twin& twin : kTwins) {
-      if (twin.name != std::string(argv[1])) continue;
-      const std::string error = error_of(twin.wrong, twin.shape, twin.count, twin.before);
-      std::printf("%s\n", error.c_str());
-      return error != "no error";
-    }
-    return 0;
+  std::vector<Twin> list;
+  for (const KernelPair& pair : kPairs) {
+    const auto run = [&pair](Kernel kernel) {
+      return [&pair, kernel] { return same(outputs(kernel, pair.shape, pair.count, pair.before), pair.want); };
+    };
+    list.push_back({pair.name, run(pair.right), run(pair.wrong), pair.by, pair.text});
   }
-  for (const Twin& twin : kTwins) check_twin(twin, argv[0]);
-  test_machine();
-  return report();
+  return test_twins(list, argc, argv, &test_machine);
 }

@@ -3,7 +3,9 @@
 
 namespace {
 
-std::string error_of(Kernel kernel, const LaunchShape& shape) { return error_of(kernel, shape, kTile, kNaN); }
+std::string error_of(Kernel kernel, const LaunchShape& shape) {
+  return twins::error_of([&] { return outputs(kernel, shape, kTile).empty(); });
+}
 
 template <int>
 __global__ void nothing(float*, const float*) {}
@@ -17,9 +19,9 @@ void test_limits() {
   CHECK(error({0, 32}) == "no error", "no blocks, no launch");
   CHECK(error({1, 32, 99 << 10}) == "no error", "shared memory");
   CHECK(error({1, 32, (99 << 10) + 1}).find("shared memory in bytes is 101377") != std::string::npos, "too much of it");
-  emulator::machine().options.max_shared_bytes = 227 << 10;
+  emulator::machine().options.max_shared_bytes = emulator::shared_limit(90);
   CHECK(error({1, 32, 227 << 10}) == "no error", "more where the GPU has more");
-  emulator::machine().options.max_shared_bytes = 99 << 10;
+  emulator::machine().options.max_shared_bytes = emulator::shared_limit(86);
 }
 
 void test_shuffles() {

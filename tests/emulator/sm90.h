@@ -1,0 +1,397 @@
+// The instructions behind csrc/core/cuda/ptx_sm90.cuh: mbarrier, two-dimensional TMA loads, wgmma. Each runs at the
+// worst moment that the rules allow: a load lands when somebody waits for it, and a product reads its operands and
+// writes its result when the thread waits; until then both destinations are NaN.
+#pragma once
+
+#include <map>
+
+#include "instructions.h"
+
+namespace emulator {
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Addresses in shared memory and the 128-byte swizzle
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int kSwizzleRow = 128;           // bytes
+constexpr int kSwizzle = 8 * kSwizzleRow;  // the pattern repeats
+constexpr int kSwizzleChunk = 16;
+
+// As on a GPU, 0 is a multiple of every alignment in use, and the block's memory begins somewhere above.
+inline char* shared_origin() {
+  const auto begin = reinterpret_cast<uintptr_t>(machine().shared_begin());
+  return reinterpret_cast<char*>(begin / kSwizzle * kSwizzle);
+}
+inline uint32_t shared_address(const void* shared) {
+  return static_cast<uint32_t>(static_cast<const char*>(shared) - shared_origin());
+}
+
+// The row of an address picks which 16-byte chunks change places.
+constexpr uint32_t swizzled(uint32_t address) {
+  const uint32_t row = address / kSwizzleRow % 8;
+  return address ^ row * kSwizzleChunk;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What a block has under way
+// ---------------------------------------------------------------------------------------------------------------------
+
+// A (rows, columns) matrix in global memory, loaded in boxes.
+struct TensorMap {
+  const char* data;
+  int element_bytes;
+  int64_t rows, columns;
+  int64_t pitch_bytes;  // between rows
+  int box_rows, box_columns;
+  bool swizzle;  // in shared memory, by 128 bytes
+
+  int64_t box_bytes() const { return int64_t(box_rows) * box_columns * element_bytes; }
+
+  // Throws where cuTensorMapEncodeTiled would refuse. A swizzled box is 128 bytes wide.
+  static TensorMap make(const void* data, int element_bytes, int64_t rows, int64_t columns, int64_t pitch_bytes,
+                        int box_rows, int box_columns, bool swizzle) {
+    const int64_t box_width = int64_t(box_columns) * element_bytes;
+    const auto require = [](bool holds, const std::string& what) {
+      if (!holds) throw Error("tensor map: " + what);
+    };
+    require(reinterpret_cast<uintptr_t>(data) % 16 == 0, "the data is not aligned to 16 bytes");
+    require(pitch_bytes % 16 == 0, text("rows are ", pitch_bytes, " bytes apart, not a multiple of 16"));
+    require(pitch_bytes >= columns * element_bytes, text("rows overlap: ", pitch_bytes, " bytes apart"));
+    require(rows > 0 && columns > 0, "no elements");
+    require(box_rows >= 1 && box_rows <= 256 && box_columns >= 1 && box_columns <= 256, "a box has 1 to 256 a side");
+    require(box_width % 16 == 0, text("a box of ", box_width, " bytes a row, not a multiple of 16"));
+    require(!swizzle || box_width == kSwizzleRow, text("a swizzled box has 128 bytes a row, not ", box_width));
+    return {static_cast<const char*>(data), element_bytes, rows, columns, pitch_bytes, box_rows, box_columns, swizzle};
+  }
+};
+
+// A box on its way.
+struct Load {
+  char* to;
+  TensorMap map;
+  int64_t row, column;
+};
+
+struct ArrivalBarrier {
+  int expected = 0, missing = 0;  // arrivals
+  int64_t bytes = 0;              // that loads have yet to bring; negative if they came before they were announced
+  uint64_t phase = 0;
+  uint32_t address = 0;
+  std::vector<std::unique_ptr<Order>> orders;  // of each phase
+  std::vector<Load> loads;
+};
+
+// One wgmma of one thread: what of it is this thread's to compute.
+struct Product {
+  float* result;
+  void (*run)(const Product&, std::vector<float>& sums, unsigned thread);
+  uint64_t a, b;               // descriptors
+  uint32_t a_registers[4][4];  // or those of the four lanes that share the thread's rows
+  bool accumulate;
+};
+
+struct ThreadProducts {
+  std::vector<Product> products;                 // oldest first
+  std::vector<size_t> groups;                    // how many in each committed group
+  std::map<float*, std::vector<float>> results;  // what the arrays will hold
+  size_t issued = 0;
+};
+
+// What the four warps of a warpgroup must agree on.
+struct Signature {
+  void (*run)(const Product&, std::vector<float>&, unsigned);
+  uint64_t a, b;
+  bool accumulate;
+
+  bool operator==(const Signature& other) const {
+    return run == other.run && a == other.a && b == other.b && accumulate == other.accumulate;
+  }
+};
+
+constexpr unsigned kWarpgroup = 128;
+
+struct Hopper : BlockExtension {
+  std::map<const void*, ArrivalBarrier> barriers;
+  std::map<unsigned, ThreadProducts> products;          // of each thread
+  std::map<unsigned, std::vector<Signature>> sequence;  // of each warpgroup
+
+  std::string unfinished() const override {
+    for (const auto& [place, barrier] : barriers)
+      if (!barrier.loads.empty())
+        return text("ended with a TMA load under way, for the mbarrier at ", barrier.address, " in shared memory");
+    for (const auto& [thread, mine] : products) {
+      if (!mine.products.empty()) return text("ended with a wgmma under way in thread ", thread);
+      if (mine.issued != sequence.at(thread / kWarpgroup).size())
+        return text("ended with fewer wgmmas in thread ", thread, " than in others of its warpgroup");
+    }
+    return "";
+  }
+};
+
+inline Hopper& hopper() { return machine().extension<Hopper>(); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// mbarrier
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr uint64_t kBarrierMark = 0x6d62617272696572;  // in the eight bytes, so that other uses of them are noticed
+
+inline void mbarrier_init(uint64_t* place, int arrivals, const Site& site) {
+  check_shared("mbarrier", place, sizeof(*place), sizeof(*place), site);
+  if (arrivals < 1) machine().fail(text("mbarrier_init for ", arrivals, " arrivals"), site);
+  *place = kBarrierMark;
+  const Unseen unseen;
+  ArrivalBarrier& barrier = hopper().barriers[place] = {};
+  barrier.expected = barrier.missing = arrivals;
+  barrier.address = shared_address(place);
+  barrier.orders.push_back(std::make_unique<Order>());
+}
+
+inline ArrivalBarrier& mbarrier_at(uint64_t* place, const Site& site) {
+  check_shared("mbarrier", place, sizeof(*place), sizeof(*place), site);
+  // Races with an init that nothing has ordered before it.
+  const uint64_t mark = __atomic_load_n(place, __ATOMIC_RELAXED);
+  const Unseen unseen;
+  auto& barriers = hopper().barriers;
+  const auto found = barriers.find(place);
+  if (found == barriers.end()) machine().fail("mbarrier: used before its init", site);
+  if (mark != kBarrierMark) machine().fail("mbarrier: something else was written to it", site);
+  return found->second;
+}
+
+inline Order* order_of(ArrivalBarrier& barrier, uint64_t phase) {
+  const Unseen unseen;
+  return barrier.orders[phase].get();
+}
+
+// With bookkeeping unseen.
+inline void settle(ArrivalBarrier& barrier) {
+  if (barrier.missing || barrier.bytes) return;
+  ++barrier.phase;
+  barrier.missing = barrier.expected;
+  barrier.orders.push_back(std::make_unique<Order>());
+  machine().wake(&barrier);
+}
+
+inline void mbarrier_arrive(uint64_t* place, int64_t expect_bytes, const Site& site) {
+  ArrivalBarrier& barrier = mbarrier_at(place, site);
+  order_of(barrier, barrier.phase)->release();
+  const Unseen unseen;
+  if (barrier.missing == 0)
+    machine().fail(text("mbarrier: one arrival more than the ", barrier.expected, " of its init"), site);
+  barrier.bytes += expect_bytes;
+  --barrier.missing;
+  settle(barrier);
+}
+
+inline void land(const Load& load) {
+  for (int r = 0; r < load.map.box_rows; ++r)
+    for (int c = 0; c < load.map.box_columns; ++c) {
+      const int64_t row = load.row + r, column = load.column + c;
+      uint32_t offset = static_cast<uint32_t>((r * load.map.box_columns + c) * load.map.element_bytes);
+      if (load.map.swizzle) offset = swizzled(offset);  // of the offset too: the box is aligned to the pattern
+      const bool inside = row >= 0 && row < load.map.rows && column >= 0 && column < load.map.columns;
+      if (inside)
+        std::memcpy(load.to + offset, load.map.data + row * load.map.pitch_bytes + column * load.map.element_bytes,
+                    load.map.element_bytes);
+      else
+        std::memset(load.to + offset, 0, load.map.element_bytes);
+    }
+}
+
+// Lands the loads that were issued for the barrier: in the eyes of ThreadSanitizer, an access of the thread that waits,
+// after everything the threads did that have arrived.
+inline void land_all(ArrivalBarrier& barrier) {
+  std::vector<Load> landing;
+  {
+    const Unseen unseen;
+    landing.swap(barrier.loads);
+  }
+  if (landing.empty()) return;
+  Order* order = order_of(barrier, barrier.phase);
+  order->acquire();
+  for (const Load& load : landing) land(load);
+  order->release();
+  const Unseen unseen;
+  for (const Load& load : landing) barrier.bytes -= load.map.box_bytes();
+  settle(barrier);
+}
+
+// Until the phase of that parity has completed; the first one has parity 0, the one before it counts as complete.
+inline void mbarrier_wait(uint64_t* place, int parity, const Site& site) {
+  ArrivalBarrier& barrier = mbarrier_at(place, site);
+  const auto complete = [&] {
+    const Unseen unseen;
+    return (barrier.phase & 1) != static_cast<uint64_t>(parity & 1);
+  };
+  land_all(barrier);
+  while (!complete()) {
+    {
+      const Unseen unseen;
+      machine().wait_at(&barrier, site, [](const Thread& thread) {
+        const auto& at = *static_cast<const ArrivalBarrier*>(thread.place);
+        return text("for the mbarrier at ", at.address, " in shared memory: ", at.missing, " of ", at.expected,
+                    " arrivals and ", at.bytes, " bytes are missing");
+      });
+    }
+    machine().pause();
+    land_all(barrier);
+  }
+  uint64_t phase;
+  {
+    const Unseen unseen;
+    phase = barrier.phase;
+  }
+  if (phase) order_of(barrier, phase - 1)->acquire();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// TMA
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline void tma_load_2d(void* to, const TensorMap& map, int column, int row, uint64_t* place, const Site& site) {
+  check_shared("TMA load", to, map.box_bytes(), map.swizzle ? kSwizzle : kSwizzleRow, site);
+  ArrivalBarrier& barrier = mbarrier_at(place, site);
+  std::memset(to, kPoison, map.box_bytes());
+  order_of(barrier, barrier.phase)->release();
+  const Unseen unseen;
+  barrier.loads.push_back({static_cast<char*>(to), map, row, column});
+  machine().wake(&barrier);  // somebody who waits already lets it land
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// wgmma: d += a b for a (64, 16), b (16, N), d (64, N), by the 128 threads of a warpgroup
+// ---------------------------------------------------------------------------------------------------------------------
+
+// What a descriptor says, in bytes.
+struct Operand {
+  uint32_t start, leading, stride;
+
+  explicit Operand(uint64_t descriptor)
+      : start((descriptor & 0x3fff) << 4),
+        leading((descriptor >> 16 & 0x3fff) << 4),
+        stride((descriptor >> 32 & 0x3fff) << 4) {}
+};
+
+// Element (i, k) of an operand of 16-bit elements, i along M or N.
+template <class T, bool kAlongK>
+float operand_element(const Operand& x, int i, int k) {
+  const int kWide = kSwizzleRow / int(sizeof(T));  // elements of a row of the pattern
+  const uint32_t offset = kAlongK
+                              ? i % 8 * kSwizzleRow + i / 8 * x.stride + k * sizeof(T)
+                              : i % kWide * sizeof(T) + i / kWide * x.leading + k % 8 * kSwizzleRow + k / 8 * x.stride;
+  const char* element = shared_origin() + swizzled(x.start + offset);
+  check_shared("wgmma operand", element, sizeof(T), sizeof(T), {});
+  return element_of<T>(*reinterpret_cast<const uint16_t*>(element), 0);
+}
+
+inline void check_descriptor(uint64_t descriptor, bool along_k, const Site& site) {
+  const Operand x(descriptor);
+  if (descriptor >> 62 != 1) machine().fail("wgmma: the descriptor does not say 128-byte swizzle", site);
+  if (descriptor >> 49 & 7 || x.start / kSwizzleRow % 8)
+    machine().fail("wgmma: the operand does not begin in the first row of the swizzle's pattern", site);
+  if (along_k ? x.start % kSwizzleRow > kSwizzleRow - 32 : x.start % kSwizzleRow != 0)
+    machine().fail("wgmma: the operand goes beyond a row of the swizzle's pattern", site);
+}
+
+template <class T, int N, bool kRegisters, bool kAAlongK, bool kBAlongK>
+void run_product(const Product& product, std::vector<float>& sums, unsigned thread) {
+  constexpr int kInner = 16;
+  const int lane = thread % kWarpLanes, warp = thread % kWarpgroup / kWarpLanes;
+  const Operand a_operand(product.a), b_operand(product.b);
+  float a[2][kInner];  // rows lane / 4 and lane / 4 + 8 of the warp's sixteen
+  for (int half = 0; half < 2; ++half)
+    for (int k = 0; k < kInner; ++k)
+      a[half][k] = kRegisters ? element_of<T>(product.a_registers[k % 8 / 2][k / 8 * 2 + half], k % 2)
+                              : operand_element<T, kAAlongK>(a_operand, warp * 16 + lane / 4 + half * 8, k);
+  for (int first = 0; first < N; first += 8)
+    for (int pair = 0; pair < 2; ++pair) {
+      const int column = first + lane % 4 * 2 + pair;
+      float b[kInner];
+      for (int k = 0; k < kInner; ++k) b[k] = operand_element<T, kBAlongK>(b_operand, column, k);
+      for (int half = 0; half < 2; ++half) {
+        float& sum = sums[first / 2 + half * 2 + pair];
+        if (!product.accumulate) sum = 0;
+        for (int k = 0; k < kInner; ++k) sum += a[half][k] * b[k];
+      }
+    }
+}
+
+// What a lane brings; it leaves with the registers of its quad.
+struct Issue {
+  Signature signature;
+  const uint32_t* registers;  // or nullptr
+  uint32_t quad[4][4];
+  bool agreed;
+};
+
+inline void gather_quads(Issue* const (&lanes)[kWarpLanes]) {
+  for (unsigned lane = 0; lane < kWarpLanes; ++lane) {
+    lanes[lane]->agreed = lanes[lane]->signature == lanes[0]->signature;
+    for (unsigned j = 0; j < 4 && lanes[lane]->registers; ++j)
+      std::memcpy(lanes[lane]->quad[j], lanes[lane / 4 * 4 + j]->registers, sizeof(lanes[lane]->quad[j]));
+  }
+}
+
+// `a_registers` or the descriptor `a`.
+template <class T, int N, bool kAAlongK, bool kBAlongK>
+void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, uint64_t b, bool accumulate, const Site& site) {
+  static_assert(N % 8 == 0 && N >= 8 && N <= 256, "widths that wgmma has");
+  Machine& self = machine();
+  const unsigned thread = self.thread_index(), group = thread / kWarpgroup;
+  if ((group + 1) * kWarpgroup > self.threads()) self.fail("wgmma: the warpgroup is not whole", site);
+  if (!a_registers) check_descriptor(a, kAAlongK, site);
+  check_descriptor(b, kBAlongK, site);
+  const auto run =
+      a_registers ? &run_product<T, N, true, kAAlongK, kBAlongK> : &run_product<T, N, false, kAAlongK, kBAlongK>;
+  Issue issue{{run, a, b, accumulate}, a_registers, {}, false};
+  self.meet("wgmma", kEveryLane, issue, &gather_quads, site);
+  const Unseen unseen;
+  auto& sequence = hopper().sequence[group];
+  ThreadProducts& mine = hopper().products[thread];
+  if (mine.issued == sequence.size()) sequence.push_back(issue.signature);
+  if (!issue.agreed || !(sequence[mine.issued] == issue.signature))
+    self.fail("wgmma: threads of the warpgroup came with different operands", site);
+  ++mine.issued;
+  Product product{d, run, a, b, {}, accumulate};
+  std::memcpy(product.a_registers, issue.quad, sizeof(issue.quad));
+  mine.results.try_emplace(d, d, d + N / 2);
+  std::fill_n(d, N / 2, std::numeric_limits<float>::quiet_NaN());
+  mine.products.push_back(product);
+}
+
+inline void wgmma_commit() {
+  const Unseen unseen;
+  ThreadProducts& mine = hopper().products[machine().thread_index()];
+  size_t committed = 0;
+  for (size_t group : mine.groups) committed += group;
+  mine.groups.push_back(mine.products.size() - committed);
+}
+
+inline void wgmma_wait(size_t left) {
+  ThreadProducts* mine;
+  std::vector<Product> finishing;
+  {
+    const Unseen unseen;
+    mine = &hopper().products[machine().thread_index()];
+    size_t count = 0;
+    while (mine->groups.size() > left) {
+      count += mine->groups.front();
+      mine->groups.erase(mine->groups.begin());
+    }
+    finishing.assign(mine->products.begin(), mine->products.begin() + count);
+    mine->products.erase(mine->products.begin(), mine->products.begin() + count);
+  }
+  if (!finishing.empty()) machine().defer();
+  for (const Product& product : finishing)
+    product.run(product, mine->results.at(product.result), machine().thread_index());
+  const Unseen unseen;
+  for (auto entry = mine->results.begin(); entry != mine->results.end();) {
+    const bool busy = std::any_of(mine->products.begin(), mine->products.end(),
+                                  [&](const Product& product) { return product.result == entry->first; });
+    if (!busy) std::copy(entry->second.begin(), entry->second.end(), entry->first);
+    entry = busy ? std::next(entry) : mine->results.erase(entry);
+  }
+}
+
+}  // namespace emulator
