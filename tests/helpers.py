@@ -5,7 +5,7 @@ the same computation in a wider type (float64; long double for float64), relativ
 
 The bar is BAR times the error that `dnl_ext.reference` makes in the case's own dtype. Where the reference lands exactly
 by luck (one key, a softmax that is one-hot, a constant row) no multiple of its error can be asked for. There, and only
-there, the error may instead be that of a *model* of a careful implementation: the formulas of docs/DESIGN section 2 in
+there, the error may instead be that of a *model* of a careful implementation: the formulas of csrc/ops in
 the wider type, with every intermediate off by a random ULPS units in the last place of the type it must be kept in.
 """
 
