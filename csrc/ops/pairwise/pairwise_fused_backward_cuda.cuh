@@ -104,7 +104,7 @@ DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s
 
   const int64_t left = step.rows - first_row;
   const int rows = left < kMapTile ? static_cast<int>(left) : kMapTile;
-  if (op.row_part && threadIdx.x < rows) {
+  if (op.row_part && static_cast<int>(threadIdx.x) < rows) {
     float sum = 0;
     for (int w = 0; w < kMapColumnWarps; ++w) sum += sums[w * kMapTile + threadIdx.x];
     const int64_t column_blocks = ceil_div_of(step.columns, kMapTile);
