@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
     cp_async_commit();
 
     float scores[kScoreColumnTiles][kScoreRowTiles][2][4] = {};
-    for (int depth = 0; depth < op.width; depth += kDepth<T>) {
+    for (int depth = 0; depth < op.width; depth += kDepth) {
       uint32_t a[kScoreRowTiles][4];
       for (int m = 0; m < kScoreRowTiles; ++m) queries.load(a[m], at.score_row + m * kFragmentRows, depth);
       for (int n = 0; n < kScoreColumnTiles; ++n) {
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
         for (int m = 0; m < kRowTiles; ++m)
           for (int e = 0; e < 8; ++e) out[n][m][e / 4][e % 4] *= correction[m][e % 4 / 2];
     }
-    for (int depth = 0; depth < kKeys; depth += kDepth<T>) {
+    for (int depth = 0; depth < kKeys; depth += kDepth) {
       uint32_t a[kRowTiles][4];
       for (int m = 0; m < kRowTiles; ++m) probabilities.load(a[m], at.row + m * kFragmentRows, depth);
       for (int n = 0; n < kChannelTiles; ++n) {
