@@ -272,7 +272,7 @@ def _cuda_path(dtype, sizes, channel_first):
 
 
 def cuda_plan(dtype, sizes, channel_first, capability, multiprocessors):
-    """The path of forward and backward on a GPU and why, as the operators choose it (csrc/ops/pairwise/pairwise_plan.h).
+    """The path of forward and backward on a GPU and why, as the operators choose it (ops/pairwise/pairwise_plan.h).
 
     Args:
         sizes: (batch, Nq, Nk, Dqk, Dv).

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import dnl_ext
 from dnl_ext.cli.app import app
-from dnl_ext.config import cuda_plan, arch_cover, parse_dtype, show_config
+from dnl_ext.config import arch_cover, cuda_plan, parse_dtype, show_config
 
 
 @pytest.fixture(autouse=True)
