@@ -48,7 +48,10 @@ def train(
     workers: Annotated[int | None, option("Threads that prepare images ahead (1).", DATA)] = None,
     variant: Annotated[
         str | None,
-        option("dnl: disentangled, nl: standard non-local, none: encoder and classifier alone (dnl)."),
+        option(
+            "dnl: disentangled, dnl_shared_key: its two terms with the same keys, pairwise or unary: one term alone, "
+            "nl: standard non-local, none: encoder and classifier alone (dnl)."
+        ),
     ] = None,
     backend: Annotated[
         str | None,
@@ -61,9 +64,7 @@ def train(
     block_gain: Annotated[
         float | None, option("Initial weight of the BatchNorm behind the block; 0 starts it as the identity (0).")
     ] = None,
-    temperature: Annotated[
-        float | None, option("Divides the attention's logits (dnl: 0.05, the paper's; nl: 1).")
-    ] = None,
+    temperature: Annotated[float | None, option("Divides the attention's logits (0.05, the paper's; nl: 1).")] = None,
     width: Annotated[int | None, option("Channels after the encoder's first convolution (24).")] = None,
     stop_after: Annotated[int | None, typer.Option(hidden=True)] = None,
 ):

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .. import reference
+from ..modules._block import BATCH_NORM_WHITEN, VARIANTS
 from .metrics import IGNORE
 from .network import STRIDE
 
@@ -35,7 +36,7 @@ def attention_rows(block, features, queries):
         An :class:`AttentionRows`.
 
     Raises:
-        ValueError: ``features`` holds more than one image, or a query lies outside of it.
+        ValueError: ``features`` holds more than one image, a query lies outside of it, or the block has no rows.
     """
     if features.shape[0] != 1:
         raise ValueError(f"features: expected one image, got {features.shape[0]}")
@@ -43,19 +44,17 @@ def attention_rows(block, features, queries):
     for row, column in queries:
         if not (0 <= row < height and 0 <= column < width):
             raise ValueError(f"queries: expected positions on {height} x {width}, got ({row}, {column})")
-    source = block.pool(features) if block.sub_sample == "before" else features
-    query, key, mask_layer = block._layer("query")(features), block._layer("key")(source), block._layer("mask")
-    mask = None if mask_layer is None else mask_layer(source)
-    if block.sub_sample == "after":
-        key, mask = block.pool(key), None if mask is None else block.pool(mask)
-    grid = key.shape[2:]
-    query, key = (x[0].flatten(1).t().float() for x in (query, key))  # (positions, C')
-    if block.whiten == "channel":
-        # The mean is over all queries of the image, not over those that were chosen.
-        query, key = reference.mean_subtract(query), reference.mean_subtract(key)
+    if not VARIANTS[block.variant].pairwise or block.mode not in ("embedded_gaussian", "gaussian"):
+        raise ValueError(f"block: expected one whose pairwise term is a softmax, got {block.variant}, {block.mode}")
+    query, key, _, mask = block._embed(features)
+    sub_sampled = block.sub_sample is not None
+    grid = block.pool(features[:, :1]).shape[2:] if sub_sampled else features.shape[2:]
+    whiten = None if block.whiten in BATCH_NORM_WHITEN else block.whiten
+    # Means are over all queries of the image, not over those that were chosen.
+    query, key = (reference.whiten(x.float(), whiten)[0] for x in (query, key))  # (positions, C')
     chosen = torch.tensor([row * width + column for row, column in queries], device=query.device)
     pairwise = reference.pairwise_softmax(query[chosen], key, scale=block._scale(), whiten=None)
-    unary = None if mask is None else reference.unary_softmax(mask[0].flatten().float()).view(grid).cpu()
+    unary = None if mask is None else reference.unary_softmax(mask[0].float()).view(grid).cpu()
     return AttentionRows(pairwise.view(-1, *grid).cpu(), unary)
 
 
