@@ -1,4 +1,4 @@
-"""Import mmcv-lite, mmsegmentation, mmdetection, mmaction2, torchvision and timm where their compiled parts are missing.
+"""Import mmcv-lite, mmsegmentation, mmdetection, mmaction2, torchvision and timm without their compiled parts.
 
 The integrations need none of those parts: mmcv's compiled operators (mmcv-lite has none), torchvision's (its wheel
 from PyPI loads only beside a CUDA build of torch), and one localizer that mmaction2's wheel leaves out. Stand-ins for
@@ -60,7 +60,10 @@ def importorskip(name):
     _import_torchvision()
     if importlib.util.find_spec("mmcv") is not None and importlib.util.find_spec("mmcv._ext") is None:
         _stand_in("mmcv._ext")
-    drn, root = "mmaction.models.localizers.drn", importlib.util.find_spec(name.split(".")[0]).submodule_search_locations
+    drn, root = (
+        "mmaction.models.localizers.drn",
+        importlib.util.find_spec(name.split(".")[0]).submodule_search_locations,
+    )
     if name.startswith("mmaction") and not Path(root[0], "models", "localizers", "drn").exists():
         _stand_in(drn)
         _stand_in(f"{drn}.drn", DRN=type("DRN", (), {}))

@@ -241,7 +241,8 @@ def _context(block):
     if getattr(block, "simple", False):
         make = ours.SimplifiedNonLocal2d
         return Recipe(make.__name__, make, {"in_channels": block.conv_value.in_channels})
-    transforms = [t for t in (block.channel_add_conv, block.channel_mul_conv) if t is not None]
+    transforms = [getattr(block, f"channel_{name}_conv", None) for name in ("add", "mul")]
+    transforms = [transform for transform in transforms if transform is not None]
     dims, channels = _dims(transforms[0][0]), transforms[0][0].in_channels
     for transform in transforms:
         kinds = [type(layer).__name__ for layer in transform]

@@ -1,4 +1,4 @@
-"""The registry of the plug-ins: scope ``dnl_ext`` under mmengine's root, so that ``type="dnl_ext.DNLHead"`` finds it."""
+"""The registry of the plug-ins: scope ``dnl_ext`` under mmengine's root, so that ``type="dnl_ext.DNLHead"`` works."""
 
 import importlib
 
@@ -8,11 +8,8 @@ def require(package, name):
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(
-            f"{name} does not import ({error}); dnl_ext.integrations.{name.split('.')[0]} needs it: pip install {package}"
-        ) from error
+        raise ImportError(f"{name} does not import: {error}. To install it: pip install {package}") from error
 
 
-MODELS = require("mmengine", "mmengine.registry").Registry(
-    "model", parent=require("mmengine", "mmengine.registry").MODELS, scope="dnl_ext"
-)
+_registry = require("mmengine", "mmengine.registry")
+MODELS = _registry.Registry("model", parent=_registry.MODELS, scope="dnl_ext")

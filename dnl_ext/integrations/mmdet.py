@@ -14,6 +14,8 @@ block then initialises itself again, and starts as it would elsewhere. Importing
 ImportError.
 """
 
+import types
+
 import torch.utils.checkpoint
 
 from .. import modules
@@ -40,7 +42,8 @@ class _DisentangledNonLocal2d(_Plugin, modules.DisentangledNonLocal2d):
 class NonLocal2dGc:
     """The block of the paper's detection code, as :meth:`dnl_ext.DisentangledNonLocal2d.official` builds it.
 
-    A class with ``__new__``, since mmcv names a plug-in by its class; calling it gives a :class:`dnl_ext.DisentangledNonLocal2d`.
+    A class with ``__new__``, since mmcv names a plug-in by its class; what it gives is a
+    :class:`dnl_ext.DisentangledNonLocal2d`.
 
     Args:
         in_channels: given by the backbone.
@@ -111,7 +114,9 @@ class ResNet(_resnet.ResNet):
         ValueError: an option that does not fit, an index that the stage has not.
     """
 
-    arch_settings = {depth: (_Bottleneck, _resnet.ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)}
+    arch_settings = types.MappingProxyType(
+        {depth: (_Bottleneck, _resnet.ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)}
+    )
 
     def __init__(self, *args, nlgcb=None, stage_with_nlgcb=((), (), (), ()), **kwargs):
         super().__init__(*args, **kwargs)
@@ -152,9 +157,7 @@ class BFP(_necks.BFP):
         if self.refine_type != "non_local":
             return
         if variant is None:
-            self.refine = NonLocal2d(
-                self.in_channels, False, self.conv_cfg, 1, False, self.norm_cfg, backend=backend
-            )
+            self.refine = NonLocal2d(self.in_channels, False, self.conv_cfg, 1, False, self.norm_cfg, backend=backend)
             return
         check_conv_cfg(self.conv_cfg, 2)
         norm = norm_of_cfg(self.norm_cfg, 2)

@@ -11,9 +11,7 @@ model = dict(
     data_preprocessor=dict(size=(769, 769)),
     pretrained="open-mmlab://resnet101_v1c",
     backbone=dict(depth=101),
-    decode_head=dict(
-        type="dnl_ext.DNLHead", num_classes=19, whiten="channel", temperature=0.05, align_corners=True
-    ),
+    decode_head=dict(type="dnl_ext.DNLHead", num_classes=19, whiten="channel", temperature=0.05, align_corners=True),
     auxiliary_head=dict(num_classes=19, align_corners=True),
     test_cfg=dict(mode="slide", crop_size=(769, 769), stride=(513, 513)),
 )

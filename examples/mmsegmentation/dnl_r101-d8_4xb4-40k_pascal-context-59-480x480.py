@@ -1,4 +1,4 @@
-# DNLNet on PASCAL-Context (59 classes) with the whitening and the temperature, 0.1, of the paper's configuration for it.
+# DNLNet on PASCAL-Context (59 classes) with the whitening and the temperature, 0.1, of the paper's configuration.
 _base_ = [
     "mmseg::_base_/models/dnl_r50-d8.py",
     "mmseg::_base_/datasets/pascal_context_59.py",
