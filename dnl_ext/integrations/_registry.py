@@ -1,4 +1,4 @@
-"""The registry of the plug-ins: scope ``dnl_ext`` under mmengine's root, so that ``type="dnl_ext.DNLHead"`` works."""
+"""What the plug-ins share. Their registry has the scope of ``type="dnl_ext.DNLHead"``, under mmengine's root."""
 
 import importlib
 
@@ -9,6 +9,17 @@ def require(package, name):
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"{name} does not import: {error}. To install it: pip install {package}") from error
+
+
+def initialise(block):
+    """Initialise a block whose layers something else has set: each layer as PyTorch does, then the block its layers.
+
+    A block alone leaves some layers as PyTorch made them.
+    """
+    for layer in block.modules():
+        if layer is not block and hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    block.reset_parameters()
 
 
 _registry = require("mmengine", "mmengine.registry")

@@ -15,7 +15,7 @@ in place of ``norm``. Importing this module without mmaction2 raises ImportError
 from ..modules import DisentangledNonLocal3d, NonLocal3d
 from ..modules._common import check_choice
 from ..modules.non_local import norm_of_cfg
-from ._registry import MODELS, require
+from ._registry import MODELS, initialise, require
 
 _backbones = require("mmaction2", "mmaction.models.backbones")
 
@@ -45,7 +45,7 @@ class _NonLocalBlocks:
         super().init_weights(*args, **kwargs)
         if getattr(self, "pretrained", None) is None and getattr(self, "init_cfg", None) is None:
             for module in self._with_block():
-                module.non_local_block.reset_parameters()
+                initialise(module.non_local_block)
 
 
 def _register(name):

@@ -21,7 +21,7 @@ import torch.utils.checkpoint
 from .. import modules
 from ..modules._common import check_width
 from ..modules.non_local import check_conv_cfg, norm_of_cfg
-from ._registry import MODELS, require
+from ._registry import MODELS, initialise, require
 
 _necks = require("mmdet", "mmdet.models.necks")
 _resnet = require("mmdet", "mmdet.models.backbones.resnet")
@@ -31,7 +31,7 @@ class _Plugin:
     """A block that initialises itself last: mmengine calls ``init_weights`` of a module's children after its own."""
 
     def init_weights(self):
-        self.reset_parameters()
+        initialise(self)
 
 
 class _DisentangledNonLocal2d(_Plugin, modules.DisentangledNonLocal2d):
