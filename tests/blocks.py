@@ -85,3 +85,9 @@ def assert_not_flat(original):
     assert rows.max(-1).values.mean() > 3 / rows.shape[-1]
     if hasattr(original, "unary_map"):
         assert original.unary_map.max() > 1.5 / rows.shape[-1]
+
+
+def compiled(module):
+    """A compiled copy. All blocks share one forward, of which torch keeps no more than 8 compilations."""
+    torch.compiler.reset()
+    return torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")

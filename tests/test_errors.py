@@ -1,4 +1,4 @@
-"""Every wrong call of docs/DESIGN section 6 raises, on both routes: the public functions and torch.ops.dnl_ext.*.
+"""Every wrong call raises, on both routes: the public functions and torch.ops.dnl_ext.*.
 
 A call is a function and its arguments by name, all valid. A fault replaces one argument; the table says which error
 must come. What reaches our checks names the argument, what was wanted and what came. What torch itself refuses

@@ -1,4 +1,4 @@
-"""The identities of docs/DESIGN section 2, each as a property of the fused operators and of the reference."""
+"""The identities of docs/numerics.md and csrc/ops, each as a property of the fused operators and of the reference."""
 
 import pytest
 import torch

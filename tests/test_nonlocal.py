@@ -11,6 +11,7 @@ from blocks import (
     assert_loads_both_ways,
     assert_same,
     backends,
+    compiled,
     dimensions,
     make_input,
     one_thread,  # noqa: F401
@@ -105,8 +106,8 @@ class TestBlocks:
     @modes
     def test_compiles_copies_and_is_saved(self, mode):
         block, x = scramble(NonLocal2d(8, mode=mode).double()), make_input(2)
-        compiled = torch.compile(copy.deepcopy(block), fullgraph=True, backend="aot_eager")
-        (y, dx, _), (y_compiled, dx_compiled, _) = run(block, x), run(compiled, x)
+        copied = compiled(block)
+        (y, dx, _), (y_compiled, dx_compiled, _) = run(block, x), run(copied, x)
         torch.testing.assert_close(y_compiled, y, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(dx_compiled, dx, rtol=1e-10, atol=1e-10)
         file = io.BytesIO()

@@ -11,6 +11,7 @@ from blocks import (
     assert_loads_both_ways,
     assert_same,
     backends,
+    compiled,
     dimensions,
     make_input,
     one_thread,  # noqa: F401
@@ -125,8 +126,8 @@ class TestVariants:
     def test_compiles_copies_and_is_saved(self, variant):
         _, ours = pair(variant, 2)
         x = make_input(2, 6)
-        compiled = torch.compile(copy.deepcopy(ours), fullgraph=True, backend="aot_eager")
-        (y, dx, grads), (y_compiled, dx_compiled, grads_compiled) = run(ours, x), run(compiled, x)
+        copied = compiled(ours)
+        (y, dx, grads), (y_compiled, dx_compiled, grads_compiled) = run(ours, x), run(copied, x)
         torch.testing.assert_close(y_compiled, y, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(dx_compiled, dx, rtol=1e-10, atol=1e-10)
         for grad, other in zip(grads.values(), grads_compiled.values(), strict=True):
