@@ -195,6 +195,10 @@ def _official(block, **options):
         _check_pool(block.downsample, dims)
     if block.out_bn is not None and not isinstance(block.out_bn, nn.modules.batchnorm._BatchNorm):
         raise CannotConvert(f"out_bn: expected a batch norm, got {block.out_bn}")
+    if block.out_bn is not None and not options.get("with_nl", True):
+        raise CannotConvert(
+            "out_bn: expected None without a pairwise term, where its running variance differs from ours"
+        )
     query = getattr(block, "conv_query", value if use_out else None)
     make = getattr(ours, f"DisentangledNonLocal{dims}d")
     arguments = {

@@ -163,9 +163,14 @@ def _replacement(original, recipe, backend):
         shared = _take_layers(block, original, block)
     except AttributeError as error:
         raise CannotConvert(f"expected the layers of {recipe.target}: {error}") from error
-    keys = set(block.state_dict()), set(original.state_dict())
-    if keys[0] != keys[1]:
-        raise CannotConvert(f"expected the state dict of {recipe.target}, differs in {sorted(keys[0] ^ keys[1])}")
+    for name in original._modules:  # an optimizer knows parameters by their order
+        if name in block._modules:
+            block._modules[name] = block._modules.pop(name)
+    keys, expected = list(block.state_dict()), list(original.state_dict())
+    if keys != expected:
+        raise CannotConvert(
+            f"expected the state dict of {recipe.target}, differs in {sorted(set(keys) ^ set(expected)) or 'its order'}"
+        )
     inside = {id(m) for layer in shared for m in layer.modules()}
     for name, module in original.named_modules():
         if id(module) not in inside and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
