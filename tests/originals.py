@@ -39,6 +39,21 @@ class NonLocal2D(_Mmcv, MmcvBlock):
     """mmdetection's, before mmcv had it."""
 
 
+class ForkedNonLocal2D(_Mmcv, MmcvBlock):
+    """Its copy in the paper's detection code: without `fixbug` it multiplies by the scale."""
+
+    def __init__(self, in_channels, fixbug=False, temp=1.0, downsample=False, **options):
+        super().__init__(in_channels, before=downsample, **options)
+        del self.sub_sample
+        self.fixbug, self.temp, self.downsample = fixbug, temp, self.before if downsample else None
+        self.whiten_type, self.gc_block, self.gcb, self.learn_t = None, None, None, False
+        scale = self.inter_channels ** (0.5 if fixbug else -0.5) if self.use_scale else 1.0
+        self.divisor = scale * temp
+
+
+ForkedNonLocal2D.__name__ = "NonLocal2D"
+
+
 class DisentangledNonLocal2d(_Mmcv, MmsegBlock):
     def __init__(self, in_channels, temperature=0.05, **options):
         super().__init__(in_channels, temperature=temperature, **options)

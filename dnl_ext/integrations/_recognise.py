@@ -104,9 +104,8 @@ def _embedding(block, name):
             raise CannotConvert(f"{name}: expected a convolution and a pool, got {layer}")
         _check_pool(layer[1], _dims(layer[0].conv))
         layer = layer[0]
-    for option in ("with_norm", "with_activation", "with_explicit_padding"):
-        if getattr(layer, option, False):
-            raise CannotConvert(f"{name}: expected a convolution alone, got one with {option}=True")
+    if len(list(layer.children())) > 1:
+        raise CannotConvert(f"{name}: expected a convolution alone, got {layer}")
     return layer.conv
 
 
@@ -162,18 +161,44 @@ def _mmcv(block):
 
 
 def _mmdet_2d(block):
-    if block.mode == "embedded_gaussian" and block.use_scale:
-        raise CannotConvert("use_scale=True of NonLocal2D means to multiply or to divide, by version; build NonLocal2d")
-    return _mmcv(block)
+    """With `fixbug`, the copy in the paper's detection code; without, mmdetection's own before mmcv had the block."""
+    if block.mode not in ("embedded_gaussian", "dot_product"):
+        raise CannotConvert(f"mode: expected 'embedded_gaussian' or 'dot_product' of NonLocal2D, got {block.mode!r}")
+    if not hasattr(block, "fixbug"):
+        if block.mode == "embedded_gaussian" and block.use_scale:
+            raise CannotConvert("use_scale: expected False, since True multiplies in some versions of NonLocal2D")
+        return _mmcv(block)
+    if block.whiten_type is not None or block.gc_block is not None or block.learn_t:
+        raise CannotConvert(
+            "whiten_type, gcb, learn_t: expected None, None, False, got "
+            f"{block.whiten_type!r}, {block.gcb!r}, {block.learn_t}"
+        )
+    dims, common = _mmcv_options(block)
+    channels = block.g.conv.out_channels
+    if block.downsample is not None:
+        _check_pool(block.downsample, dims)
+    make = getattr(ours, f"DisentangledNonLocal{dims}d")
+    arguments = {
+        "in_channels": common["in_channels"], "inter_channels": channels, "variant": "nl", "style": "mmseg",
+        "mode": block.mode, "use_scale": common["use_scale"], "norm": _norm(block, dims),
+        "sub_sample": None if block.downsample is None else "before",
+        # Without `fixbug` it multiplies by sqrt(channels) where ours divides.
+        "temperature": block.temp / channels if block.use_scale and not block.fixbug else float(block.temp),
+    }  # fmt: skip
+    return Recipe(make.__name__, make, arguments)
+
+
+def _norm(block, dims):
+    """The same as the argument ``norm`` of the other blocks."""
+    cfg = _norm_cfg(block)
+    return "batch" if cfg == {"type": "BN"} else norm_of_cfg(cfg, dims)
 
 
 def _mmseg(block):
     dims, arguments = _mmcv_options(block)
     _dims(block.conv_mask)
-    cfg = _norm_cfg(block)
-    norm = "batch" if cfg == {"type": "BN"} else norm_of_cfg(cfg, dims)
     make = getattr(ours, f"DisentangledNonLocal{dims}d")
-    arguments = {**arguments, "temperature": float(block.temperature), "norm": norm}
+    arguments = {**arguments, "temperature": float(block.temperature), "norm": _norm(block, dims)}
     return Recipe(f"{make.__name__}.mmseg", make.mmseg, arguments)
 
 
@@ -290,7 +315,7 @@ _OFFICIAL = ("conv_value", "conv_out", "out_bn", "downsample")
 TABLE = (
     # mmcv.cnn, and through it mmsegmentation's NLHead, mmdetection's BFP and mmaction2's non_local_block
     Recogniser(("NonLocal1d", "NonLocal2d", "NonLocal3d"), _MMCV, _mmcv),
-    # mmdetection before mmcv had the block
+    # mmdetection before mmcv had the block, and its copy in the paper's detection code
     Recogniser(("NonLocal2D",), _MMCV, _mmdet_2d),
     # mmsegmentation's DNLHead
     Recogniser(("DisentangledNonLocal2d",), (*_MMCV, "temperature", "conv_mask"), _mmseg),
