@@ -104,11 +104,29 @@ class TestEquals:
         scramble(report.model, seed=9)
         keep.load_state_dict(report.model.state_dict(), strict=True)
         restored = restore(report.model.eval(), report)
+        assert not any(module.training for module in restored.modules())
         assert restored is original and type(restored) is kind and set(restored._parameters) == registered
         assert_same(restored, keep.eval(), make_input(dims_of(keep)))
 
+    def test_restore_takes_the_layers_of_now(self):
+        """A layer or a parameter that was exchanged after converting goes back too."""
+        report = convert(build("NonLocal2d_bn", planes=4))
+        block, new = report.model, nn.Conv2d(8, 4, 1).double()
+        block.conv_query, block.gamma = new, nn.Parameter(torch.ones(1, dtype=torch.float64))
+        expected = block(make_input(2))
+        restored = restore(block, report)
+        assert restored.conv_query is new and restored.gamma is block.gamma
+        torch.testing.assert_close(restored(make_input(2)), expected, rtol=1e-10, atol=1e-10)
+
 
 class TestTakesOver:
+    def test_order_of_parameters(self):
+        """A block that registers its layers in another order keeps that order, as an optimizer's state needs."""
+        block = build("NonLocal2d_nowd", planes=4)
+        block._modules = {"conv_value": block._modules.pop("conv_value"), **block._modules}
+        expected = list(block.parameters())
+        assert all(a is b for a, b in zip(convert(block).model.parameters(), expected, strict=True))
+
     def test_model(self):
         """Only the block changes; the parameters are the same objects in the same order; no random number is drawn."""
         model = Model(originals.DisentangledNonLocal2d(8))
@@ -174,12 +192,12 @@ class TestTakesOver:
 
     def test_shared_block(self):
         block = build("NonLocal2d")
-        model = nn.ModuleList([nn.Sequential(block), block, nn.Sequential(block)])
+        model = nn.ModuleList([nn.Sequential(block), block, nn.Sequential(block), block])
         report = convert(model)
-        assert model[0][0] is model[1] is model[2][0] and model[1] is not block
-        assert [change.name for change in report.converted] == ["0.0", "1", "2.0"]
+        assert model[0][0] is model[1] is model[2][0] is model[3] and model[1] is not block
+        assert [change.name for change in report.converted] == ["0.0", "1", "2.0", "3"]
         restore(model, report)
-        assert model[0][0] is model[1] is model[2][0] is block
+        assert model[0][0] is model[1] is model[2][0] is model[3] is block
 
     def test_nothing_to_do(self):
         model = nn.Sequential(nn.Conv2d(3, 3, 1), dnl_ext.NonLocal2d(3), dnl_ext.DisentangledNonLocal2d.mmseg(3))

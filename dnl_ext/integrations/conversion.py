@@ -137,8 +137,9 @@ def restore(model, report):
         block = model.get_submodule(change.name)
         if not is_ours(block):  # restored under another of its names
             continue
-        _take_layers(change.original, block, block)
-        change.original.training = block.training
+        layers = _take_layers(change.original, block, block)
+        for _, module in _outside(change.original, layers):  # the layers have modes of their own: frozen norms
+            module.training = block.training
         if not change.name:
             return change.original
         for other in report.converted:
@@ -171,9 +172,8 @@ def _replacement(original, recipe, backend):
         raise CannotConvert(
             f"expected the state dict of {recipe.target}, differs in {sorted(set(keys) ^ set(expected)) or 'its order'}"
         )
-    inside = {id(m) for layer in shared for m in layer.modules()}
-    for name, module in original.named_modules():
-        if id(module) not in inside and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+    for name, module in _outside(original, shared):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
             raise CannotConvert(f"a hook is registered on {name or 'the block itself'}, which would be lost")
     return block
 
@@ -195,6 +195,12 @@ def _take_layers(target, source, block):
         if parameter is not None or name in target._parameters:
             target.register_parameter(name, parameter)
     return list(layers.values())
+
+
+def _outside(block, layers):
+    """Names and modules of a block that are not in its layers."""
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    return [(name, module) for name, module in block.named_modules() if id(module) not in inside]
 
 
 def _has_any(tensors):
