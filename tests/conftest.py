@@ -1,5 +1,7 @@
 """Options and fixtures for all tests."""
 
+import zlib
+
 import pytest
 import routes
 import torch
@@ -30,12 +32,24 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These shapes are small: on a busy machine, waiting for a second thread takes ten times the work itself.
+
+    A test of threads sets their number itself.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["cpu", "emulated", "cuda"])
 def device(request):
     """Runs a test of operators on CPU tensors by every route there is: see routes.py."""
     if request.param == "cuda" and not routes.HAS_GPU:
         pytest.skip("needs a GPU and dnl_ext built with CUDA")
-    with routes.route(request.param):
+    with routes.route(request.param, zlib.crc32(request.node.nodeid.encode())):
         yield request.param
 
 
@@ -46,7 +60,7 @@ def emulated_library():
 
 
 @pytest.fixture
-def emulated(emulated_library):
+def emulated(request, emulated_library):
     """dnl_ext with every operator on CPU tensors computed by the emulated CUDA route."""
-    with routes.route("emulated"):
+    with routes.route("emulated", zlib.crc32(request.node.nodeid.encode())):
         yield

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import dnl_ext
+from dnl_ext.analysis import attention_rows
 from dnl_ext.segmentation import checkpoint, memory
-from dnl_ext.segmentation.attention import attention_rows, focus, token_labels
+from dnl_ext.segmentation.attention import focus, token_labels
 from dnl_ext.segmentation.config import TrainConfig, resolve
 from dnl_ext.segmentation.errors import InputError
 from dnl_ext.segmentation.metrics import IGNORE
@@ -21,15 +22,6 @@ from dnl_ext.segmentation.trainer import Listener, Trainer, learning_rate, segme
 TINY = TrainConfig(
     steps=6, crop=(64, 96), batch_size=2, width=4, val_every=2, val_images=1, save_every=2, block_gain=0.5, threads=1
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tiny steps gain nothing from a second thread, and lose much to it on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -281,13 +273,14 @@ class TestAttention:
         query, key = (block._layer(role)(features)[0].flatten(1).t() for role in ("query", "key"))
         full = dnl_ext.reference.pairwise_softmax(query, key, scale=block._scale(), whiten=block.whiten)
         expected = torch.stack([full[row * 9 + column] for row, column in queries]).view(3, 6, 9)
-        torch.testing.assert_close(maps.pairwise, expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(maps.own, expected, rtol=1e-3, atol=1e-6)
         assert expected.amax() > 5 / 54  # the map is not flat
-        if variant.startswith("dnl"):
+        assert maps.joint == {"nl": "product", "pairwise": "pairwise"}.get(variant, "sum")
+        if variant == "pairwise":
+            assert maps.unary is None
+        else:
             torch.testing.assert_close(maps.unary.sum(), torch.tensor(1.0))
             assert maps.unary.shape == (6, 9)
-        else:
-            assert maps.unary is None
 
     @pytest.mark.parametrize("whiten", ["channel", "spatial", "in", "fln", "bn", "bn_affine", None])
     def test_every_whitening(self, whiten):
@@ -302,10 +295,9 @@ class TestAttention:
         torch.testing.assert_close((block(x) - x)[0].flatten(1).t(), expected, rtol=1e-4, atol=1e-5)
         assert rows.pairwise.max() > 3 / 12
 
-    @pytest.mark.parametrize("options", [{"variant": "unary"}, {"mode": "dot_product"}])
-    def test_no_rows(self, options):
-        with pytest.raises(ValueError, match=r"^block: expected one whose pairwise term is a softmax, got "):
-            attention_rows(dnl_ext.DisentangledNonLocal2d(8, **options), torch.randn(1, 8, 3, 4), [(0, 0)])
+    def test_no_rows(self):
+        with pytest.raises(NotImplementedError, match=r"^mode: expected .* softmaxes, got 'dot_product'"):
+            attention_rows(dnl_ext.DisentangledNonLocal2d(8, mode="dot_product"), torch.randn(1, 8, 3, 4), [(0, 0)])
 
     @pytest.mark.parametrize("sub_sample", ["before", "after"])
     def test_sub_sampled_keys(self, sub_sample):
@@ -313,13 +305,6 @@ class TestAttention:
         maps = attention_rows(block, torch.randn(1, 8, 6, 10), [(5, 9)])
         assert maps.pairwise.shape == (1, 3, 5) and maps.unary.shape == (3, 5)
         torch.testing.assert_close(maps.pairwise.sum(), torch.tensor(1.0))
-
-    def test_wrong_calls(self):
-        block = SegmentationNetwork(4, width=4).block
-        with pytest.raises(ValueError, match="expected one image, got 2"):
-            attention_rows(block, torch.randn(2, 256, 4, 4), [(0, 0)])
-        with pytest.raises(ValueError, match=r"got \(4, 0\)"):
-            attention_rows(block, torch.randn(1, 256, 4, 4), [(4, 0)])
 
     def test_focus(self, data):
         result = focus(Trainer(TINY, data=data), queries=16)

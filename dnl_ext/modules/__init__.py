@@ -1,5 +1,6 @@
 """Blocks (nn.Module) built on the functional API, on the channel-first tensors that convolutions produce."""
 
+from ._inputs import AttentionInputs
 from .context import (
     GlobalContext1d,
     GlobalContext2d,
@@ -14,6 +15,7 @@ from .non_local import NonLocal1d, NonLocal2d, NonLocal3d
 from .relation import RelationModule
 
 __all__ = [
+    "AttentionInputs",
     "DisentangledMultiheadAttention",
     "DisentangledNonLocal1d",
     "DisentangledNonLocal2d",

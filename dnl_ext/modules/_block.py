@@ -25,6 +25,7 @@ from ._common import (
     positions_last_but_one,
     zero_parameters,
 )
+from ._inputs import AttentionInputs
 
 #: Who computes the attention. "reference" holds the N x N map and differentiates twice.
 BACKENDS = {"fused": ops, "reference": reference}
@@ -230,6 +231,25 @@ class AttentionBlock(nn.Module):
                 for role, y in (("query", query), ("key", key))
             )
         return query, key, value, mask
+
+    def attention_inputs(self, x):
+        """What the attention receives for an input, see :class:`AttentionInputs`; arguments as in :meth:`forward`.
+
+        Raises:
+            NotImplementedError: the pairwise term is no softmax (``mode``).
+        """
+        check_input(x, self.dims, self.in_channels, (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims])
+        if VARIANTS[self.variant].pairwise and self.mode not in ("embedded_gaussian", "gaussian"):
+            raise NotImplementedError(f"mode: expected 'embedded_gaussian' or 'gaussian', softmaxes, got {self.mode!r}")
+        query, key, value, mask = self._embed(x)
+        return AttentionInputs(
+            query, key, value, mask,
+            scale=self._scale(),
+            whiten=None if self.whiten in BATCH_NORM_WHITEN else self.whiten,
+            gain=1.0 if self.gamma is None else self.gamma,
+            query_shape=tuple(x.shape[2:]),
+            key_shape=tuple((x if self.pool is None else self.pool(x[:, :1])).shape[2:]),
+        )  # fmt: skip
 
     def _pairwise(self, functional, query, key, value):
         """The pairwise term (B, Nq, Dv)."""

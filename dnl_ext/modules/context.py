@@ -7,6 +7,7 @@ from torch import nn
 
 from ._block import BACKENDS
 from ._common import CONV, check_choice, check_input, check_width, positions_last_but_one, zero_parameters
+from ._inputs import AttentionInputs
 
 
 class _Pooling(nn.Module):
@@ -17,6 +18,13 @@ class _Pooling(nn.Module):
     def _setup(self, in_channels, backend):
         self.in_channels = check_width("in_channels", in_channels)
         self.backend = check_choice("backend", backend, ("fused", "reference"))
+
+    def attention_inputs(self, x):
+        """The pooling as attention: one map for all positions, of the input itself. See :class:`AttentionInputs`."""
+        check_input(x, self.dims, self.in_channels, (1,) * self.dims)
+        mask = x.new_zeros(x.shape[0], x[0, 0].numel()) if self.conv_mask is None else self.conv_mask(x).flatten(1)
+        value, shape = positions_last_but_one(x), tuple(x.shape[2:])
+        return AttentionInputs(None, None, value, mask, 1.0, None, 1.0, query_shape=shape, key_shape=shape)
 
     def _pool(self, x):
         """sum_j softmax_j(conv_mask(x)) x_j, or the mean without a mask: (B, C, *spatial) to (B, C, 1, ...)."""

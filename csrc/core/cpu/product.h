@@ -149,9 +149,12 @@ void product_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a,
 
 // A sum over a long depth is cut into slices that each start from zero: in float and double that halves the rounding
 // error of one running sum over 512, and a panel's slice stays in L1. Products of bfloat16 are exact in the accumulator
-// and far finer than their operands; there a slice only costs a pass over C. A slice is whole groups and whole runs.
+// and far finer than their operands; there a slice only costs a pass over C. Double is for checking: accuracy before
+// speed. A slice is whole groups and whole runs.
 template <class E>
-constexpr int64_t kDepthSlice = Block<E>::kGroup == 1 ? 128 : 512;
+constexpr int64_t kDepthSlice = std::is_same_v<E, double> ? 32
+                                : Block<E>::kGroup == 1   ? 128
+                                                          : 512;
 
 template <class E, Into into>
 void product(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b, PanelResult<Acc<E>> c,
@@ -165,17 +168,16 @@ void product(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, Panel
   }
 }
 
+// C = AB where `fresh`; else what is there stays: C = C + AB, or C = C * alpha + AB where alpha is given.
 template <class E>
-void product(Into into, int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
-             PanelResult<Acc<E>> c, const Acc<E>* alpha = nullptr) {
-  switch (into) {
-    case Into::store:
-      return product<E, Into::store>(rows, panels, depth, a, b, c);
-    case Into::add:
-      return product<E, Into::add>(rows, panels, depth, a, b, c);
-    case Into::rescale:
-      return product<E, Into::rescale>(rows, panels, depth, a, b, c, alpha);
-  }
+void accumulate(bool fresh, int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
+                PanelResult<Acc<E>> c, const Acc<E>* alpha = nullptr) {
+  if (fresh)
+    product<E, Into::store>(rows, panels, depth, a, b, c);
+  else if (alpha)
+    product<E, Into::rescale>(rows, panels, depth, a, b, c, alpha);
+  else
+    product<E, Into::add>(rows, panels, depth, a, b, c);
 }
 
 }  // namespace DNL_ISA

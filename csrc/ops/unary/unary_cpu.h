@@ -171,9 +171,8 @@ void unary_mask_gradient(const UnaryArgs& args, const Acc<T>* u, const Executor&
     const double* x = dot.data + b * args.keys;
     T* out = static_cast<T*>(args.grad_mask.data) + args.grad_mask.batch[b];
     // About the first product: what all of them share would otherwise cost the mean its last digits.
-    double weighted = 0, total = 0;
-    for (int64_t j = 0; j < args.keys; ++j) weighted += double(map[j]) * (x[j] - x[0]), total += double(map[j]);
-    const double mean = weighted / total;
+    const double weighted = lane_sum(args.keys, [&](int64_t j) { return double(map[j]) * (x[j] - x[0]); });
+    const double mean = weighted / lane_sum(args.keys, [&](int64_t j) { return double(map[j]); });
     for (int64_t j = 0; j < args.keys; ++j)
       out[j * args.grad_mask.position] = narrow<T>(static_cast<A>(double(map[j]) * ((x[j] - x[0]) - mean)));
   });

@@ -3,8 +3,7 @@
 //
 // All sums are in double and per column first, so the order of adding depends on the shape alone. The second moment is
 // taken around the mean in a pass of its own, since sums of squares would cancel: the input is read three times with a
-// deviation, twice without, and once more in float64. Traded away: reading once where a group is one column and fits
-// the cache.
+// deviation, twice without. Traded away: reading once where a group is one column and fits the cache.
 #pragma once
 
 #include "core/cpu/reduce.h"
@@ -31,8 +30,8 @@ void for_channel_blocks(const StandardiseArgs& args, const Executor& executor, c
 // values[column] of every group by their sum over `divisor`, in place.
 inline void share(const StandardiseArgs& args, double* values, double divisor) {
   for (int64_t g = 0; g < args.groups(); ++g) {
-    double *group = values + g * args.group, total = 0;
-    for (int64_t c = 0; c < args.group; ++c) total += group[c];
+    double* group = values + g * args.group;
+    const double total = lane_sum(args.group, [&](int64_t c) { return group[c]; });
     std::fill(group, group + args.group, total / divisor);
   }
 }
@@ -45,23 +44,12 @@ void standardise_ordered(const StandardiseArgs& args, double* workspace, const E
   const auto input = [&](const T* x, int64_t i, int64_t c) { return widen(x[Order::at(args.input, i, c)]); };
   const auto result = [&](const T* y, int64_t i, int64_t c) { return widen(y[Order::at(args.result, i, c)]); };
 
-  // out[column] = sum over positions of x - center[column]
-  const auto sum_around = [&](const double* center, double* out) {
-    for_channel_blocks<Order>(args, executor, [&](int64_t b, int64_t begin, int64_t end) {
-      const T* x = element<T>(args.input, b);
-      const int64_t first = b * args.channels;
-      column_sums_of<Order>(args.positions, begin, end, out + first + begin, [&](int64_t i, int64_t c) {
-        return double(input(x, i, c)) - (center ? center[first + c] : 0.0);
-      });
-    });
-  };
-  sum_around(nullptr, mean);
+  for_channel_blocks<Order>(args, executor, [&](int64_t b, int64_t begin, int64_t end) {
+    const T* x = element<T>(args.input, b);
+    column_sums_of<Order>(args.positions, begin, end, mean + b * args.channels + begin,
+                          [&](int64_t i, int64_t c) { return double(input(x, i, c)); });
+  });
   share(args, mean, args.count());
-  if constexpr (std::is_same_v<T, double>) {  // nothing is wider: what rounding took from the mean, all elements share
-    sum_around(mean, second);
-    share(args, second, args.count());
-    for (int64_t c = 0; c < args.columns(); ++c) mean[c] += second[c];
-  }
 
   if (args.rstd) {
     // Around the mean in both directions: the sum of the y is 0, but not that of the y as they were rounded.
