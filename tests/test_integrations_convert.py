@@ -7,7 +7,7 @@ import sys
 import originals
 import pytest
 import torch
-from blocks import assert_same, make_input, one_thread, run, scramble  # noqa: F401
+from blocks import assert_same, make_input, scramble
 from torch import nn
 
 import dnl_ext

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from blocks import one_thread  # noqa: F401
 from mm_packages import importorskip
 
 import dnl_ext

@@ -8,7 +8,7 @@ import functools
 
 import pytest
 import torch
-from blocks import assert_same, make_input, one_thread, run, scramble  # noqa: F401
+from blocks import assert_same, make_input, scramble
 from mm_packages import importorskip
 from torch import nn
 
