@@ -14,14 +14,22 @@ TORCH_CUDA ?= torch==2.11.0
 CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda /usr/local/cuda-*))
 BIN := $(VENV)/bin
 CUDA_BIN := .venv-cuda/bin
+# The frameworks ask for a GPU build of mmcv and much else that the tests do not need: they come without dependencies, and
+# what their imports ask for is listed. setuptools 81 has no pkg_resources, which mmengine imports.
+FRAMEWORKS := mmengine==0.10.7 mmcv-lite==2.1.0 mmsegmentation==1.2.2 mmdet==3.3.0 mmaction2==1.2.0 \
+  torchvision==0.28.0 timm==1.0.31 importlib_metadata==7.2.1
+FRAMEWORKS_NEED := "setuptools<81" addict yapf termcolor rich opencv-python-headless ftfy regex pycocotools shapely \
+  terminaltables matplotlib prettytable scipy einops pyyaml tqdm huggingface_hub safetensors zipp six numpy pytest
+MM := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc dnl_ext -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py pyproject.toml
 
-.PHONY: help demo test test-slow bench lint format host-test cuda-build dist clean
+.PHONY: help demo test test-slow test-integrations bench lint format host-test cuda-build dist clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 	@echo "  make test-slow   the long form of the suites"
+	@echo "  make test-integrations  mmsegmentation, mmdetection, mmaction2, torchvision and timm, in .venv-integrations"
 	@echo "  make bench       time and memory against every peer that runs here"
 	@echo "  make host-test   the kernels without torch or Python, under CMake and CTest"
 	@echo "  make cuda-build  build the CUDA extension (no GPU needed) and check that it loads"
@@ -47,6 +55,17 @@ test: $(VENV)/.built
 
 test-slow: $(VENV)/.built
 	$(BIN)/python -m pytest -q --slow
+
+# With the extension that $(VENV) has built in place: both have the same torch.
+$(MM)/.installed:
+	$(PYTHON) -m venv $(MM)
+	$(MM)/bin/python $(PIP) $(TORCH)
+	$(MM)/bin/python $(PIP) --no-deps $(FRAMEWORKS)
+	$(MM)/bin/python $(PIP) $(FRAMEWORKS_NEED)
+	touch $@
+
+test-integrations: $(VENV)/.built $(MM)/.installed
+	$(MM)/bin/python -m pytest -q tests/test_integrations_*.py
 
 bench: $(VENV)/.built
 	$(BIN)/python -m dnl_ext bench
@@ -84,4 +103,4 @@ dist: $(VENV)/.built
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
-	rm -rf build dist runs $(VENV) .venv-cuda *.egg-info dnl_ext/*.so
+	rm -rf build dist runs $(VENV) $(MM) .venv-cuda *.egg-info dnl_ext/*.so

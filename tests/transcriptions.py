@@ -164,7 +164,7 @@ class OfficialBlock(_Maps):
         self.conv_out = conv(planes, inplanes, 1, bias=False) if use_out else None
         self.out_bn = BATCH_NORM[dims](inplanes) if out_bn else None
         self.conv_mask = conv(inplanes, 1, 1) if with_gc else None
-        self.downsample = POOL[dims]() if downsample else nn.Identity()
+        self.downsample = POOL[dims]() if downsample else None
         if whiten_type in ("bn", "bn_affine"):
             for role in ("key", "query"):
                 setattr(self, f"{role}_{whiten_type}", nn.BatchNorm1d(planes, affine=whiten_type == "bn_affine"))
@@ -172,7 +172,7 @@ class OfficialBlock(_Maps):
         self.whiten, self.with_unary, self.with_nl = whiten_type, with_unary, with_nl
 
     def forward(self, x):
-        source = self.downsample(x)
+        source = x if self.downsample is None else self.downsample(x)
         mask = self.conv_mask(source) if self.conv_mask is not None else "shared_key" if self.with_unary else None
         value = self.conv_value(source)
         if self.with_nl:

@@ -1,0 +1,26 @@
+"""What the plug-ins share. Their registry has the scope of ``type="dnl_ext.DNLHead"``, under mmengine's root."""
+
+import importlib
+
+
+def require(package, name):
+    """Import a part of a framework, or raise ImportError that names the package to install."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ImportError(f"{name} does not import: {error}. To install it: pip install {package}") from error
+
+
+def initialise(block):
+    """Initialise a block whose layers something else has set: each layer as PyTorch does, then the block its layers.
+
+    A block alone leaves some layers as PyTorch made them.
+    """
+    for layer in block.modules():
+        if layer is not block and hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    block.reset_parameters()
+
+
+_registry = require("mmengine", "mmengine.registry")
+MODELS = _registry.Registry("model", parent=_registry.MODELS, scope="dnl_ext")
