@@ -52,6 +52,15 @@ struct OnlineSoftmax {
   DNL_HOST_DEVICE A lse() const { return most + log_of(sum); }
 };
 
+// x + y as an unevaluated sum of two: the sum rounded, and what rounding took from it.
+template <class A>
+DNL_HOST_DEVICE void store_pair(double x, double y, A* pair) {
+  const double sum = x + y, part = sum - x;
+  const double error = (x - (sum - part)) + (y - part);
+  pair[0] = static_cast<A>(sum);
+  pair[1] = static_cast<A>((sum - double(pair[0])) + error);
+}
+
 // One entry of dp -> p (dp - <p, dp>), with `mean` = <p, dp>.
 template <class A>
 DNL_HOST_DEVICE A softmax_jacobian(A p, A dp, A mean) {

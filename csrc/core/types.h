@@ -17,6 +17,13 @@ struct View {
   int64_t channel = 0;             // stride between channels, in elements
 };
 
+// What the choice of a CUDA kernel depends on.
+struct Gpu {
+  int capability = 0;  // 10 major + minor
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // most that a block can ask for
+};
+
 // How a CPU kernel runs `tasks` independent pieces: the operators pass torch's thread pool, host tests their own.
 struct Executor {
   int threads = 1;

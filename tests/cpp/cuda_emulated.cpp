@@ -7,6 +7,7 @@
 #include "device.h"
 #include "core/cuda/launch.h"
 // clang-format on
+#include "ops/pairwise/pairwise_plan.h"
 
 namespace dnl {
 
@@ -20,6 +21,18 @@ class CudaDevice : public TensorMemory, public emulator::Launcher {
     T* data = TensorMemory::allocate<T>(count);
     if (count) std::memset(static_cast<void*>(data), emulator::kPoison, count * sizeof(T));
     return data;
+  }
+
+  // DNL_EXT_EMULATED_GPU: its compute capability and number of multiprocessors, "80,4" if not set.
+  Gpu gpu() const {
+    const char* text = std::getenv("DNL_EXT_EMULATED_GPU");
+    Gpu gpu{80, 4, 0};
+    if (text && std::sscanf(text, "%d,%d", &gpu.capability, &gpu.multiprocessors) != 2)
+      throw ValueError(
+          message("DNL_EXT_EMULATED_GPU: expected a capability and a number, like '80,4', got '", text, "'"));
+    gpu.shared_bytes = shared_bytes_of(gpu.capability);
+    emulator::machine().options.max_shared_bytes = gpu.shared_bytes;
+    return gpu;
   }
 
   // torch's CPU bmm has no dtype_out: halves are widened first, which is exact.

@@ -42,6 +42,16 @@ class CudaDevice : public TensorMemory {
     STD_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
+  Gpu gpu() const {
+    const auto attribute = [&](cudaDeviceAttr name) {
+      int value = 0;
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, like_.get_device_index()));
+      return value;
+    };
+    return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+            attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+  }
+
  private:
   static constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;  // of gridDim.x
   static constexpr int64_t kSharedWithoutAsking = int64_t(48) << 10;

@@ -18,15 +18,9 @@
 #pragma once
 
 #include "ops/pairwise/pairwise_backward_rows_cuda.cuh"
+#include "ops/pairwise/pairwise_fused_backward_cuda.cuh"
 
 namespace dnl {
-
-template <class T>
-constexpr int kProbabilityExponent = std::is_same_v<T, __half> ? 12 : 0;
-template <class T>
-constexpr bool kScaledGradient = std::is_same_v<T, __half>;
-constexpr float kGradientBound = 32768;  // of scaled dS, half of what float16 can hold
-static_assert((1 << kProbabilityExponent<__half>)*2 <= kGradientBound, "P is at most 1, give or take a rounding");
 
 // scale[b] = the power of two that brings 2 max_i |dO_i| max_j |v_j| just under kGradientBound, 1 where that is 0 or
 // not finite; inverse[b] = 1 / scale[b]. One block per batch element.
@@ -118,67 +112,6 @@ struct SquareOp {
   DNL_HOST_DEVICE void store(int64_t b, int64_t i, A sum) const { out.element(b)[i] = sum; }
 };
 
-template <class T>
-struct SoftmaxBackwardStep {
-  using A = AccOf<T>;
-  const A* logits;            // (group, rows, pitch): S'
-  const A* grad_probability;  // (group, rows, pitch): dP', or null: only P' is wanted
-  T* probability;             // (group, rows, pitch): P', or null where it is not wanted
-  T* grad_logits;             // (group, rows, pitch): dS'
-  A* row_sum;                 // (group, rows): sum of dS', or null
-  Rows<const A> bias;         // (group, rows), or null
-  Rows<const A> lse;          // (group, columns); whole quads
-  Rows<const A> lse_rest;     // (group, columns); whole quads: what rounding took from lse
-  Rows<const A> delta;        // (group, columns); whole quads
-  const A* grad_scale;        // (group), or null
-  int64_t rows, columns, pitch;
-  A scale;
-};
-
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    pairwise_softmax_backward_kernel(SoftmaxBackwardStep<T> step, int64_t tasks) {
-  using A = AccOf<T>;
-  constexpr A factor = 1 << kProbabilityExponent<T>;
-  __shared__ A scratch[kWarps];
-  const int64_t quads = ceil_div_of(step.columns, kQuad);
-  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int64_t b = task / step.rows, j = task % step.rows, row = task * step.pitch;
-    const A *lse = step.lse.element(b), *rest = step.lse_rest.element(b), *delta = step.delta.element(b);
-    const A bias = step.bias.data ? step.bias.element(b)[j] : A(0);
-    const A grad_scale = (step.grad_scale ? step.grad_scale[b] : A(1)) / factor;
-    A sum = 0;
-    for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
-      const Quad<A> s = load_quad(step.logits + row, quad), l = load_quad(lse, quad), r = load_quad(rest, quad);
-      Quad<A> p;
-      Quad<T> out;
-      for (int u = 0; u < kQuad; ++u) {
-        // Beyond the last column the buffers hold anything; zeros there are never read but must not reach `sum`.
-        const bool inside = quad * kQuad + u < step.columns;
-        const A logit = s.value[u] * step.scale + (bias - l.value[u]) - r.value[u];
-        p.value[u] = inside ? factor * exp_of(logit) : A(0);
-        out.value[u] = rounded<T>(p.value[u]);
-      }
-      if (step.probability) store_quad(step.probability + row, quad, out);
-      if (step.grad_probability) {
-        const Quad<A> dp = load_quad(step.grad_probability + row, quad), d = load_quad(delta, quad);
-        for (int u = 0; u < kQuad; ++u) {
-          const bool inside = quad * kQuad + u < step.columns;
-          const A ds = inside ? softmax_jacobian(p.value[u] * grad_scale, dp.value[u], d.value[u]) : A(0);
-          out.value[u] = rounded<T>(ds);
-          sum += wide(out.value[u]);
-        }
-        store_quad(step.grad_logits + row, quad, out);
-      }
-    }
-    if (step.row_sum) {
-      sum = block_sum(sum, scratch);
-      if (threadIdx.x == 0) step.row_sum[task] = sum;
-      __syncthreads();  // before the next row overwrites `scratch`
-    }
-  }
-}
-
 template <class T, class Device>
 struct PairwiseBackwardChain {
   static_assert(kHalf<T>, "float and double need P normalised anew");
@@ -188,12 +121,13 @@ struct PairwiseBackwardChain {
   const PairwiseOperands<T, Device> in;
   const PairwiseGradients<T, Device> out;
   const bool need_logits;  // any gradient that goes through dS
+  const bool fused;        // the map by one kernel, without products in float
   Matrix<const T> grad_output, centred_key;
   Rows<A> lse, lse_rest, delta;
   A *grad_scale = nullptr, *grad_inverse = nullptr;
 
-  PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u)
-      : args(a), device(d), in(a, d), out(a, d, in, u), need_logits(out.query.data || out.key.data) {}
+  PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u, bool fused_map)
+      : args(a), device(d), in(a, d), out(a, d, in, u), need_logits(out.query.data || out.key.data), fused(fused_map) {}
 
   void run(const ChunkLimits& limits) {
     const auto grad = matrix_of<const T>("grad_output", args.grad_output, args.batches);
@@ -254,23 +188,22 @@ struct PairwiseBackwardChain {
     const bool several = chunks.rows < args.keys;
 
     // S' is done with when dQ is made: its buffer then takes the chunk's part of dQ.
-    A* logits = device.template allocate<A>(several && out.query.data ? std::max(map, query_size) : map);
-    A* grad = need_logits ? device.template allocate<A>(map) : nullptr;
+    const int64_t part_size = several && out.query.data ? query_size : 0;
+    A* logits = device.template allocate<A>(fused ? part_size : std::max(map, part_size));
+    A* grad = need_logits && !fused ? device.template allocate<A>(map) : nullptr;
     T* probability = out.value.data ? device.template allocate<T>(map) : nullptr;
     T* grad_logits = need_logits ? device.template allocate<T>(map) : nullptr;
     const int64_t widest = std::max(out.key.data ? args.width : 0, out.value.data ? args.channels : 0);
     A* sums = device.template allocate<A>(like_order_size(chunks.group, chunks.rows, widest));
     A* row_sum = out.needs_sum() ? device.template allocate<A>(chunks.group * chunks.rows) : nullptr;
+    A* row_part = row_sum && fused
+                      ? device.template allocate<A>(chunks.group * chunks.rows * ceil_div_of(args.queries, kMapTile))
+                      : nullptr;
     A* grad_query = out.query.data ? device.template allocate<A>(query_size) : nullptr;
 
     chunks.for_each(args.batches, args.keys, [&](int64_t b, int64_t group, int64_t first, int64_t rows) {
       const A* inverse = grad_inverse ? grad_inverse + b : nullptr;
       const auto query = in.query.from(b, 0), dy = grad_output.from(b, 0);
-      device.product(in.key.from(b, first), query.transposed(), dense(logits, group, rows, pitch), group, rows,
-                     args.queries, args.width);
-      if (need_logits)
-        device.product(in.value.from(b, first), dy.transposed(), dense(grad, group, rows, pitch), group, rows,
-                       args.queries, args.channels);
       const SoftmaxBackwardStep<T> step{logits,
                                         grad,
                                         probability,
@@ -285,7 +218,18 @@ struct PairwiseBackwardChain {
                                         args.queries,
                                         pitch,
                                         in.scale};
-      device.launch(&pairwise_softmax_backward_kernel<T>, group * rows, step, group * rows);
+      const auto key = in.key.from(b, first), value = in.value.from(b, first);
+      if (fused) {
+        fused_backward_map(device, step, {key, rows, args.width}, {query, args.queries, args.width},
+                           {value, rows, args.channels}, {dy, args.queries, args.channels}, row_part, group);
+      } else {
+        device.product(key, query.transposed(), dense(logits, group, rows, pitch), group, rows, args.queries,
+                       args.width);
+        if (need_logits)
+          device.product(value, dy.transposed(), dense(grad, group, rows, pitch), group, rows, args.queries,
+                         args.channels);
+        device.launch(&pairwise_softmax_backward_kernel<T>, group * rows, step, group * rows);
+      }
 
       const auto p = dense(static_cast<const T*>(probability), group, rows, pitch);
       const auto ds = dense(static_cast<const T*>(grad_logits), group, rows, pitch);
@@ -312,11 +256,12 @@ struct PairwiseBackwardChain {
 };
 
 template <class T, class Device>
-void pairwise_backward_cuda(const PairwiseArgs& args, Device& device, const ChunkLimits& limits = {}) {
+void pairwise_backward_cuda(const PairwiseArgs& args, Device& device, const ChunkLimits& limits = {},
+                            bool fused = false) {
   const UnaryTerm<T> unary(args, device);
   if (!args.grad_query.data && !args.grad_key.data && !args.grad_value.data) return;
   if constexpr (kHalf<T>)
-    PairwiseBackwardChain<T, Device>(args, device, unary).run(limits);
+    PairwiseBackwardChain<T, Device>(args, device, unary, fused).run(limits);
   else
     PairwiseBackwardRows<T, Device>(args, device, unary).run(limits);
 }

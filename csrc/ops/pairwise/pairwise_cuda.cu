@@ -2,6 +2,7 @@
 #include "core/cuda/launch.h"
 #include "ops/pairwise/pairwise_backward_cuda.cuh"
 #include "ops/pairwise/pairwise_forward_cuda.cuh"
+#include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
 #include "ops/pairwise/pairwise_op.h"
 
 namespace dnl {
@@ -22,7 +23,13 @@ PairwiseForwardResult pairwise_forward_on_cuda(const Tensor& query, const Tensor
   if (!call.empty()) {
     CudaDevice device(query);
     for (const Tensor& x : {query, key, value}) device.know(x);
-    dispatch_element(call.args.dtype, [&](auto type) { pairwise_forward_cuda<decltype(type)>(call.args, device); });
+    dispatch_element(call.args.dtype, [&](auto type) {
+      using T = decltype(type);
+      const PairwisePlan plan = plan_pairwise(shape_of<T>(call.args), device.gpu(), requested_cuda_path(), false);
+      if constexpr (kHalf<T>)
+        if (plan.fused) return pairwise_fused_forward_cuda<T>(call.args, device, plan.forward);
+      pairwise_forward_cuda<T>(call.args, device);
+    });
   }
   return {call.output, call.lse, call.residual, call.pooled, call.mask_lse};
 }
@@ -41,7 +48,11 @@ PairwiseBackwardResult pairwise_backward_on_cuda(const Tensor& grad_output, cons
   } else if (call.args.batches) {
     CudaDevice device(query);
     for (const Tensor& x : {grad_output, query, key, value}) device.know(x);
-    dispatch_element(call.args.dtype, [&](auto type) { pairwise_backward_cuda<decltype(type)>(call.args, device); });
+    dispatch_element(call.args.dtype, [&](auto type) {
+      using T = decltype(type);
+      const PairwisePlan plan = plan_pairwise(shape_of<T>(call.args), device.gpu(), requested_cuda_path(), true);
+      pairwise_backward_cuda<T>(call.args, device, {}, plan.fused);
+    });
   }
   return {call.grad_query, call.grad_key, call.grad_value, call.grad_mask};
 }

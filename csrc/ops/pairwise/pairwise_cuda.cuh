@@ -106,6 +106,8 @@ inline int64_t like_order_size(int64_t batches, int64_t positions, int64_t chann
 
 // Query, key and value as operands, with what centring needs. Base-2 logit of query i and key j, up to a constant of
 // the row: scale * <query_i, key_j> + bias_j. Output: sum_j P_ij value_j + offset.
+enum class Placement { products, as_they_lie };  // operands of library products; or never copied, for halves
+
 template <class T, class Device>
 struct PairwiseOperands {
   using A = AccOf<T>;
@@ -118,7 +120,7 @@ struct PairwiseOperands {
   Rows<const A> bias;  // (batches, keys), or null
   A scale;
 
-  PairwiseOperands(const PairwiseArgs& args, Device& device)
+  PairwiseOperands(const PairwiseArgs& args, Device& device, Placement placement = Placement::products)
       : mean_term(kCentred ? !args.whiten : -int(args.whiten)),
         offset(static_cast<const A*>(args.pooled)),
         scale(static_cast<A>(args.scale)) {
@@ -133,9 +135,13 @@ struct PairwiseOperands {
       value_mean = means(device, v, args.batches, args.keys, args.channels, true);
       offset = sum_of(device, value_mean, offset, args.batches, args.channels);
     }
-    query = product_operand(device, q, args.batches, args.queries, args.width, kCentred ? query_mean : nullptr);
-    key = product_operand(device, k, args.batches, args.keys, args.width, kCentred ? key_mean : nullptr);
-    value = product_operand(device, v, args.batches, args.keys, args.channels, value_mean);
+    if (kHalf<T> && placement == Placement::as_they_lie) {
+      query = q, key = k, value = v;
+    } else {
+      query = product_operand(device, q, args.batches, args.queries, args.width, kCentred ? query_mean : nullptr);
+      key = product_operand(device, k, args.batches, args.keys, args.width, kCentred ? key_mean : nullptr);
+      value = product_operand(device, v, args.batches, args.keys, args.channels, value_mean);
+    }
     if (mean_term) {
       // k' rather than k: a constant of the row, but a key that is not finite then reaches every logit, as it should.
       Rows<A> out{device.template allocate<A>(args.batches * pitch_of(args.keys)), pitch_of(args.keys)};

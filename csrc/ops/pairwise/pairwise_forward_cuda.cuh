@@ -27,15 +27,6 @@ struct SoftmaxStep {
   A scale;
 };
 
-// x + y as an unevaluated sum of two: the sum rounded, and what rounding took from it.
-template <class A>
-DNL_HOST_DEVICE void store_pair(double x, double y, A* pair) {
-  const double sum = x + y, part = sum - x;
-  const double error = (x - (sum - part)) + (y - part);
-  pair[0] = static_cast<A>(sum);
-  pair[1] = static_cast<A>((sum - double(pair[0])) + error);
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads) pairwise_softmax_kernel(SoftmaxStep<T> step, int64_t tasks) {
   using A = AccOf<T>;

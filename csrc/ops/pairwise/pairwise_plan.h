@@ -1,0 +1,198 @@
+// Which CUDA path a call of pairwise attention takes, with which tiles, and why: host code that needs no GPU.
+//
+//   path    for                                         chosen
+//   chain   every size, type and architecture           by default: no GPU has shown the fused path to be faster
+//   fused   16-bit types, sm_80 and later;              by DNL_EXT_CUDA_PATH=fused
+//           forward with Dqk <= 256
+//
+// Tiles of the fused forward, in order of preference. The first that serves all channels in one slice is taken, else
+// the one with the fewest slices:
+//
+//   queries x keys   channels of a slice   shared memory with Dqk = 256 and full slices, rows / channel-first
+//   128 x 64         at most 256           see docs/cuda.md
+//   64 x 64          at most 512
+//   64 x 32          at most 512
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <iterator>
+#include <string>
+
+#include "core/errors.h"
+#include "core/types.h"
+
+namespace dnl {
+
+// Shared memory a block can have on an architecture (CUDA C++ programming guide, table of technical specifications).
+inline int shared_bytes_of(int capability) {
+  if (capability < 80) return 48 << 10;
+  if (capability == 80 || capability == 87) return 163 << 10;
+  if (capability < 90 || capability >= 120) return 99 << 10;
+  return 227 << 10;
+}
+
+struct PairwiseShape {
+  DType dtype = DType::bf16;
+  int64_t batches = 1, queries = 1, keys = 1, width = 1, channels = 1;
+  bool query_channel_first = false, key_channel_first = false, value_channel_first = false;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Tiles of the fused forward
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int kFusedWidth = 256;  // most Dqk of the fused forward: a whole tile of queries stays in shared memory
+
+struct ForwardTile {
+  int queries, keys, channels;
+};
+constexpr ForwardTile kForwardTiles[] = {{128, 64, 256}, {64, 64, 512}, {64, 32, 512}};
+
+// Where things lie in a block's shared memory, in bytes from its start.
+struct ForwardShared {
+  int query, key, value, probability, statistics, bytes;
+};
+constexpr int kStatisticsBytes = 2048;          // two floats per query and column group of warps
+constexpr int kStagingBytes = 8 * 32 * 33 * 4;  // of results on their way out, in place of the tiles
+
+struct ForwardPlan {
+  int tile = 0;            // index into kForwardTiles
+  int width = 0;           // Dqk, padded
+  int slices = 1;          // passes over the keys, each for slice_channels of the values
+  int slice_channels = 0;  // a multiple of 16 per column group of warps
+  int splits = 1;          // blocks that share the keys of a tile of queries
+  ForwardShared shared{};
+};
+
+// Eight warps, each with 32 queries and 128 channels of the output.
+constexpr int column_groups_of(const ForwardTile& tile) { return 8 * 32 / tile.queries; }
+
+// Bytes of a tile of `outer` rows of `inner` elements each: rows are one line longer than their elements, so that the
+// rows which are read together lie in different banks.
+constexpr int kLine = 16;
+constexpr int tile_bytes(int outer, int inner, int element) { return outer * (inner * element + kLine); }
+
+// The fused backward makes tiles of the map, kMapTile x kMapTile, from kMapDepth channels at a time in two buffers,
+// either of which may lie channel-first.
+constexpr int kMapTile = 128, kMapDepth = 64, kMapStages = 2;
+constexpr int kMapOperandBytes = std::max(tile_bytes(kMapTile, kMapDepth, 2), tile_bytes(kMapDepth, kMapTile, 2));
+constexpr int kMapSharedBytes = 2 * kMapStages * kMapOperandBytes;
+
+inline ForwardShared forward_shared(const ForwardTile& tile, int width, int slice_channels, const PairwiseShape& shape,
+                                    int element) {
+  const auto operand = [&](int positions, int channels, bool channel_first) {
+    return channel_first ? tile_bytes(channels, positions, element) : tile_bytes(positions, channels, element);
+  };
+  ForwardShared shared{};
+  shared.query = 0;
+  shared.key = shared.query + operand(tile.queries, width, shape.query_channel_first);
+  shared.value = shared.key + operand(tile.keys, width, shape.key_channel_first);
+  shared.probability = shared.value + operand(tile.keys, slice_channels, shape.value_channel_first);
+  shared.statistics = shared.probability + tile_bytes(tile.queries, tile.keys, element);
+  shared.bytes = std::max(shared.statistics + kStatisticsBytes, kStagingBytes);
+  return shared;
+}
+
+// Blocks that share the keys of one tile of queries: whole waves of the chip, counted in tiles of keys that one
+// multiprocessor passes, where a split costs about as much as kSplitCost tiles for its prologue and its part of the
+// merge.
+constexpr int kMaxSplits = 8, kSplitCost = 4;
+inline int forward_splits(int64_t blocks, int64_t key_tiles, int multiprocessors) {
+  int best = 1;
+  int64_t best_cost = 0;
+  for (int splits = 1; splits <= kMaxSplits && splits <= key_tiles; ++splits) {
+    const int64_t waves = (blocks * splits + multiprocessors - 1) / multiprocessors;
+    const int64_t cost = waves * ((key_tiles + splits - 1) / splits + (splits > 1 ? kSplitCost : 0));
+    if (splits == 1 || cost < best_cost) best = splits, best_cost = cost;
+  }
+  return best;
+}
+
+inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu) {
+  const int element = shape.dtype == DType::f32 ? 4 : 2;
+  ForwardPlan best;
+  best.slices = 0;
+  const int depth = 32 / element;
+  const int width = static_cast<int>((shape.width + depth - 1) / depth * depth);
+  for (int index = 0; index < int(std::size(kForwardTiles)); ++index) {
+    const ForwardTile& tile = kForwardTiles[index];
+    const int step = 16 * column_groups_of(tile);
+    int most = tile.channels;
+    while (most > 0 && forward_shared(tile, width, most, shape, element).bytes > gpu.shared_bytes) most -= step;
+    if (most <= 0) continue;
+    const int64_t slices = (shape.channels + most - 1) / most;
+    if (best.slices && slices >= best.slices) continue;
+    best.tile = index;
+    best.width = width;
+    best.slices = static_cast<int>(slices);
+    best.slice_channels = static_cast<int>(((shape.channels + slices - 1) / slices + step - 1) / step * step);
+  }
+  if (best.slices == 0) return best;  // nothing fits
+  const ForwardTile& tile = kForwardTiles[best.tile];
+  best.shared = forward_shared(tile, width, best.slice_channels, shape, element);
+  const int64_t blocks = shape.batches * ((shape.queries + tile.queries - 1) / tile.queries);
+  best.splits = forward_splits(blocks, (shape.keys + tile.keys - 1) / tile.keys, gpu.multiprocessors);
+  return best;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The choice
+// ---------------------------------------------------------------------------------------------------------------------
+
+enum class CudaPath { by_default, chain, fused };
+
+// What DNL_EXT_CUDA_PATH asks for.
+inline CudaPath requested_cuda_path() {
+  const char* value = std::getenv("DNL_EXT_CUDA_PATH");
+  const std::string name = value ? value : "";
+  if (name.empty()) return CudaPath::by_default;
+  if (name == "chain") return CudaPath::chain;
+  if (name == "fused") return CudaPath::fused;
+  throw ValueError(message("DNL_EXT_CUDA_PATH: expected one of 'chain', 'fused', got '", name, "'"));
+}
+
+struct PairwisePlan {
+  bool fused = false;
+  std::string why;
+  ForwardPlan forward{};  // of a fused forward
+};
+
+// Why the fused path cannot take a call; empty where it can.
+inline std::string fused_obstacle(const PairwiseShape& shape, const Gpu& gpu, bool backward) {
+  if (shape.dtype != DType::bf16 && shape.dtype != DType::f16)
+    return message("the fused path takes bfloat16 and float16, got ",
+                   shape.dtype == DType::f32 ? "float32" : "float64");
+  if (gpu.capability < 80)
+    return message("the fused path needs compute capability 8.0 or later, got ", gpu.capability / 10, ".",
+                   gpu.capability % 10);
+  if (shape.channels == 0) return "the fused path needs value channels, got none";
+  if (!backward && shape.width > kFusedWidth)
+    return message("the fused forward takes at most ", kFusedWidth, " query channels, got ", shape.width);
+  if (backward && gpu.shared_bytes < kMapSharedBytes)
+    return message("the fused backward needs ", kMapSharedBytes, " bytes of shared memory, the GPU has ",
+                   gpu.shared_bytes);
+  return "";
+}
+
+inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, CudaPath request, bool backward) {
+  PairwisePlan plan;
+  std::string obstacle = fused_obstacle(shape, gpu, backward);
+  if (obstacle.empty() && !backward) {
+    plan.forward = plan_fused_forward(shape, gpu);
+    if (plan.forward.slices == 0) obstacle = "no tile of the fused forward fits into the GPU's shared memory";
+  }
+  if (request == CudaPath::fused) {
+    if (!obstacle.empty()) throw NotImplementedError(message("DNL_EXT_CUDA_PATH=fused: ", obstacle));
+    plan.fused = true;
+    plan.why = "DNL_EXT_CUDA_PATH=fused";
+  } else if (request == CudaPath::chain) {
+    plan.why = "DNL_EXT_CUDA_PATH=chain";
+  } else {
+    plan.why = obstacle.empty() ? "the default: the fused path has not been measured to be faster" : obstacle;
+  }
+  return plan;
+}
+
+}  // namespace dnl
