@@ -246,7 +246,7 @@ MUTANTS = [
     Mutant("fused map: 32-bit index", FUSED_MAP,
            "const int64_t to = (b * step.rows + first_row + r) * step.pitch + first_column + c;",
            "const int64_t to = static_cast<int>((b * step.rows + first_row + r) * step.pitch + first_column + c);",
-           "overflow", type=BF16),
+           "overflow"),
     Mutant("fused map: float16 scale of P left in dS", FUSED_MAP, "(step.grad_scale ? step.grad_scale[b] : 1.0f) / factor",
            "(step.grad_scale ? step.grad_scale[b] : 1.0f)", "fused_backward", type=F16),
     # Index overflow elsewhere.
