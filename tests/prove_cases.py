@@ -1,0 +1,90 @@
+"""Long runs of the Python suites' random cases, for prove.py: one kind, a range of seeds, an end in time.
+
+    python tests/prove_cases.py KIND FIRST COUNT SECONDS
+
+Prints one JSON object: cases that ran, and what failed. Kinds:
+
+- ``random``     every operator on the CPU against the bar of helpers.py, values and gradients;
+- ``emulated``   the same by the emulated CUDA route; DNL_EXT_CUDA_PATH=fused takes the fused kernels where they can;
+- ``positions``  NaN and infinities come out where the reference has them;
+- ``repeats``    a case is a shape: forward and backward 250 times, bit-equal.
+"""
+
+import json
+import os
+import sys
+import time
+
+import torch
+
+import dnl_ext
+
+REPEATS = 250
+
+
+def repeat(seed):
+    generator = torch.Generator().manual_seed(seed)
+    dtype = (torch.float32, torch.bfloat16, torch.float64, torch.float16)[seed % 4]
+    n, m, d, c = 17 + 11 * (seed % 10), 29 + 13 * (seed % 7), 8 + 3 * (seed % 20), 5 + 7 * (seed % 6)
+    sizes = ((2, n, d), (2, m, d), (2, m, c), (2, m))
+    inputs = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in sizes]
+    grad = torch.randn((2, n, c), generator=generator, dtype=torch.float64).to(dtype)
+    torch.set_num_threads(1 + seed % 2)
+
+    def step():
+        output = dnl_ext.disentangled_attention(*inputs)
+        return output.detach(), *torch.autograd.grad(output, inputs, grad)
+
+    first = step()
+    for number in range(REPEATS):
+        names = ("output", "query", "key", "value", "mask_logits")
+        for name, x, y in zip(names, step(), first, strict=True):
+            assert torch.equal(x, y), f"shape {seed}, repeat {number}: {name} differs"
+
+
+def checks(kind):
+    import helpers
+    import routes
+
+    if kind == "repeats":
+        return "cpu", repeat
+    if kind == "positions":
+        return "cpu", helpers.check_poisoned
+    if kind == "random":
+        return "cpu", lambda seed: helpers.check(helpers.random_case(seed))
+    if kind == "emulated":
+        if os.environ.get("DNL_EXT_CUDA_PATH") != "fused":
+            return "emulated", lambda seed: helpers.check(helpers.random_case(seed, large=0))
+        half = (torch.bfloat16, torch.float16)
+
+        def fused(seed):
+            case = helpers.random_case(seed, op="disentangled_attention", dtype=half[seed % 2], large=0)
+            if case.shapes["query"][-1] <= 256:  # what the fused forward takes
+                helpers.check(case)
+                return None
+            return "left out"
+
+        return "emulated", fused
+    raise SystemExit(f"no kind '{kind}'")
+
+
+def main(kind, first, count, seconds):
+    import routes
+
+    torch.set_num_threads(1)
+    end, done, failed = time.time() + seconds, 0, []
+    route, check = checks(kind)
+    with routes.route(route):
+        for seed in range(first, first + count):
+            if time.time() > end:
+                break
+            try:
+                done += check(seed) != "left out"
+            except Exception as error:
+                done += 1
+                failed.append(f"seed {seed}: {str(error)[:400]}")
+    print(json.dumps({"cases": done, "failed": failed}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4]))
