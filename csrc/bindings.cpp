@@ -9,6 +9,7 @@
 
 #include "core/cpu/kernels.h"
 #include "core/errors.h"
+#include "ops/pairwise/pairwise_plan.h"
 
 #ifndef DNL_EXT_CUDA_ARCHS
 #define DNL_EXT_CUDA_ARCHS ""
@@ -18,6 +19,13 @@
 #endif
 
 namespace py = pybind11;
+
+static dnl::DType dtype_of(const std::string& name) {
+  return name == "float64"    ? dnl::DType::f64
+         : name == "bfloat16" ? dnl::DType::bf16
+         : name == "float16"  ? dnl::DType::f16
+                              : dnl::DType::f32;
+}
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of dnl_ext; the operators are torch.ops.dnl_ext.*";
@@ -64,10 +72,7 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& dtype, int64_t batches, int64_t queries, int64_t keys, int64_t width, int64_t channels,
          bool whiten, bool unary, int threads) {
         dnl::PairwiseArgs args{};
-        args.dtype = dtype == "float64"    ? dnl::DType::f64
-                     : dtype == "bfloat16" ? dnl::DType::bf16
-                     : dtype == "float16"  ? dnl::DType::f16
-                                           : dnl::DType::f32;
+        args.dtype = dtype_of(dtype);
         args.batches = batches;
         args.queries = queries;
         args.keys = keys;
@@ -88,6 +93,36 @@ PYBIND11_MODULE(_C, m) {
         return py::make_tuple(size_t(forward), size_t(backward));
       },
       "Bytes of workspace that forward and backward (all gradients, channel-first) allocate on the CPU.");
+  m.def(
+      "cuda_plan",
+      [](const std::string& dtype, int64_t batches, int64_t queries, int64_t keys, int64_t width, int64_t channels,
+         bool query_channel_first, bool key_channel_first, bool value_channel_first, bool backward, int capability,
+         int multiprocessors, int shared_bytes) {
+        const dnl::PairwiseShape shape{
+            dtype_of(dtype),    batches, queries, keys, width, channels, query_channel_first, key_channel_first,
+            value_channel_first};
+        const dnl::Gpu gpu{capability, multiprocessors, shared_bytes ? shared_bytes : dnl::shared_bytes_of(capability)};
+        const dnl::PairwisePlan plan = dnl::plan_pairwise(shape, gpu, dnl::requested_cuda_path(), backward);
+        py::dict result;
+        result["path"] = plan.fused ? "fused" : "chain";
+        result["why"] = plan.why;
+        const dnl::ForwardPlan& forward = plan.forward;
+        if (forward.slices) {
+          const dnl::ForwardTile& tile = dnl::kForwardTiles[forward.tile];
+          result["fused_tile"] = py::make_tuple(tile.queries, tile.keys);
+          result["slices"] = forward.slices;
+          result["slice_channels"] = forward.slice_channels;
+          result["splits"] = forward.splits;
+          result["shared_bytes"] = forward.shared.bytes;
+        }
+        return result;
+      },
+      py::arg("dtype"), py::arg("batches"), py::arg("queries"), py::arg("keys"), py::arg("width"), py::arg("channels"),
+      py::kw_only(), py::arg("query_channel_first") = false, py::arg("key_channel_first") = false,
+      py::arg("value_channel_first") = false, py::arg("backward") = false, py::arg("capability") = 80,
+      py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 0,
+      "Path, reason and tiles that a CUDA call takes under the present DNL_EXT_CUDA_PATH. shared_bytes = 0: what the "
+      "architecture has.");
   m.def(
       "pairwise_compute_type",
       [](const std::string& dtype) {

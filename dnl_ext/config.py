@@ -12,6 +12,7 @@ __all__ = ["Config", "show_config"]
 #: Environment variables that change what runs or how fast; every other DNL_EXT_* that is set is shown too.
 VARIABLES = (
     "DNL_EXT_CPU_CAPABILITY",
+    "DNL_EXT_CUDA_PATH",
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OMP_PROC_BIND",
@@ -179,11 +180,12 @@ def _sizes(shape):
 
 def _call_of_tensors(query, key, value, mask_logits, whiten):
     batch = query.shape[:-2].numel()
+    named = {"query": query, "key": key, "value": value}
     call = _call(
         batch, query.shape[-2], key.shape[-2], query.shape[-1], value.shape[-1],
         query.dtype, query.device.type, whiten, unary=mask_logits is not None,
+        channel_first={f"{name}_channel_first": x.stride(-2) < x.stride(-1) for name, x in named.items()},
     )  # fmt: skip
-    named = {"query": query, "key": key, "value": value}
     call["layout"] = {name: _layout(x) for name, x in named.items()}
     return call
 
@@ -196,7 +198,7 @@ def _layout(x):
     return f"strides {x.stride(-2)}, {x.stride(-1)}, read in place"
 
 
-def _call(batch, queries, keys, width, channels, dtype, device, whiten, unary):
+def _call(batch, queries, keys, width, channels, dtype, device, whiten, unary, channel_first=None):
     name = str(dtype).removeprefix("torch.")
     parse_dtype(name)
     call = {
@@ -208,7 +210,7 @@ def _call(batch, queries, keys, width, channels, dtype, device, whiten, unary):
         call |= _cpu_path(name)
         call |= _cpu_workspace(name, batch, queries, keys, width, channels, whiten, unary)
     elif device == "cuda":
-        call |= _cuda_path(name)
+        call |= _cuda_path(name, (batch, queries, keys, width, channels), channel_first or {})
     elif device == "meta":
         call |= {"path": "shapes only", "why": "meta tensors hold no values"}
     else:
@@ -247,21 +249,56 @@ def _cpu_workspace(dtype, batch, queries, keys, width, channels, whiten, unary):
     return {"workspace_forward_bytes": forward, "workspace_backward_bytes": backward}
 
 
-def _cuda_path(dtype):
+CHAIN = "GEMM chain: cuBLAS products over chunks of the map, own kernels between them"
+FUSED = "fused: the map made and used on chip by mma.sync kernels"
+
+
+def _cuda_path(dtype, sizes, channel_first):
     cuda = _cuda()
     if not torch._C._dispatch_has_kernel_for_dispatch_key("dnl_ext::pairwise_forward", "CUDA"):
         why = "built without CUDA kernels" if not cuda["built"] else "the CUDA kernels are not registered"
         return {"path": "none", "why": f"{why}; rebuild with FORCE_CUDA=1 against a CUDA build of torch"}
-    chain = "GEMM chain: cuBLAS products over chunks of query rows, own kernels between them"
     if not cuda["devices"]:
-        return {"path": chain, "why": f"built for {', '.join(cuda['archs'])}, but torch sees no GPU here"}
-    device = cuda["devices"][torch.cuda.current_device()]
+        return {"path": CHAIN, "why": f"built for {', '.join(cuda['archs'])}, but torch sees no GPU here"}
+    index = torch.cuda.current_device()
+    device = cuda["devices"][index]
     if device["code"] is None:
         return {"path": "none", "why": f"{device['name']} is {device['capability']}; built for {cuda['archs']}"}
-    why = f"the CUDA path for every size and dtype; {device['name']} runs the {device['code']} code"
+    major, minor = torch.cuda.get_device_capability(index)
+    count = torch.cuda.get_device_properties(index).multi_processor_count
+    return {"code": f"{device['name']} runs {device['code']}"} | cuda_plan(
+        dtype, sizes, channel_first, 10 * major + minor, count
+    )
+
+
+def cuda_plan(dtype, sizes, channel_first, capability, multiprocessors):
+    """The path of forward and backward on a GPU and why, as the operators choose it (ops/pairwise/pairwise_plan.h).
+
+    Args:
+        sizes: (batch, Nq, Nk, Dqk, Dv).
+        channel_first: {"query_channel_first": bool, ...} for query, key and value; what is absent lies by rows.
+        capability: 10 * major + minor.
+    """
+    gpu = {"capability": capability, "multiprocessors": multiprocessors}
+    try:
+        forward, backward = (_C.cuda_plan(dtype, *sizes, **channel_first, **gpu, backward=b) for b in (False, True))
+    except (NotImplementedError, ValueError) as error:
+        return {"path": "none", "why": str(error)}
+    paths = {"chain": CHAIN, "fused": FUSED}
     tf32 = dtype == "float32" and torch.backends.cuda.matmul.allow_tf32
-    products = "TF32" if tf32 else dtype
-    return {"path": chain, "why": why, "products": f"{products} into {'float64' if dtype == 'float64' else 'float32'}"}
+    call = {
+        "path": paths[forward["path"]],
+        "why": forward["why"],
+        "backward": paths[backward["path"]],
+        "products": f"{'TF32' if tf32 else dtype} into {'float64' if dtype == 'float64' else 'float32'}",
+    }
+    if "fused_tile" in forward:
+        queries, keys = forward["fused_tile"]
+        call["fused_forward"] = (
+            f"tiles of {queries} queries x {keys} keys, {forward['slices']} x {forward['slice_channels']} channels, "
+            f"keys split {forward['splits']} ways, {_bytes(forward['shared_bytes'])} of shared memory"
+        )
+    return call
 
 
 def _bytes(count):

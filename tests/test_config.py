@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import dnl_ext
 from dnl_ext.cli.app import app
-from dnl_ext.config import arch_cover, parse_dtype, show_config
+from dnl_ext.config import arch_cover, cuda_plan, parse_dtype, show_config
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,19 @@ class TestShowConfig:
         call = show_config(shape=(1024, 256, 256), device="cuda")["call"]
         assert call["path"] == "none" or call["path"].startswith("GEMM chain")
         assert call["why"]
+
+    def test_cuda_plan_says_which_path_and_why(self, monkeypatch):
+        sizes = (1, 16384, 16384, 256, 512)
+        monkeypatch.delenv("DNL_EXT_CUDA_PATH", raising=False)
+        call = cuda_plan("bfloat16", sizes, {}, 80, 108)
+        assert call["path"].startswith("GEMM chain") and "not been measured" in call["why"]
+        assert "64 queries x 64 keys, 1 x 512 channels" in call["fused_forward"]
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fused")
+        call = cuda_plan("bfloat16", sizes, {"value_channel_first": True}, 90, 132)
+        assert call["path"].startswith("fused") and call["backward"].startswith("fused")
+        assert "float32" in cuda_plan("float32", sizes, {}, 90, 132)["why"]
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", "quick")
+        assert cuda_plan("bfloat16", sizes, {}, 90, 132)["path"] == "none"
 
     @pytest.mark.parametrize(
         "arguments",

@@ -4,6 +4,7 @@
 #include "cuda_host.h"
 #include "ops/pairwise/pairwise_backward_cuda.cuh"
 #include "ops/pairwise/pairwise_forward_cuda.cuh"
+#include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
 #include "ops/unary/unary_cuda.cuh"
 #include "ops/whiten/whiten_cuda.cuh"
 
@@ -20,6 +21,7 @@ struct Case {
   ChunkLimits limits;
   unsigned needs = 15;  // bits: query, key, value, mask
   double mean = 0, logit = 3;
+  Gpu fused{};  // where the call takes the fused path; capability = 0: the chain
 };
 
 template <class T>
@@ -51,7 +53,14 @@ void test_pairwise(const Case& t) {
   }
   {
     HostDevice device;
-    pairwise_forward_cuda<T>(args, device, t.limits);
+    if constexpr (kHalf<T>) {
+      if (t.fused.capability) {
+        emulator::machine().options.max_shared_bytes = t.fused.shared_bytes;
+        const PairwisePlan plan = plan_pairwise(shape_of<T>(args), t.fused, CudaPath::fused, false);
+        pairwise_fused_forward_cuda<T>(args, device, plan.forward);
+      }
+    }
+    if (!t.fused.capability) pairwise_forward_cuda<T>(args, device, t.limits);
   }
   args.grad_output = dy.view;
   if (t.mask) args.mask = m.view;
@@ -61,7 +70,7 @@ void test_pairwise(const Case& t) {
   if (t.mask && t.needs & 8) args.grad_mask = dm.view;
   {
     HostDevice device;
-    pairwise_backward_cuda<T>(args, device, t.limits);
+    pairwise_backward_cuda<T>(args, device, t.limits, t.fused.capability != 0);
   }
   for (Tensor<T>* x : {&y, &dq, &dk, &dv, &dm}) x->read();
 
@@ -143,6 +152,31 @@ void test_pairwise_cases() {
   // Rows long enough that every warp has a share.
   test_pairwise<T>({1, 1100, 30, 4, 4, Layout::rows, true, true, few, 15, 3});
   test_pairwise<T>({1, 30, 1100, 4, 4, Layout::rows, true, true, few, 15, 3});
+}
+
+// Every tile of the fused path, tails of every kind, slices, splits; and no ldmatrix row waits for another's bank.
+template <class T>
+void test_fused_cases() {
+  emulator::machine().statistics = {};
+  const ChunkLimits all, few{136, int64_t(1) << 20, 8};
+  const Gpu a100{80, 1, shared_bytes_of(80)}, ada{89, 1, shared_bytes_of(89)}, many{89, 64, shared_bytes_of(89)};
+  for (const Gpu& gpu : {a100, ada}) {
+    test_pairwise<T>({2, 33, 29, 8, 12, Layout::rows, true, true, all, 15, 0, 3, gpu});
+    test_pairwise<T>({1, 140, 130, 72, 64, Layout::rows, true, true, few, 15, 10, 3, gpu});
+    test_pairwise<T>({2, 136, 72, 40, 48, Layout::channel_first, true, true, few, 15, 3, 3, gpu});
+    test_pairwise<T>({2, 21, 67, 3, 9, Layout::gaps, false, true, all, 15, 3, 3, gpu});
+    test_pairwise<T>({3, 40, 24, 8, 16, Layout::heads, true, false, all, 15, 0, 20, gpu});
+    test_pairwise<T>({1, 65, 65, 256, 256, Layout::rows, true, true, all, 15, 0, 3, gpu});
+    test_pairwise<T>({1, 30, 66, 16, 520, Layout::channel_first, true, true, all, 15, 3, 3, gpu});  // two slices
+    test_pairwise<T>({1, 1, 1, 1, 1, Layout::rows, true, true, all, 15, 0, 3, gpu});
+  }
+  test_pairwise<T>({1, 40, 900, 8, 8, Layout::rows, true, true, all, 15, 3, 3, many});
+  test_pairwise<T>({1, 20, 600, 8, 600, Layout::channel_first, true, true, all, 15, 3, 20, many});  // slices and splits
+  for (unsigned needs = 0; needs < 16; ++needs)
+    test_pairwise<T>({1, 19, 26, 4, 5, Layout::channel_first, true, true, all, needs, 0, 3, a100});
+  const auto& seen = emulator::machine().statistics;
+  CHECK(seen.matrix_rows > 0 && seen.matrix_conflicts == 0, "%ld of %ld groups of rows meet in a bank",
+        long(seen.matrix_conflicts), long(seen.matrix_rows));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -231,6 +265,7 @@ void test_type() {
   test_softmax<T>();
   test_unary<T>();
   test_pairwise_cases<T>();
+  if constexpr (kHalf<T>) test_fused_cases<T>();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ template <class T, int kRowTiles, int kColumnTiles>
 DNL_DEVICE void multiply_tiles(float (&c)[kColumnTiles][kRowTiles][2][4], const Tile<T>& left, const Tile<T>& right,
                                int row, int column, int depth_end) {
   const FragmentReader<T> rows(left, true), columns(right, true);
-  for (int depth = 0; depth < depth_end; depth += kDepth<T>) {
+  for (int depth = 0; depth < depth_end; depth += kDepth) {
     uint32_t a[kRowTiles][4];
     for (int m = 0; m < kRowTiles; ++m) rows.load(a[m], row + m * kFragmentRows, depth);
     for (int n = 0; n < kColumnTiles; ++n) {
@@ -55,7 +55,7 @@ template <class T, int kRowTiles, int kColumnTiles>
 DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s)[kColumnTiles][kRowTiles][2][4],
                                           const float (&dp)[kColumnTiles][kRowTiles][2][4], unsigned char* memory,
                                           int64_t b, int64_t first_row, int64_t first_column, int row, int column) {
-  constexpr int kPitch = kMapTile + kLineElements<T>;
+  constexpr int kPitch = kMapTile + kLineElements;
   constexpr float factor = 1 << kProbabilityExponent<T>;
   static_assert(2 * kMapTile * kPitch * sizeof(T) + kMapColumnWarps * kMapTile * sizeof(float) <= kMapSharedBytes,
                 "two results and the row sums fit in place of the operands");
@@ -104,15 +104,15 @@ DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s
 
   const int64_t left = step.rows - first_row;
   const int rows = left < kMapTile ? static_cast<int>(left) : kMapTile;
-  if (op.row_part && threadIdx.x < rows) {
+  if (op.row_part && static_cast<int>(threadIdx.x) < rows) {
     float sum = 0;
     for (int w = 0; w < kMapColumnWarps; ++w) sum += sums[w * kMapTile + threadIdx.x];
     const int64_t column_blocks = ceil_div_of(step.columns, kMapTile);
     op.row_part[(b * step.rows + first_row + threadIdx.x) * column_blocks + first_column / kMapTile] = sum;
   }
-  constexpr int kLines = kMapTile / kLineElements<T>;
+  constexpr int kLines = kMapTile / kLineElements;
   for (int index = threadIdx.x; index < rows * kLines; index += kThreads) {
-    const int r = index / kLines, c = index % kLines * kLineElements<T>;
+    const int r = index / kLines, c = index % kLines * kLineElements;
     if (first_column + c >= step.pitch) continue;
     const int64_t to = (b * step.rows + first_row + r) * step.pitch + first_column + c;
     const auto copy = [&](T* out, const T* from) {

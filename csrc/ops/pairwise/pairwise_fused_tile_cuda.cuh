@@ -19,14 +19,10 @@
 
 namespace dnl {
 
-constexpr int kDepthBytes = 2 * kLine;  // of one product instruction
-constexpr int kFragmentRows = 16;       // of a fragment
+constexpr int kLineElements = kLine / kElement;  // a line moves at once
+constexpr int kFragmentRows = 16;                // of a fragment
+constexpr int kDepth = 2 * kLineElements;        // of a fragment, and of one product instruction
 constexpr float kLog2E = 1.4426950408889634f;
-
-template <class T>
-constexpr int kLineElements = kLine / sizeof(T);
-template <class T>
-constexpr int kDepth = kDepthBytes / sizeof(T);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Global memory
@@ -42,7 +38,7 @@ struct FusedOperand {
   FusedOperand() = default;
   FusedOperand(const Matrix<const T>& matrix, int64_t n, int64_t c)
       : x(matrix), positions(n), channels(c), channel_first(position_is_fast(matrix, n, c)) {
-    constexpr int64_t step = kLineElements<T>;
+    constexpr int64_t step = kLineElements;
     const int64_t inner = channel_first ? x.position : x.channel, outer = channel_first ? x.channel : x.position;
     aligned = inner == 1 && outer % step == 0 && reinterpret_cast<uintptr_t>(x.data) % kLine == 0;
     for (int d = 0; d < x.batch.dims; ++d) aligned = aligned && x.batch.stride[d] % step == 0;
@@ -62,12 +58,12 @@ struct Tile {
 
   DNL_DEVICE int outer() const { return channel_first ? channels : positions; }
   DNL_DEVICE int inner() const { return channel_first ? positions : channels; }
-  DNL_DEVICE int pitch() const { return inner() + kLineElements<T>; }
+  DNL_DEVICE int pitch() const { return inner() + kLineElements; }
 };
 
 template <class T>
 struct alignas(kLine) Line {
-  T element[kLineElements<T>];
+  T element[kLineElements];
 };
 
 // Begins to fill `tile` from position `position` and channel `channel` of `matrix`, a batch element of `x`. All threads
@@ -75,7 +71,7 @@ struct alignas(kLine) Line {
 template <class T>
 DNL_DEVICE void load_tile(const Tile<T>& tile, const FusedOperand<T>& x, const T* matrix, int64_t position,
                           int64_t channel) {
-  constexpr int step = kLineElements<T>;
+  constexpr int step = kLineElements;
   const int64_t left_positions = x.positions - position, left_channels = x.channels - channel;
   const int64_t left_outer = tile.channel_first ? left_channels : left_positions;
   const int64_t left_inner = tile.channel_first ? left_positions : left_channels;
@@ -113,12 +109,6 @@ DNL_DEVICE void load_tile(const Tile<T>& tile, const FusedOperand<T>& x, const T
 // Registers
 // ---------------------------------------------------------------------------------------------------------------------
 
-DNL_DEVICE float float_of(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
 // Fragments of a tile, where a row of the product is a position (kRowsArePositions) or a channel of the operand.
 template <class T>
 struct FragmentReader {
@@ -133,51 +123,35 @@ struct FragmentReader {
     depth_step = transposed ? pitch : 1;
     // Lanes 8 i .. 8 i + 7 name the eight stored rows of matrix i; i = row half + 2 * depth half.
     const int row = transposed ? id / 8 % 2 * 8 : id % 16;
-    const int depth = transposed ? id / 16 * 8 + id % 8 : id / 16 * kLineElements<T>;
+    const int depth = transposed ? id / 16 * 8 + id % 8 : id / 16 * kLineElements;
     lane = tile.data + row * row_step + depth * depth_step;
   }
 
   DNL_DEVICE void load(uint32_t (&fragment)[4], int row, int depth) const {
     const T* from = lane + row * row_step + depth * depth_step;
-    if constexpr (sizeof(T) == 2) {
-      if (transposed)
-        ldmatrix_x4_trans(fragment, from);
-      else
-        ldmatrix_x4(fragment, from);
-    } else {
-      ldmatrix_x4(fragment, from);  // 32-bit elements cannot be transposed on the way: such tiles lie depth-dense
-      for (int i = 0; i < 4; ++i) fragment[i] = to_tf32(float_of(fragment[i]));
-    }
+    if (transposed)
+      ldmatrix_x4_trans(fragment, from);
+    else
+      ldmatrix_x4(fragment, from);
   }
 };
 
-// c[m][n] += A B over kDepth<T>: a[m] are 16 rows each, b gives 16 columns, as two instructions of eight.
+// c[m][n] += A B over kDepth: a[m] are 16 rows each, b gives 16 columns, as two instructions of eight.
 template <class T, int kRowTiles>
 DNL_DEVICE void multiply(float (&c)[kRowTiles][2][4], const uint32_t (&a)[kRowTiles][4], const uint32_t (&b)[4]) {
   for (int half = 0; half < 2; ++half) {
     const uint32_t pair[2] = {b[half], b[half + 2]};
-    for (int m = 0; m < kRowTiles; ++m) {
-      if constexpr (sizeof(T) == 2)
-        mma_m16n8k16<T>(c[m][half], a[m], pair);
-      else
-        mma_m16n8k8_tf32(c[m][half], a[m], pair);
-    }
+    for (int m = 0; m < kRowTiles; ++m) mma_m16n8k16<T>(c[m][half], a[m], pair);
   }
 }
 
 // Two neighbours, rounded and stored; returns the sum of what was stored.
 template <class T>
 DNL_DEVICE float store_rounded(T* to, float low, float high) {
-  if constexpr (sizeof(T) == 2) {
-    const uint32_t packed = pack2<T>(low, high);
-    *reinterpret_cast<uint32_t*>(to) = packed;
-    const Pair pair = unpack2<T>(packed);
-    return pair.lo + pair.hi;
-  } else {
-    to[0] = float_of(to_tf32(low));
-    to[1] = float_of(to_tf32(high));
-    return to[0] + to[1];
-  }
+  const uint32_t packed = pack2<T>(low, high);
+  *reinterpret_cast<uint32_t*>(to) = packed;
+  const Pair pair = unpack2<T>(packed);
+  return pair.lo + pair.hi;
 }
 
 // Where this lane's entries of a 16 x 8 result lie: c[2 h + u] is at row fragment_row(h), column fragment_column() + u.

@@ -6,12 +6,12 @@
 //           forward with Dqk <= 256
 //
 // Tiles of the fused forward, in order of preference. The first that serves all channels in one slice is taken, else
-// the one with the fewest slices:
+// the one with the fewest slices; slices shrink until they fit.
 //
-//   queries x keys   channels of a slice   shared memory with Dqk = 256 and full slices, rows / channel-first
-//   128 x 64         at most 256           see docs/cuda.md
-//   64 x 64          at most 512
-//   64 x 32          at most 512
+//   queries x keys   channels of a slice   KiB with Dqk = 256 and a full slice: rows, channel-first
+//   128 x 64         at most 256           152, 160
+//   64 x 64          at most 512           142, 155
+//   64 x 32          at most 512           89, 103
 #pragma once
 
 #include <algorithm>
@@ -60,7 +60,7 @@ constexpr int kStagingBytes = 8 * 32 * 33 * 4;  // of results on their way out, 
 struct ForwardPlan {
   int tile = 0;            // index into kForwardTiles
   int width = 0;           // Dqk, padded
-  int slices = 1;          // passes over the keys, each for slice_channels of the values
+  int slices = 0;          // passes over the keys, each for slice_channels of the values
   int slice_channels = 0;  // a multiple of 16 per column group of warps
   int splits = 1;          // blocks that share the keys of a tile of queries
   ForwardShared shared{};
@@ -71,26 +71,26 @@ constexpr int column_groups_of(const ForwardTile& tile) { return 8 * 32 / tile.q
 
 // Bytes of a tile of `outer` rows of `inner` elements each: rows are one line longer than their elements, so that the
 // rows which are read together lie in different banks.
-constexpr int kLine = 16;
-constexpr int tile_bytes(int outer, int inner, int element) { return outer * (inner * element + kLine); }
+constexpr int kElement = 2, kLine = 16;
+constexpr int tile_bytes(int outer, int inner) { return outer * (inner * kElement + kLine); }
 
 // The fused backward makes tiles of the map, kMapTile x kMapTile, from kMapDepth channels at a time in two buffers,
 // either of which may lie channel-first.
 constexpr int kMapTile = 128, kMapDepth = 64, kMapStages = 2;
-constexpr int kMapOperandBytes = std::max(tile_bytes(kMapTile, kMapDepth, 2), tile_bytes(kMapDepth, kMapTile, 2));
+constexpr int kMapOperandBytes = std::max(tile_bytes(kMapTile, kMapDepth), tile_bytes(kMapDepth, kMapTile));
 constexpr int kMapSharedBytes = 2 * kMapStages * kMapOperandBytes;
 
-inline ForwardShared forward_shared(const ForwardTile& tile, int width, int slice_channels, const PairwiseShape& shape,
-                                    int element) {
+inline ForwardShared forward_shared(const ForwardTile& tile, int width, int slice_channels,
+                                    const PairwiseShape& shape) {
   const auto operand = [&](int positions, int channels, bool channel_first) {
-    return channel_first ? tile_bytes(channels, positions, element) : tile_bytes(positions, channels, element);
+    return channel_first ? tile_bytes(channels, positions) : tile_bytes(positions, channels);
   };
   ForwardShared shared{};
   shared.query = 0;
   shared.key = shared.query + operand(tile.queries, width, shape.query_channel_first);
   shared.value = shared.key + operand(tile.keys, width, shape.key_channel_first);
   shared.probability = shared.value + operand(tile.keys, slice_channels, shape.value_channel_first);
-  shared.statistics = shared.probability + tile_bytes(tile.queries, tile.keys, element);
+  shared.statistics = shared.probability + tile_bytes(tile.queries, tile.keys);
   shared.bytes = std::max(shared.statistics + kStatisticsBytes, kStagingBytes);
   return shared;
 }
@@ -111,16 +111,13 @@ inline int forward_splits(int64_t blocks, int64_t key_tiles, int multiprocessors
 }
 
 inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu) {
-  const int element = shape.dtype == DType::f32 ? 4 : 2;
   ForwardPlan best;
-  best.slices = 0;
-  const int depth = 32 / element;
-  const int width = static_cast<int>((shape.width + depth - 1) / depth * depth);
+  const int width = static_cast<int>((shape.width + 15) / 16 * 16);
   for (int index = 0; index < int(std::size(kForwardTiles)); ++index) {
     const ForwardTile& tile = kForwardTiles[index];
     const int step = 16 * column_groups_of(tile);
     int most = tile.channels;
-    while (most > 0 && forward_shared(tile, width, most, shape, element).bytes > gpu.shared_bytes) most -= step;
+    while (most > 0 && forward_shared(tile, width, most, shape).bytes > gpu.shared_bytes) most -= step;
     if (most <= 0) continue;
     const int64_t slices = (shape.channels + most - 1) / most;
     if (best.slices && slices >= best.slices) continue;
@@ -131,7 +128,7 @@ inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu
   }
   if (best.slices == 0) return best;  // nothing fits
   const ForwardTile& tile = kForwardTiles[best.tile];
-  best.shared = forward_shared(tile, width, best.slice_channels, shape, element);
+  best.shared = forward_shared(tile, width, best.slice_channels, shape);
   const int64_t blocks = shape.batches * ((shape.queries + tile.queries - 1) / tile.queries);
   best.splits = forward_splits(blocks, (shape.keys + tile.keys - 1) / tile.keys, gpu.multiprocessors);
   return best;

@@ -1,0 +1,244 @@
+// What goes into the fused forward (pairwise_fused_forward_cuda.cuh) and how its results come out: the tiling, the
+// parameters, which block and warp own what, the last step of a block, and the kernel that merges splits of the keys.
+//
+// Results leave through shared memory in steps of 32 channels, so that lanes write neighbours whichever order the
+// output has. A block that saw all keys writes y, its residual and the lse; one that saw a split of them leaves its
+// unnormalised O and (maximum, sum, sum as rounded) of each row in float, for fused_merge_kernel.
+#pragma once
+
+#include "ops/pairwise/pairwise_cuda.cuh"
+#include "ops/pairwise/pairwise_fused_tile_cuda.cuh"
+#include "ops/pairwise/pairwise_plan.h"
+
+namespace dnl {
+
+constexpr int kWarpRows = 32, kWarpChannels = 128;
+constexpr double kLn2 = 0.6931471805599453;
+
+// Sizes of a tile and who owns what of it.
+template <int kQueries_, int kKeys_>
+struct ForwardTiling {
+  static constexpr int kQueries = kQueries_, kKeys = kKeys_;
+  static constexpr int kColumnGroups = kWarps * kWarpRows / kQueries;
+  static constexpr int kChannels = kColumnGroups * kWarpChannels;
+  // A warp's piece of S: 32 queries and its share of the keys, or 16 queries where that share would be under 16.
+  static constexpr bool kWholeRows = kKeys / kColumnGroups >= kFragmentRows;
+  static constexpr int kScoreRowTiles = kWholeRows ? 2 : 1;
+  static constexpr int kScoreGroups = kWholeRows ? kColumnGroups : kColumnGroups / 2;
+  static constexpr int kScoreKeys = kKeys / kScoreGroups;
+  static constexpr int kScoreColumnTiles = kScoreKeys / kFragmentRows;
+  static_assert(kQueries % kWarpRows == 0 && kWarps * kWarpRows % kQueries == 0, "whole row groups");
+  static_assert(kScoreKeys % kFragmentRows == 0, "whole fragments");
+  static_assert(2 * kScoreGroups * kQueries * 4 <= kStatisticsBytes, "statistics fit");
+};
+
+template <class T>
+struct FusedForward {
+  FusedOperand<T> query, key, value;
+  Rows<const float> bias;      // (batches, keys), or null
+  Matrix<T> output, residual;  // (batches, queries, channels); residual.data may be null
+  const float* offset;         // (batches, channels), or null
+  float* lse;                  // (batches, queries, 2), as a pair
+  float* maxima;               // (batches, queries), of base-2 logits: from slice 0 to the others; null with one slice
+  float* partial;              // (splits, batches, queries, channels) if splits > 1
+  float* statistics;           // (splits, batches, queries, 3): maximum, sum, sum as rounded, if splits > 1
+  int64_t batches, queries, keys, channels;
+  int width, first_slice, slices, slice_channels, group_channels, splits;
+  bool position_fast;  // the output is channel-first
+  ForwardShared shared;
+  float scale;  // of base-2 logits
+
+  // Writes y of a batch element, given less the offset: rounded once, and what that took.
+  struct Writer {
+    const FusedForward& op;
+    T *output, *residual;
+    const float* offset;
+
+    DNL_DEVICE void operator()(int64_t i, int64_t c, float y) const {
+      if (offset) y += offset[c];
+      const T result = rounded<T>(y);
+      output[i * op.output.position + c * op.output.channel] = result;
+      if (residual) residual[i * op.residual.position + c * op.residual.channel] = rounded<T>(y - wide(result));
+    }
+  };
+  DNL_DEVICE Writer writer(int64_t b) const {
+    return {*this, output.element(b), residual.data ? residual.element(b) : nullptr,
+            offset ? offset + b * channels : nullptr};
+  }
+};
+
+// Which part of the problem a block and its warp have.
+template <class Tiling>
+struct ForwardPlace {
+  int64_t b, first_query, first_channel, begin, end;  // begin and end of its tiles of keys
+  int split, slice;
+  int row_group, column_group;            // of the warp in the output
+  int row, channel;                       // first of the warp's piece of the output, in the tile and the slice
+  int score_group, score_row, score_key;  // its column group, first row and first key in a tile of S
+
+  template <class T>
+  DNL_DEVICE explicit ForwardPlace(const FusedForward<T>& op) {
+    // Neighbouring blocks share keys and values: tiles of queries go first.
+    const int64_t tiles = ceil_div_of(op.queries, Tiling::kQueries);
+    int64_t task = blockIdx.x;
+    first_query = task % tiles * Tiling::kQueries;
+    task /= tiles;
+    split = task % op.splits;
+    task /= op.splits;
+    slice = op.first_slice + task % op.slices;
+    b = task / op.slices;
+    first_channel = int64_t(slice) * op.slice_channels;
+    const int64_t key_tiles = ceil_div_of(op.keys, Tiling::kKeys);
+    begin = key_tiles * split / op.splits;
+    end = key_tiles * (split + 1) / op.splits;
+
+    const int warp = threadIdx.x / kWarp;
+    row_group = warp / Tiling::kColumnGroups;
+    column_group = warp % Tiling::kColumnGroups;
+    row = row_group * kWarpRows;
+    channel = column_group * op.group_channels;
+    score_group = Tiling::kWholeRows ? column_group : column_group / 2;
+    score_row = row + second_half() * kFragmentRows;
+    score_key = score_group * Tiling::kScoreKeys;
+  }
+
+  // Whether the warp's 16 queries of S are the second half of its rows of the output.
+  DNL_DEVICE bool second_half() const { return !Tiling::kWholeRows && column_group % 2; }
+  // Slices beyond the first know the maximum of each row.
+  DNL_DEVICE bool known() const { return slice > 0; }
+};
+
+// What a block found, on its way out: the lse, and its piece of y; with several splits, statistics and O as they are.
+template <class T, class Tiling, int kChannelTiles, int kRowTiles>
+DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&out)[kChannelTiles][kRowTiles][2][4],
+                                     const float (&most)[kRowTiles][2], float (&sum)[Tiling::kScoreRowTiles][2],
+                                     float (&stored)[Tiling::kScoreRowTiles][2], const ForwardPlace<Tiling>& at,
+                                     unsigned char* memory) {
+  constexpr int kQueries = Tiling::kQueries;
+  float* statistics = reinterpret_cast<float*>(memory + op.shared.statistics);  // (2, kScoreGroups, kQueries)
+  const int lane = threadIdx.x % kWarp;
+  for (int m = 0; m < Tiling::kScoreRowTiles; ++m) {
+    for (int h = 0; h < 2; ++h) {
+      for (int step = 1; step <= 2; step *= 2) {
+        sum[m][h] += __shfl_xor_sync(kAllLanes, sum[m][h], step);
+        stored[m][h] += __shfl_xor_sync(kAllLanes, stored[m][h], step);
+      }
+      if (lane % 4 == 0) {
+        float* to = statistics + at.score_group * kQueries + at.score_row + m * kFragmentRows + fragment_row(h);
+        to[0] = sum[m][h];
+        to[Tiling::kScoreGroups * kQueries] = stored[m][h];
+      }
+    }
+  }
+  __syncthreads();
+
+  const bool merge = op.splits > 1;
+  const int64_t part = at.split * op.batches + at.b;
+  float inverse[kRowTiles][2];
+  for (int m = 0; m < kRowTiles; ++m) {
+    for (int h = 0; h < 2; ++h) {
+      const int row = at.row + m * kFragmentRows + fragment_row(h);
+      float total = 0, rounded_total = 0;
+      for (int g = 0; g < Tiling::kScoreGroups; ++g) {
+        total += statistics[g * kQueries + row];
+        rounded_total += statistics[(Tiling::kScoreGroups + g) * kQueries + row];
+      }
+      inverse[m][h] = merge ? 1.0f : 1.0f / rounded_total;
+      const int64_t i = at.first_query + row;
+      if (at.column_group || lane % 4 || i >= op.queries) continue;
+      if (merge && at.slice == op.first_slice) {
+        float* to = op.statistics + 3 * (part * op.queries + i);
+        to[0] = at.known() ? 0.0f : most[m][h];
+        to[1] = total;
+        to[2] = rounded_total;
+      } else if (!merge && !at.known()) {
+        store_pair(double(most[m][h]) * kLn2, log_of(double(total)), op.lse + 2 * (at.b * op.queries + i));
+        if (op.maxima) op.maxima[at.b * op.queries + i] = most[m][h];
+      }
+    }
+  }
+
+  // In steps of 32 channels through shared memory, so that lanes write neighbours in the order of the output.
+  constexpr int kStep = 2 * kFragmentRows, kPitch = kWarp + 1;
+  static_assert(kStep == kWarp && kWarps * kWarpRows * kPitch * 4 == kStagingBytes, "a step is as wide as a warp");
+  float* staging = reinterpret_cast<float*>(memory) + threadIdx.x / kWarp * kWarpRows * kPitch;
+  const auto write = op.writer(at.b);
+  const bool position_fast = !merge && op.position_fast;
+  for (int first = 0; first < kWarpChannels; first += kStep) {
+    if (first >= op.group_channels) break;
+    __syncthreads();
+    for (int n = 0; n < 2; ++n) {
+      for (int m = 0; m < kRowTiles; ++m) {
+        for (int e = 0; e < 8; ++e) {
+          const int half = e / 4, h = e % 4 / 2, u = e % 2;
+          staging[(m * kFragmentRows + fragment_row(h)) * kPitch + n * kFragmentRows + half * 8 + fragment_column() +
+                  u] = out[first / kFragmentRows + n][m][half][2 * h + u] * inverse[m][h];
+        }
+      }
+    }
+    __syncthreads();
+    for (int step = 0; step < kWarp; ++step) {
+      const int r = position_fast ? lane : step, c = position_fast ? step : lane;
+      const int64_t i = at.first_query + at.row + r, channel = at.first_channel + at.channel + first + c;
+      if (i >= op.queries || first + c >= op.group_channels || channel >= op.channels) continue;
+      float y = staging[r * kPitch + c];
+      if (merge) {
+        op.partial[(part * op.queries + i) * op.channels + channel] = y;
+        continue;
+      }
+      write(i, channel, y);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Splits of the keys
+// ---------------------------------------------------------------------------------------------------------------------
+
+// y = sum_s w_s O_s + offset with w_s = exp2(maximum_s - maximum) / sum of P as rounded, and the lse, for channels
+// first_channel .. end_channel. A block per 32 queries.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    fused_merge_kernel(FusedForward<T> op, int64_t first_channel, int64_t end_channel) {
+  __shared__ float weight[kMaxSplits][kWarp];
+  const int64_t tiles = ceil_div_of(op.queries, kWarp), b = blockIdx.x / tiles, first = blockIdx.x % tiles * kWarp;
+  const int64_t part = op.batches * op.queries;  // of a split
+  if (threadIdx.x < kWarp && first + threadIdx.x < op.queries) {
+    const int64_t i = b * op.queries + first + threadIdx.x;
+    const float* statistics = op.statistics + 3 * i;
+    float most = -std::numeric_limits<float>::infinity(), sum = 0, stored = 0;
+    for (int s = 0; s < op.splits; ++s) most = fmaxf(most, statistics[3 * part * s]);
+    const float off = most == -std::numeric_limits<float>::infinity() ? 0.0f : most;
+    for (int s = 0; s < op.splits; ++s) {
+      const float factor = exp2_approx(statistics[3 * part * s] - off);
+      sum += factor * statistics[3 * part * s + 1];
+      stored += factor * statistics[3 * part * s + 2];
+      weight[s][threadIdx.x] = factor;
+    }
+    for (int s = 0; s < op.splits; ++s) weight[s][threadIdx.x] /= stored;
+    if (op.first_slice == 0) {
+      store_pair(double(most) * kLn2, log_of(double(sum)), op.lse + 2 * i);
+      if (op.maxima) op.maxima[i] = most;
+    }
+  }
+  __syncthreads();
+
+  const int64_t end_query = first + kWarp < op.queries ? first + kWarp : op.queries;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const auto write = op.writer(b);
+  const auto merge = [&](int64_t i, int64_t c) {
+    const float* partial = op.partial + (b * op.queries + i) * op.channels + c;
+    float y = 0;
+    for (int s = 0; s < op.splits; ++s) y += weight[s][i - first] * partial[part * op.channels * s];
+    write(i, c, y);
+  };
+  if (op.position_fast) {
+    if (first + lane < end_query)
+      for (int64_t c = first_channel + warp; c < end_channel; c += kWarps) merge(first + lane, c);
+  } else {
+    for (int64_t i = first + warp; i < end_query; i += kWarps)
+      for (int64_t c = first_channel + lane; c < end_channel; c += kWarp) merge(i, c);
+  }
+}
+
+}  // namespace dnl

@@ -1,0 +1,236 @@
+"""The fused CUDA path (DNL_EXT_CUDA_PATH=fused): emulated on the CPU, and on a GPU where there is one.
+
+Random cases are held to the bar of tests/helpers.py. Which tiles, slices and splits they meet depends on the GPU, so
+the emulated one changes from case to case: see GPUS. The short form runs CASES of them, --slow runs SLOW_CASES.
+"""
+
+import math
+import random
+
+import helpers
+import pytest
+import routes
+import torch
+from helpers import one_thread  # noqa: F401
+
+import dnl_ext
+
+HALVES = (torch.bfloat16, torch.float16)
+#: Compute capability (hence shared memory: 163, 99, 227 KiB) and multiprocessors (more of them, more splits).
+GPUS = ("80,4", "89,2", "90,132", "89,24")
+CASES, SLOW_CASES, AT_ONCE = 100, 6000, 100
+#: Where the chain misses the bar too (results that are exactly zero, which no multiple of the reference's error allows
+#: for), the fused path may be as far off as the chain, but not further; and such cases must be rare.
+NO_WORSE, RARE = 1.25, 0.01
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def fused(request, monkeypatch):
+    """dnl_ext on CPU tensors, by the fused path of a route; a function that sets the emulated GPU."""
+    if request.param == "cuda" and not routes.HAS_GPU:
+        pytest.skip("needs a GPU and dnl_ext built with CUDA")
+    monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fused")
+    with routes.route(request.param):
+        yield lambda gpu: monkeypatch.setenv("DNL_EXT_EMULATED_GPU", gpu)
+
+
+def fused_case(seed):
+    """A case within the fused path's limits: Dqk <= 256, any Dv; few keys more often than many."""
+    rng = random.Random(seed)
+
+    def size(most):
+        kind = rng.random()
+        if kind < 0.2:
+            return rng.randint(1, 4)
+        if kind < 0.4:
+            return rng.randrange(8, most, 8)  # aligned rows
+        return rng.randint(1, min(80, most)) if kind < 0.7 else rng.randint(1, most)
+
+    nq, nk, dqk, dv = size(200), size(200), size(256), size(700)
+    if rng.random() < 0.15:  # enough tiles of keys to be split
+        nk, dv = rng.randint(300, 1000), min(dv, 100)
+    lead = rng.choice(((), (1,), (2,), (2, 1)))
+    if math.prod(lead) * nq * nk * max(dqk, dv) > 3e6:
+        lead, nq = (), min(nq, 80)
+    op = rng.choice(helpers.ATTENTION)
+    names = [name for name in helpers.ARGUMENTS[op] if name != "mask_logits" or rng.random() < 0.8]
+    layout = rng.choice((None, None, "contiguous", "channel_first"))
+    return helpers.make_case(
+        op,
+        lead=lead,
+        nq=nq,
+        nk=nk,
+        dqk=dqk,
+        dv=dv,
+        mask="mask_logits" in names,
+        seed=seed,
+        dtype=rng.choice(HALVES),
+        layouts={name: layout or rng.choice(helpers.LAYOUTS) for name in names},
+        mean=rng.choice((0.0, 10.0, 30.0)),
+        signs=rng.choice(("same", "mixed")),
+        options={
+            "scale": rng.choice((None, None, 1.25, -1.25, 0.05, 0.0)),
+            "whiten": "channel" if rng.random() < 0.75 else None,
+        },
+        grad=rng.choice(helpers.GRADIENTS),
+        needs=tuple(name for name in names if rng.random() < 0.85) or tuple(names),
+    )
+
+
+def check_cases(seeds, fused, monkeypatch):
+    """Fail with every case above the bar."""
+    messages, excused = [], 0
+    for seed in seeds:
+        fused(GPUS[seed % len(GPUS)])
+        case = fused_case(seed)
+        failed = [error for error in helpers.measure(case) if not error.passes]
+        if not failed:
+            continue
+        with monkeypatch.context() as patch:
+            patch.setenv("DNL_EXT_CUDA_PATH", "chain")
+            chain = {error.name: error for error in helpers.measure(case)}
+        missed = [e for e in failed if chain[e.name].passes or e.ours > NO_WORSE * chain[e.name].ours]
+        excused += not missed
+        if missed:
+            messages.append(f"{case} on {GPUS[seed % len(GPUS)]}\n  " + "\n  ".join(map(str, missed)))
+    assert not messages, f"{len(messages)} cases failed\n" + "\n".join(messages)
+    assert excused <= max(1, RARE * len(seeds)), f"{excused} of {len(seeds)} cases only as good as the chain"
+
+
+class TestError:
+    @pytest.mark.parametrize("first", range(0, CASES, AT_ONCE))
+    def test_is_within_the_bar(self, fused, monkeypatch, first):
+        check_cases(range(first, first + AT_ONCE), fused, monkeypatch)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("first", range(CASES, SLOW_CASES, AT_ONCE))
+    def test_is_within_the_bar_long(self, fused, monkeypatch, first):
+        check_cases(range(first, first + AT_ONCE), fused, monkeypatch)
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("layout", ["contiguous", "channel_first"])
+    def test_widest_tiles(self, fused, dtype, layout):
+        """Full tiles on every kind of GPU: aligned, Dqk = 256, slices of 256 and 512 and two of them."""
+        for gpu, dv in (("80,4", 256), ("80,4", 512), ("89,4", 512), ("80,4", 640)):
+            fused(gpu)
+            helpers.check(helpers.make_case(lead=(), nq=72, nk=136, dqk=256, dv=dv, dtype=dtype, layout=layout))
+
+
+def step(inputs, **options):
+    """Output and gradients of one training step."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    output = dnl_ext.disentangled_attention(*leaves, **options)
+    return output.detach(), *torch.autograd.grad(output, leaves, torch.ones_like(output).cumsum(-1) / output.shape[-1])
+
+
+def inputs_of(dtype, queries=70, keys=90, width=40, channels=72, batch=(2,)):
+    """query, key, value, mask_logits."""
+    shapes = ((*batch, queries, width), (*batch, keys, width), (*batch, keys, channels), (*batch, keys))
+    return [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+class TestPath:
+    @pytest.mark.parametrize("dtype", HALVES)
+    def test_differs_from_the_chain_in_roundings_only(self, fused, monkeypatch, dtype):
+        """That the fused kernels ran at all: equal bits would be the chain's."""
+        inputs = inputs_of(dtype)
+        ours = step(inputs)
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", "chain")
+        chain = step(inputs)
+        assert not all(torch.equal(x, y) for x, y in zip(ours, chain, strict=True))
+        for x, y in zip(ours, chain, strict=True):
+            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=4 * torch.finfo(dtype).eps * y.abs().max())
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    def test_splits_change_roundings_only(self, fused, dtype):
+        inputs = inputs_of(dtype, queries=40, keys=600, width=16, channels=520)
+        fused("89,1")
+        whole = step(inputs, scale=1.0)
+        fused("89,64")
+        assert dnl_ext._C.cuda_plan(
+            str(dtype).removeprefix("torch."), 2, 40, 600, 16, 520, capability=89, multiprocessors=64
+        )["splits"] > 1  # fmt: skip
+        for x, y in zip(step(inputs, scale=1.0), whole, strict=True):
+            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=2 * torch.finfo(dtype).eps * y.abs().max())
+
+    @pytest.mark.parametrize("dtype", HALVES)
+    def test_repeats_are_bit_equal(self, fused, dtype):
+        inputs = inputs_of(dtype, keys=400)
+        for x, y in zip(step(inputs), step(inputs), strict=True):
+            assert torch.equal(x, y)
+
+    def test_not_finite_stays_where_the_reference_has_it(self, fused):
+        for where in range(3):
+            for bad in (math.nan, math.inf, -math.inf):
+                inputs = inputs_of(torch.bfloat16)
+                inputs[where][0, 3, 5] = bad
+                ours = dnl_ext.disentangled_attention(*inputs)
+                reference = dnl_ext.reference.disentangled_attention(*inputs)
+                assert torch.equal(ours.isfinite(), reference.isfinite())
+
+    @pytest.mark.parametrize(
+        ("dtype", "width", "channels", "words"),
+        [
+            (torch.float32, 16, 16, "bfloat16 and float16, got float32"),
+            (torch.float64, 16, 16, "bfloat16 and float16, got float64"),
+            (torch.bfloat16, 257, 16, "at most 256 query channels, got 257"),
+            (torch.float16, 16, 0, "value channels"),
+        ],
+    )
+    def test_refuses_what_it_cannot_take(self, fused, dtype, width, channels, words):
+        with pytest.raises((NotImplementedError, RuntimeError), match=words):
+            dnl_ext.disentangled_attention(*inputs_of(dtype, width=width, channels=channels))
+
+    def test_old_gpu_and_unknown_path_are_refused(self, emulated, monkeypatch):
+        inputs = inputs_of(torch.bfloat16)
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fused")
+        monkeypatch.setenv("DNL_EXT_EMULATED_GPU", "75,4")
+        with pytest.raises((NotImplementedError, RuntimeError), match=r"compute capability 8.0 or later, got 7.5"):
+            dnl_ext.disentangled_attention(*inputs)
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fast")
+        with pytest.raises(ValueError, match="DNL_EXT_CUDA_PATH: expected one of 'chain', 'fused', got 'fast'"):
+            dnl_ext.disentangled_attention(*inputs)
+
+
+def plan(dtype="bfloat16", batches=1, queries=16384, keys=16384, width=256, channels=512, **options):
+    return dnl_ext._C.cuda_plan(dtype, batches, queries, keys, width, channels, **options)
+
+
+class TestPlan:
+    def test_default_is_the_chain(self, monkeypatch):
+        monkeypatch.delenv("DNL_EXT_CUDA_PATH", raising=False)
+        for backward in (False, True):
+            assert plan(backward=backward)["path"] == "chain" and "not been measured" in plan(backward=backward)["why"]
+        assert "float32" in plan(dtype="float32")["why"] and "at most 256" in plan(width=300)["why"]
+
+    def test_environment_forces_a_path(self, monkeypatch):
+        for path in ("chain", "fused"):
+            monkeypatch.setenv("DNL_EXT_CUDA_PATH", path)
+            assert plan()["path"] == plan(backward=True)["path"] == path
+        with pytest.raises(NotImplementedError, match="at most 256 query channels, got 300"):
+            plan(width=300)
+        assert plan(width=300, backward=True)["path"] == "fused"  # its map takes any width
+
+    @pytest.mark.parametrize("capability", [80, 86, 87, 89, 90, 100, 103, 120])
+    @pytest.mark.parametrize("channel_first", [False, True])
+    def test_tiles_fit(self, capability, channel_first):
+        """Every width has tiles that fit, and the widths of the official block have one slice up to Dv = 512."""
+        limit = 1024 * {80: 163, 87: 163, 86: 99, 89: 99, 120: 99}.get(capability, 227)
+        layout = dict.fromkeys(("query_channel_first", "key_channel_first", "value_channel_first"), channel_first)
+        for width in (1, 16, 64, 100, 200, 256):
+            for channels in (1, 64, 256, 512, 700, 2048):
+                p = plan(width=width, channels=channels, capability=capability, **layout)
+                assert 0 < p["shared_bytes"] <= limit
+                assert p["slices"] * p["slice_channels"] >= channels > (p["slices"] - 1) * p["slice_channels"]
+                assert p["slice_channels"] <= 512
+
+    def test_official_widths(self):
+        assert plan(channels=256)["fused_tile"] == (128, 64) and plan(channels=256)["slices"] == 1
+        assert plan(channels=512)["fused_tile"] == (64, 64) and plan(channels=512)["slices"] == 1
+        assert plan(channels=512, capability=89)["fused_tile"] == (64, 32)
+        assert plan(channels=2048)["slices"] == 4
+
+    def test_keys_are_split_where_queries_do_not_fill_the_chip(self):
+        assert plan(queries=64 * 132, multiprocessors=132)["splits"] == 1
+        assert plan(queries=1024, multiprocessors=132)["splits"] == 8
+        assert plan(queries=1024, keys=64, multiprocessors=132)["splits"] == 1
