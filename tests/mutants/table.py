@@ -32,6 +32,7 @@ FORWARD, ROWS = "ops/pairwise/pairwise_forward_cuda.cuh", "ops/pairwise/pairwise
 MAP, GRADIENTS = "ops/pairwise/pairwise_backward_map_cuda.cuh", "ops/pairwise/pairwise_gradients_cuda.cuh"
 BACKWARD = "ops/pairwise/pairwise_backward_cuda.cuh"
 TILE, FUSED = "ops/pairwise/pairwise_fused_tile_cuda.cuh", "ops/pairwise/pairwise_fused_forward_cuda.cuh"
+OUTPUT = "ops/pairwise/pairwise_fused_output_cuda.cuh"
 FUSED_MAP = "ops/pairwise/pairwise_fused_backward_cuda.cuh"
 ONLINE = "core/online_softmax.h"
 BF16, F16 = "__nv_bfloat16", "__half"
@@ -197,26 +198,26 @@ MUTANTS = [
            "fused_forward", type=BF16),
     Mutant("fused forward: output rescaled by another row's factor", FUSED, "*= correction[m][e % 4 / 2];",
            "*= correction[m][0];", "fused_forward", type=BF16),
-    Mutant("fused forward: splits leave out a tile", FUSED, "end = key_tiles * (split + 1) / op.splits;",
+    Mutant("fused forward: splits leave out a tile", OUTPUT, "end = key_tiles * (split + 1) / op.splits;",
            "end = key_tiles * (split + 1) / op.splits - (split > 0);", "fused_forward", type=BF16),
-    Mutant("fused forward: maxima of the first batch element", FUSED,
+    Mutant("fused forward: maxima of the first batch element", OUTPUT,
            "if (op.maxima) op.maxima[at.b * op.queries + i] = most[m][h];",
            "if (op.maxima) op.maxima[i] = most[m][h];", "fused_forward", type=BF16),
-    Mutant("fused forward: queries beyond the last are written", FUSED,
+    Mutant("fused forward: queries beyond the last are written", OUTPUT,
            "if (i >= op.queries || first + c >= op.group_channels", "if (first + c >= op.group_channels",
            "fused_forward", "asan", BF16, 60),
-    Mutant("fused forward: channels of the next group of warps", FUSED,
+    Mutant("fused forward: channels of the next group of warps", OUTPUT,
            "first + c >= op.group_channels || channel >= op.channels) continue;", "channel >= op.channels) continue;",
            "fused_forward", "tsan", BF16, 60),
-    Mutant("fused forward: results overwrite statistics that are read", FUSED,
+    Mutant("fused forward: results overwrite statistics that are read", OUTPUT,
            "if (first >= op.group_channels) break;\n    __syncthreads();", "if (first >= op.group_channels) break;",
            "fused_forward", "tsan", BF16, 40),
-    Mutant("split merge: parts not weighted", FUSED, "weight[s][threadIdx.x] = factor;", "weight[s][threadIdx.x] = 1;",
+    Mutant("split merge: parts not weighted", OUTPUT, "weight[s][threadIdx.x] = factor;", "weight[s][threadIdx.x] = 1;",
            "fused_forward", type=BF16),
-    Mutant("split merge: no barrier after the weights", FUSED,
+    Mutant("split merge: no barrier after the weights", OUTPUT,
            "  __syncthreads();\n\n  const int64_t end_query", "  const int64_t end_query", "fused_forward", "order",
            BF16),
-    Mutant("split merge: parts by the wrong stride", FUSED, "partial[part * op.channels * s]", "partial[part * s]",
+    Mutant("split merge: parts by the wrong stride", OUTPUT, "partial[part * op.channels * s]", "partial[part * s]",
            "fused_forward", type=BF16),
     # Fused map of the backward.
     Mutant("fused map: chunk read before it has come", FUSED_MAP,
