@@ -72,7 +72,9 @@ def cuobjdump():
 
 def short(names):
     """Readable names: without namespace, return type and arguments."""
-    readable = [re.sub(r"^void |dnl::|\(anonymous namespace\)::|\([^()]*\)$", "", n) for n in ptxas_table.demangle(names)]
+    readable = [
+        re.sub(r"^void |dnl::|\(anonymous namespace\)::|\([^()]*\)$", "", n) for n in ptxas_table.demangle(names)
+    ]
     return [re.sub(r"\((int|bool)\)", "", re.sub(r"\(dnl::.*|\(double.*|\([A-Z].*", "", name)) for name in readable]
 
 
@@ -91,7 +93,14 @@ def tensor_instructions(text):
 def compile_arch(arch, nvcc, folder, fused):
     """{kernel: figures} of one architecture."""
     cubin = pathlib.Path(folder) / f"{arch}.cubin"
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas=-v", "-cubin", f"-arch=sm_{arch.replace('.', '')}"]
+    flags = [
+        "-std=c++17",
+        "-O3",
+        "--expt-relaxed-constexpr",
+        "-Xptxas=-v",
+        "-cubin",
+        f"-arch=sm_{arch.replace('.', '')}",
+    ]
     command = [nvcc, *flags, *(["-DDNL_FUSED"] if fused else []), f"-I{ROOT}/csrc", f"{ROOT}/tests/cuda_kernels.cu"]
     done = subprocess.run([*command, "-o", cubin], capture_output=True, text=True)
     if done.returncode:
@@ -127,7 +136,9 @@ def worse(budget, built):
                 found.append(f"{where}: {'has no budget' if name in kernels else 'is gone'}")
                 continue
             old, new = wanted[name], kernels[name]
-            found += [f"{where}: {k} {new[k]}, budget {old[k]}" for k in ("spill", "stack", "shared") if new[k] > old[k]]
+            found += [
+                f"{where}: {k} {new[k]}, budget {old[k]}" for k in ("spill", "stack", "shared") if new[k] > old[k]
+            ]
             if new["registers"] > old["registers"] + REGISTER_SLACK:
                 found.append(f"{where}: registers {new['registers']}, budget {old['registers']} + {REGISTER_SLACK}")
             if new["occupancy"] < old["occupancy"]:

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests/gates")]
 
-import build  # noqa: E402
+import programs  # noqa: E402
 
 
 @dataclass
@@ -63,7 +63,7 @@ def call(command, seconds, **environment):
             text=True,
             errors="replace",
             timeout=seconds,
-            env={**os.environ, **build.ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
+            env={**os.environ, **programs.ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
         )
     except subprocess.TimeoutExpired:
         return 124, f"no end within {seconds:.0f} s"
@@ -83,7 +83,7 @@ def run_gates(context, outcome, mode, counts, seconds, at_once=100):
     """Random cases by family: `counts` maps a program to how many."""
     end = time.time() + seconds
     programs = dict(
-        zip(counts, each(context, lambda gate: build.cached(build.Program(gate, mode)), counts), strict=True)
+        zip(counts, each(context, lambda gate: programs.cached(programs.Program(gate, mode)), counts), strict=True)
     )
     work = [(gate, *part) for gate, count in counts.items() for part in slices(context.scaled(count), at_once)]
     # Families take turns, so that one which runs out of time is not the last of the list.
@@ -111,10 +111,12 @@ def cpu_program(mode):
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted((ROOT / "csrc/core/cpu").glob("*.cpp"))
     out = folder / f"cpu-{mode}"
-    newest = max(path.stat().st_mtime for path in [*(ROOT / "csrc").rglob("*.*"), ROOT / "tests/cpp/test_cpu_kernels.cpp"])
+    newest = max(
+        path.stat().st_mtime for path in [*(ROOT / "csrc").rglob("*.*"), ROOT / "tests/cpp/test_cpu_kernels.cpp"]
+    )
     if not out.exists() or out.stat().st_mtime < newest:
         flags = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w", "-pthread")
-        command = [*build.MODES[mode], "-std=c++17", *flags, f"-I{ROOT}/csrc", f"-I{ROOT}/tests/cpp"]
+        command = [*programs.MODES[mode], "-std=c++17", *flags, f"-I{ROOT}/csrc", f"-I{ROOT}/tests/cpp"]
         subprocess.run([*command, ROOT / "tests/cpp/test_cpu_kernels.cpp", *sources, "-o", out], check=True)
     return out
 
@@ -141,11 +143,11 @@ def bounds(context, outcome, seconds):
 def races(context, outcome, seconds):
     run_gates(context, outcome, "tsan", RACES, seconds, 20)
     run_cpu_kernels(context, outcome, "tsan", 100, 600)
-    outcome.note += f"; {build.MODES['tsan'][0]}"
+    outcome.note += f"; {programs.MODES['tsan'][0]}"
 
 
 def overflow(context, outcome, seconds):
-    status, text = call([build.cached(build.Program("overflow")), 1], seconds)
+    status, text = call([programs.cached(programs.Program("overflow")), 1], seconds)
     reached = re.search(r"(\d+) cases, (\d+) failed", text)
     outcome.count = int(reached[1]) if reached else 0
     if status:

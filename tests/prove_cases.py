@@ -7,7 +7,8 @@ Prints one JSON object: cases that ran, and what failed. Kinds:
 - ``random``     every operator on the CPU against the bar of helpers.py, values and gradients;
 - ``emulated``   the same by the emulated CUDA route; DNL_EXT_CUDA_PATH=fused takes the fused kernels where they can;
 - ``positions``  NaN and infinities come out where the reference has them;
-- ``repeats``    a case is a shape: forward and backward 250 times, bit-equal.
+- ``repeats``    a case is a shape: forward and backward 250 times, bit-equal;
+- ``cuda``, ``cuda-repeats``    as ``emulated`` and ``repeats``, on a GPU.
 """
 
 import json
@@ -22,9 +23,10 @@ import dnl_ext
 REPEATS = 250
 
 
-def repeat(seed):
+def repeat(seed, halves=False):
     generator = torch.Generator().manual_seed(seed)
-    dtype = (torch.float32, torch.bfloat16, torch.float64, torch.float16)[seed % 4]
+    every = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+    dtype = every[seed % 2 * 2 + 1] if halves else every[seed % 4]
     n, m, d, c = 17 + 11 * (seed % 10), 29 + 13 * (seed % 7), 8 + 3 * (seed % 20), 5 + 7 * (seed % 6)
     sizes = ((2, n, d), (2, m, d), (2, m, c), (2, m))
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in sizes]
@@ -42,29 +44,34 @@ def repeat(seed):
             assert torch.equal(x, y), f"shape {seed}, repeat {number}: {name} differs"
 
 
-def checks(kind):
+def fused_case(seed):
+    """A random case that the fused kernels take; None if this seed's is wider."""
     import helpers
-    import routes
 
-    if kind == "repeats":
-        return "cpu", repeat
+    dtype = (torch.bfloat16, torch.float16)[seed % 2]
+    case = helpers.random_case(seed, op="disentangled_attention", dtype=dtype, large=0)
+    return case if case.shapes["query"][-1] <= 256 and case.shapes["value"][-1] else None
+
+
+def checks(kind):
+    """The route that tensors take (routes.py), and what checks a seed: it returns "left out" for what is no case."""
+    import helpers
+
+    fused = os.environ.get("DNL_EXT_CUDA_PATH") == "fused"
+    route, _, what = kind.partition("-")
+
+    def random(seed):
+        if route == "random":
+            return helpers.check(helpers.random_case(seed))
+        case = fused_case(seed) if fused else helpers.random_case(seed, large=0)
+        return helpers.check(case) if case else "left out"
+
+    if kind in ("random", "emulated", "cuda"):
+        return "cpu" if kind == "random" else kind, random
     if kind == "positions":
         return "cpu", helpers.check_poisoned
-    if kind == "random":
-        return "cpu", lambda seed: helpers.check(helpers.random_case(seed))
-    if kind == "emulated":
-        if os.environ.get("DNL_EXT_CUDA_PATH") != "fused":
-            return "emulated", lambda seed: helpers.check(helpers.random_case(seed, large=0))
-        half = (torch.bfloat16, torch.float16)
-
-        def fused(seed):
-            case = helpers.random_case(seed, op="disentangled_attention", dtype=half[seed % 2], large=0)
-            if case.shapes["query"][-1] <= 256:  # what the fused forward takes
-                helpers.check(case)
-                return None
-            return "left out"
-
-        return "emulated", fused
+    if kind in ("repeats", "cuda-repeats"):
+        return "cpu" if kind == "repeats" else route, lambda seed: repeat(seed, halves=fused and what == "repeats")
     raise SystemExit(f"no kind '{kind}'")
 
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1] / "gates")]
 
-import build  # noqa: E402
+import programs  # noqa: E402
 import table  # noqa: E402
 
 ORDERS = ("ascending", "descending", "random")
@@ -39,7 +39,7 @@ REPORTS = (
 def planted(mutant, folder):
     """A copy of csrc in `folder` with the mutant's fault."""
     csrc = pathlib.Path(folder) / "csrc"
-    shutil.copytree(build.ROOT / "csrc", csrc)
+    shutil.copytree(programs.ROOT / "csrc", csrc)
     path = csrc / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
@@ -57,7 +57,7 @@ def verdict(program, cases, order):
             text=True,
             errors="replace",
             timeout=300,
-            env={**os.environ, **build.ENVIRONMENT},
+            env={**os.environ, **programs.ENVIRONMENT},
         )
     except subprocess.TimeoutExpired:
         return "no end within 300 s"
@@ -82,7 +82,7 @@ def findings(mutant, program):
 
 
 def program_of(mutant):
-    return build.Program(mutant.gate, "plain" if mutant.mode == "order" else mutant.mode, mutant.type)
+    return programs.Program(mutant.gate, "plain" if mutant.mode == "order" else mutant.mode, mutant.type)
 
 
 def twins_of(mutants):
@@ -98,8 +98,8 @@ def twins_of(mutants):
 def check_original(mutant):
     began = time.time()
     try:
-        found = findings(mutant, build.cached(program_of(mutant)))
-    except build.BuildError as error:
+        found = findings(mutant, programs.cached(program_of(mutant)))
+    except programs.BuildError as error:
         found = f"does not compile: {error}"
     return {
         "name": f"original, {mutant.gate} {mutant.mode} {mutant.type} x {mutant.cases}",
@@ -113,9 +113,9 @@ def check_mutant(mutant):
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            program = build.build(program_of(mutant), planted(mutant, folder), pathlib.Path(folder) / "program")
+            program = programs.build(program_of(mutant), planted(mutant, folder), pathlib.Path(folder) / "program")
             found, error = findings(mutant, program), None
-        except (LookupError, build.BuildError) as failure:
+        except (LookupError, programs.BuildError) as failure:
             found, error = None, str(failure)
     return {
         "name": mutant.name,

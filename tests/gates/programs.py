@@ -1,6 +1,6 @@
 """Builds the programs of this folder, plainly and under sanitizers.
 
-    python tests/gates/build.py GATE [MODE] [--type TYPE]     prints the path of the program
+python tests/gates/programs.py GATE [MODE] [--type TYPE]     prints the path of the program
 """
 
 import hashlib
