@@ -193,10 +193,11 @@ class Check:
             if timing not in gpu_report.plan([timing], self.left):
                 continue
             began = time.time()
+            budget = f"{max(1, timing.seconds / 2):.0f}"
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
                 command = [sys.executable, "-m", "dnl_ext", "bench", "--device", "cuda", "--dtype", timing.dtype,
                            "--n", ",".join(map(str, timing.positions)), "--shapes", ",".join(map(str, timing.shape)),
-                           "--budget", f"{max(1, timing.seconds / 2):.0f}", "--memory", "--json", file.name]  # fmt: skip
+                           "--budget", budget, "--memory", "--json", file.name]  # fmt: skip
                 status, text = self.call(command, 1.0, DNL_EXT_CUDA_PATH=timing.path)
                 written = pathlib.Path(file.name).read_text()
             document = json.loads(written) if written.strip() else {}

@@ -28,7 +28,8 @@ ForwardPlan any_plan(gates::Draw& draw, const PairwiseArgs& args) {
 template <class T>
 void test(gates::Draw& draw) {
   if constexpr (kHalf<T>) {
-    gates::PairwiseCase t = gates::any_pairwise(draw, 300, 150, 700);
+    gates::PairwiseCase t =
+        gates::kSanitized ? gates::any_pairwise(draw, 150, 40, 150) : gates::any_pairwise(draw, 300, 150, 700);
     if (t.channels > 150) t.queries = std::min<int64_t>(t.queries, 70), t.keys = std::min<int64_t>(t.keys, 100);
     gates::PairwiseProblem<T> problem(t);
     const int what = GATE_FUSED;

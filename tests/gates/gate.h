@@ -19,6 +19,13 @@
 
 namespace gates {
 
+// Sanitizers make a case some 20 times as long: smaller sizes there, of which there can be more.
+#if defined(EMULATOR_TSAN) || defined(EMULATOR_ASAN)
+constexpr bool kSanitized = true;
+#else
+constexpr bool kSanitized = false;
+#endif
+
 struct Draw {
   std::mt19937_64 engine;
 
