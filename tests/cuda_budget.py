@@ -114,6 +114,8 @@ def compile_arch(arch, nvcc, folder, fused):
     for name, row in zip(short([row.kernel for row in rows]), rows, strict=True):
         if fused and not name.startswith("fused_"):
             continue
+        if name in figures:
+            raise SystemExit(f"cuda_budget: two kernels of {arch} are called {name}")
         figures[name] = {
             "registers": row.registers,
             "stack": row.stack,
