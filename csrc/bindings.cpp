@@ -68,6 +68,14 @@ PYBIND11_MODULE(_C, m) {
       },
       "Every instruction set that was built, and whether this CPU has it.");
   m.def(
+      "whiten_names",
+      [] {
+        py::list names;
+        for (const dnl::Whitening& whitening : dnl::kWhitenings) names.append(whitening.name);
+        return names;
+      },
+      "Names that torch.ops.dnl_ext.whiten_forward knows.");
+  m.def(
       "pairwise_workspace",
       [](const std::string& dtype, int64_t batches, int64_t queries, int64_t keys, int64_t width, int64_t channels,
          bool whiten, bool unary, int threads) {

@@ -1,34 +1,70 @@
 """Exact global attention for convolutional networks, in memory linear in the number of positions.
 
-Functions: :func:`disentangled_attention`, :func:`pairwise_attention`, :func:`unary_attention`, :func:`mean_subtract`,
-:func:`pairwise_softmax`, :func:`unary_softmax`; the same names in plain PyTorch under :mod:`dnl_ext.reference`.
+Functions: :func:`disentangled_attention`, :func:`pairwise_attention`, :func:`unary_attention`, :func:`whiten`,
+:func:`mean_subtract`, :func:`pairwise_softmax`, :func:`unary_softmax`, and without a softmax
+:func:`dot_product_attention`, :func:`concatenation_attention`, :func:`shared_key_logits`; the same names in plain
+PyTorch under :mod:`dnl_ext.reference`. Blocks: see :mod:`dnl_ext.modules`.
 """
 
 from . import _load as _load  # first: the compiled operators, before anything that calls them
 from . import reference
 from .config import show_config
-from .modules import DisentangledNonLocal1d, DisentangledNonLocal2d, DisentangledNonLocal3d
+from .modules import (
+    DisentangledMultiheadAttention,
+    DisentangledNonLocal1d,
+    DisentangledNonLocal2d,
+    DisentangledNonLocal3d,
+    GlobalContext1d,
+    GlobalContext2d,
+    GlobalContext3d,
+    NonLocal1d,
+    NonLocal2d,
+    NonLocal3d,
+    RelationModule,
+    SimplifiedNonLocal1d,
+    SimplifiedNonLocal2d,
+    SimplifiedNonLocal3d,
+)
 from .ops import (
+    concatenation_attention,
     disentangled_attention,
+    dot_product_attention,
     mean_subtract,
     pairwise_attention,
     pairwise_softmax,
+    shared_key_logits,
     unary_attention,
     unary_softmax,
+    whiten,
 )
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DisentangledMultiheadAttention",
     "DisentangledNonLocal1d",
     "DisentangledNonLocal2d",
     "DisentangledNonLocal3d",
+    "GlobalContext1d",
+    "GlobalContext2d",
+    "GlobalContext3d",
+    "NonLocal1d",
+    "NonLocal2d",
+    "NonLocal3d",
+    "RelationModule",
+    "SimplifiedNonLocal1d",
+    "SimplifiedNonLocal2d",
+    "SimplifiedNonLocal3d",
+    "concatenation_attention",
     "disentangled_attention",
+    "dot_product_attention",
     "mean_subtract",
     "pairwise_attention",
     "pairwise_softmax",
     "reference",
+    "shared_key_logits",
     "show_config",
     "unary_attention",
     "unary_softmax",
+    "whiten",
 ]

@@ -6,6 +6,7 @@ import platform
 import torch
 
 from ._load import _C
+from .reference import check_whiten_name
 
 __all__ = ["Config", "show_config"]
 
@@ -26,6 +27,8 @@ DTYPES = {
     "float16": torch.float16,
 }
 SHORT = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+#: Whitening that the pairwise operator does itself.
+IN_KERNEL = ("channel", "in_nostd", None)
 INSTRUCTION_SETS = {"generic": "plain C++", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512"}
 
 
@@ -201,6 +204,7 @@ def _layout(x):
 def _call(batch, queries, keys, width, channels, dtype, device, whiten, unary, channel_first=None):
     name = str(dtype).removeprefix("torch.")
     parse_dtype(name)
+    check_whiten_name(whiten)
     call = {
         "shape": {"batch": batch, "Nq": queries, "Nk": keys, "Dqk": width, "Dv": channels},
         "dtype": name,
@@ -215,6 +219,8 @@ def _call(batch, queries, keys, width, channels, dtype, device, whiten, unary, c
         call |= {"path": "shapes only", "why": "meta tensors hold no values"}
     else:
         raise ValueError(f"device: expected cpu, cuda or meta, got {device}")
+    if whiten not in IN_KERNEL:
+        call["whiten"] = f"{whiten}, applied to query and key before the operator: two tensors of their sizes"
     call["map_bytes"] = batch * queries * keys * dtype.itemsize
     return call
 
@@ -244,7 +250,7 @@ def _cpu_path(dtype):
 def _cpu_workspace(dtype, batch, queries, keys, width, channels, whiten, unary):
     """Bytes the operator allocates once per call beyond inputs, outputs and gradients."""
     forward, backward = _C.pairwise_workspace(
-        dtype, batch, queries, keys, width, channels, whiten == "channel", unary, torch.get_num_threads()
+        dtype, batch, queries, keys, width, channels, whiten in ("channel", "in_nostd"), unary, torch.get_num_threads()
     )
     return {"workspace_forward_bytes": forward, "workspace_backward_bytes": backward}
 

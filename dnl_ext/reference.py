@@ -13,16 +13,29 @@ import torch
 
 __all__ = [
     "WHITEN_NAMES",
+    "concatenation_attention",
     "disentangled_attention",
+    "dot_product_attention",
     "mean_subtract",
     "pairwise_attention",
     "pairwise_softmax",
+    "shared_key_logits",
     "unary_attention",
     "unary_softmax",
+    "whiten",
 ]
 
-#: Valid values of ``whiten``. ``"channel"`` is the paper's (equation 10); ``None`` is the standard non-local block.
-WHITEN_NAMES = ("channel", None)
+#: Valid values of ``whiten``, see :func:`whiten`. ``"channel"`` is the paper's (equation 10); ``None`` is the standard
+#: non-local block. csrc/ops/whiten/whiten.h has the same list.
+WHITEN_NAMES = ("channel", "in_nostd", "spatial", "ln_nostd", "fln_nostd", "in", "ln", "fln", None)
+
+
+def check_whiten_name(name, argument="whiten"):
+    """Raise unless `name` is one of WHITEN_NAMES."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"{argument}: expected a string or None, got {type(name).__name__}")
+    if name not in WHITEN_NAMES:
+        raise ValueError(f"{argument}: expected one of {', '.join(map(repr, WHITEN_NAMES))}, got {name!r}")
 
 
 def mean_subtract(x, dim=-2):
@@ -30,14 +43,31 @@ def mean_subtract(x, dim=-2):
     return x - x.mean(dim, keepdim=True)
 
 
+def whiten(x, name="channel", *, eps=1e-5):
+    """x (..., N, D) less a mean, and for ``in``, ``ln``, ``fln`` divided by sqrt(unbiased variance + eps).
+
+    Mean and variance are over the positions N of a channel (``channel`` = ``in_nostd``, ``in``), the channels of a
+    position (``spatial``), a sample's positions and channels (``ln_nostd``, ``ln``), or everything (``fln_nostd``,
+    ``fln``). None returns x. Names and formulae of the paper's code.
+    """
+    check_whiten_name(name, "name")
+    if name is None:
+        return x
+    dims = {"channel": -2, "in": -2, "spatial": -1, "ln": (-2, -1), "fln": tuple(range(x.dim()))}
+    dims = dims["channel" if name == "in_nostd" else name.removesuffix("_nostd")]
+    if name not in ("in", "ln", "fln"):
+        return x - x.mean(dims, keepdim=True)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))  # as torch's norms: in float16 the gradient overflows
+    centred = wide - wide.mean(dims, keepdim=True)
+    return (centred / torch.sqrt(wide.var(dims, keepdim=True) + eps)).to(x.dtype)
+
+
 def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
     """P_ij = softmax_j(scale * <q'_i, k'_j>), shape (..., Nq, Nk). Paper, equation 10 (first term)."""
-    if whiten not in WHITEN_NAMES:
-        raise ValueError(f"whiten: expected one of {WHITEN_NAMES}, got {whiten!r}")
+    check_whiten_name(whiten)
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1])
-    if whiten == "channel":
-        query, key = mean_subtract(query), mean_subtract(key)
+    query, key = _whiten(query, whiten), _whiten(key, whiten)
     return torch.softmax((query * scale) @ key.transpose(-2, -1), dim=-1)
 
 
@@ -62,3 +92,21 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
     if mask_logits is not None:
         output = output + unary_attention(mask_logits, value).unsqueeze(-2)
     return output
+
+
+def shared_key_logits(query, key):
+    """m_j = <mean_i q_i, k_j>, shape (..., Nk): the unary logits of a block whose two terms share their keys."""
+    return (key @ query.mean(-2).unsqueeze(-1)).squeeze(-1)
+
+
+def dot_product_attention(query, key, value):
+    """y_i = sum_j <q_i, k_j> v_j / Nk, shape (..., Nq, Dv): the non-local block without softmax."""
+    return (query @ key.transpose(-2, -1) / key.shape[-2]) @ value
+
+
+def concatenation_attention(query_logits, key_logits, value):
+    """y_i = sum_j relu(a_i + b_j) v_j / Nk, shape (..., Nq, Dv), with a (..., Nq) and b (..., Nk)."""
+    return (torch.relu(query_logits.unsqueeze(-1) + key_logits.unsqueeze(-2)) / key_logits.shape[-1]) @ value
+
+
+_whiten = whiten  # an argument of the functions above has its name

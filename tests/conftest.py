@@ -1,5 +1,7 @@
 """Options and fixtures for all tests."""
 
+import zlib
+
 import pytest
 import routes
 import torch
@@ -35,7 +37,7 @@ def device(request):
     """Runs a test of operators on CPU tensors by every route there is: see routes.py."""
     if request.param == "cuda" and not routes.HAS_GPU:
         pytest.skip("needs a GPU and dnl_ext built with CUDA")
-    with routes.route(request.param):
+    with routes.route(request.param, zlib.crc32(request.node.nodeid.encode())):
         yield request.param
 
 
@@ -46,7 +48,7 @@ def emulated_library():
 
 
 @pytest.fixture
-def emulated(emulated_library):
+def emulated(request, emulated_library):
     """dnl_ext with every operator on CPU tensors computed by the emulated CUDA route."""
-    with routes.route("emulated"):
+    with routes.route("emulated", zlib.crc32(request.node.nodeid.encode())):
         yield

@@ -25,6 +25,7 @@ ARGUMENTS = {
     "pairwise_attention": ("query", "key", "value"),
     "unary_attention": ("mask_logits", "value"),
     "mean_subtract": ("x",),
+    "whiten": ("x",),
     "pairwise_softmax": ("query", "key"),
     "unary_softmax": ("mask_logits",),
 }
@@ -33,6 +34,7 @@ OPTIONS = {
     "pairwise_attention": ("scale", "whiten"),
     "unary_attention": (),
     "mean_subtract": ("dim",),
+    "whiten": ("name",),
     "pairwise_softmax": ("scale", "whiten"),
     "unary_softmax": (),
 }
@@ -91,8 +93,42 @@ def _softmax_gradient(p, dp, r, kind):
     return r(p * (dp - r(_sum(p * dp), "sum")), kind)
 
 
-def _centred(x, whiten, r):
-    return r(x - r(_mean(x), "sum"), "sum") if whiten == "channel" else x
+#: Axes of the mean of every whitening; those of DEVIATION are divided by one.
+WHITEN_AXES = {
+    "channel": (-2,), "in_nostd": (-2,), "in": (-2,), "spatial": (-1,), "ln_nostd": (-2, -1), "ln": (-2, -1),
+    "fln_nostd": None, "fln": None,
+}  # fmt: skip
+DEVIATION = ("in", "ln", "fln")
+
+
+def _moments(x, whiten, r):
+    """Axes, number of elements that share a mean, and 1 / deviation or None."""
+    axes = WHITEN_AXES[whiten] or tuple(range(-len(x.shape), 0))
+    count = math.prod(x.shape[axis] for axis in axes)
+    if whiten not in DEVIATION:
+        return axes, count, None
+    variance = r(_sum((x - _mean(x, axes)) ** 2, axes) / (count - 1), "sum")
+    return axes, count, r((variance + 1e-5) ** -0.5, "sum")
+
+
+def _centred(x, whiten, r, kind="sum"):
+    if whiten is None:
+        return x
+    axes, _, rstd = _moments(x, whiten, r)
+    # "channel" happens inside the operators, in the accumulate type; the others make a tensor of the inputs' dtype.
+    kind = kind if whiten == "channel" else "result"
+    centred = x - r(_mean(x, axes), "sum")
+    return r(centred if rstd is None else centred * rstd, kind)
+
+
+def _centred_gradient(x, dy, whiten, r):
+    """From dy of _centred(x) to dx."""
+    axes, count, rstd = _moments(x, whiten, r)
+    dx = dy - r(_mean(dy, axes), "sum")
+    if rstd is None:
+        return dx
+    y = _centred(x, whiten, r)
+    return (dx - y * r(_sum(dy * y, axes) / (count - 1), "sum")) * rstd
 
 
 def _scale(query, scale):
@@ -105,11 +141,14 @@ def _logits(query, key, scale, whiten, r):
     return q, k, r(_scale(query, scale) * (q @ k.swapaxes(-1, -2)), "sum")
 
 
-def _logit_gradients(ds, q, k, scale, whiten, r):
-    dq = ds @ k
+def _logit_gradients(ds, query, key, q, k, scale, whiten, r):
+    dq, dk = ds @ k, ds.swapaxes(-1, -2) @ q
     if whiten == "channel":
         dq = r(dq, "sum") - r(_mean(dq), "sum")
-    return r(scale * dq, "result"), r(scale * (ds.swapaxes(-1, -2) @ q), "result")
+    elif whiten is not None:
+        dq = _centred_gradient(query, r(dq, "result"), whiten, r)
+        dk = _centred_gradient(key, r(dk, "result"), whiten, r)
+    return r(scale * dq, "result"), r(scale * dk, "result")
 
 
 def mean_subtract_steps(x, *, grad, dim=-2, r=exact):
@@ -117,6 +156,10 @@ def mean_subtract_steps(x, *, grad, dim=-2, r=exact):
         r(x - r(_mean(x, dim), "sum"), "result"),
         {"x": r(grad - r(_mean(grad, dim), "sum"), "result")},
     )
+
+
+def whiten_steps(x, *, grad, name="channel", r=exact):
+    return _centred(x, name, r, "result"), {"x": r(_centred_gradient(x, grad, name, r), "result")}
 
 
 def unary_softmax_steps(mask_logits, *, grad, r=exact):
@@ -128,7 +171,7 @@ def pairwise_softmax_steps(query, key, *, grad, scale=None, whiten="channel", r=
     q, k, s = _logits(query, key, scale, whiten, r)
     p = _softmax(s, r, "operand")
     ds = _softmax_gradient(p, grad, r, "operand")
-    dq, dk = _logit_gradients(ds, q, k, _scale(query, scale), whiten, r)
+    dq, dk = _logit_gradients(ds, query, key, q, k, _scale(query, scale), whiten, r)
     return r(p, "result"), {"query": dq, "key": dk}
 
 
@@ -152,7 +195,7 @@ def disentangled_attention_steps(query, key, value, mask_logits=None, *, grad, s
     # Delta = <dy, y> from the pairwise output that the forward keeps: a fused backward has no row of P to take it from.
     delta = (grad * r(p @ value, "saved")).sum(axis=-1)[..., None]
     ds = r(p * (r(grad @ value.swapaxes(-1, -2), "sum") - delta), "operand")
-    dq, dk = _logit_gradients(ds, q, k, _scale(query, scale), whiten, r)
+    dq, dk = _logit_gradients(ds, query, key, q, k, _scale(query, scale), whiten, r)
     gradients = {"query": dq, "key": dk, "value": r(dv, "result")}
     if dm is not None:
         gradients["mask_logits"] = dm
@@ -164,6 +207,7 @@ STEPS = {
     "pairwise_attention": disentangled_attention_steps,
     "unary_attention": unary_attention_steps,
     "mean_subtract": mean_subtract_steps,
+    "whiten": whiten_steps,
     "pairwise_softmax": pairwise_softmax_steps,
     "unary_softmax": unary_softmax_steps,
 }
@@ -302,6 +346,8 @@ def random_case(seed, op=None, dtype=None, large=0.03):
     """The case of a seed. A share `large` of them may have every size at its most: N = 700, widths of 600."""
     rng = random.Random(seed)
     drawn_op, drawn_dtype = rng.choice(OPS_DRAWN), rng.choice(DTYPES)
+    if seed % 25 == 7:
+        drawn_op = "whiten"
     op, dtype = op or drawn_op, dtype or drawn_dtype
     budget = BUDGET[dtype] * (8 if rng.random() < large else 1)
     lead = [rng.choice((1, 2, 3, 5)) for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 3)))]
@@ -332,7 +378,10 @@ def random_case(seed, op=None, dtype=None, large=0.03):
         "scale": rng.choice((None, None, None, 1.25, -1.25, -0.3, 0.05, 0.0, rng.uniform(-1, 1))),
         "whiten": "channel" if rng.random() < 0.75 else None,
         "dim": -2 if rng.random() < 0.6 else rng.randrange(-len(lead) - 2, len(lead) + 2),
+        "name": tuple(WHITEN_AXES)[seed % len(WHITEN_AXES)],
     }
+    if nq == 1 and options["name"] in DEVIATION:  # one position has no variance
+        options["name"] = "spatial"
     case = Case(
         seed=seed,
         op=op,

@@ -8,6 +8,7 @@ Nothing else of a test changes: autograd, layouts and errors are those of the ro
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import pathlib
@@ -19,12 +20,14 @@ import dnl_ext
 
 ROOT = pathlib.Path(__file__).parents[1]
 OPERATORS = (
-    *("mean_subtract", "softmax", "softmax_backward", "unary_forward", "unary_backward"),
+    *("mean_subtract", "whiten_forward", "whiten_backward"),
+    *("softmax", "softmax_backward", "unary_forward", "unary_backward"),
     *("pairwise_forward", "pairwise_backward"),
 )
 HAS_GPU = torch.cuda.is_available() and dnl_ext._C.build_info()["cuda"]
 
 NAME = "dnl_cuda_emulated"
+TURNS = ("ascending", "descending", "random")
 FLAGS = (
     *("-O2", "-march=native", "-ffp-contract=fast"),  # fused multiply-adds, as nvcc makes them
     *("-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020a000000000000"),
@@ -66,24 +69,20 @@ def build_emulated():
 
 @functools.cache
 def emulated_library():
-    """Builds and loads it; torch.ops.dnl_cuda_emulated then has every operator."""
+    """Builds and loads it; torch.ops.dnl_cuda_emulated then has every operator. Returns what must stay alive."""
     path = build_emulated()
     library = torch.library.Library(NAME, "DEF")
     for name in OPERATORS:
         schema = str(getattr(torch.ops.dnl_ext, name).default._schema)
         library.define(schema.removeprefix("dnl_ext::"))
     torch.ops.load_library(path)
-    return library
+    return ctypes.CDLL(str(path)), library
 
 
-def emulated(name, *arguments):
-    """An operator in the emulator. Torch fills its results with NaN first, so that one which nobody wrote shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        return getattr(torch.ops.dnl_cuda_emulated, name)(*arguments)
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+def configure(turns="ascending", seed=0, max_threads=1024):
+    """Sets the emulator's options (tests/emulator/state.h)."""
+    library, _ = emulated_library()
+    library.configure_emulator(TURNS.index(turns), ctypes.c_uint64(seed), ctypes.c_int64(max_threads))
 
 
 def on_gpu(name, *arguments):
@@ -94,16 +93,17 @@ def on_gpu(name, *arguments):
 
 
 @contextlib.contextmanager
-def route(name):
+def route(name, seed=0):
+    """`seed`: of the order in which emulated threads and blocks get their turns."""
     if name == "cpu":
         yield
         return
     if name == "emulated":
-        emulated_library()
-    function = {"emulated": emulated, "cuda": on_gpu}[name]
+        configure("random", seed)
     with torch.library._scoped_library("dnl_ext", "IMPL") as override:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for op in OPERATORS:
-                override.impl(op, functools.partial(function, op), "CPU", allow_override=True)
+                function = getattr(torch.ops.dnl_cuda_emulated, op).default if name == "emulated" else None
+                override.impl(op, function or functools.partial(on_gpu, op), "CPU", allow_override=True)
         yield

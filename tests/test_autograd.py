@@ -169,7 +169,7 @@ class TestWhatIsComputed:
         copies = [x * 1 for x in inputs]
         y = function(op)(*copies)
         copies[0].mul_(2)
-        if op in ("unary_softmax", "pairwise_softmax"):
+        if op in ("unary_softmax", "pairwise_softmax", "whiten"):
             y.mul_(2)  # only the output is saved
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
@@ -422,6 +422,8 @@ def raw_calls(dtype=torch.float64, layout="contiguous", mask=True, lead=(2,)):
         "mean_subtract": (q, -2),
         "softmax": (k,),
         "softmax_backward": (torch.randn_like(k), raw.softmax(k)),
+        "whiten_forward": (q, "ln", 0, 1e-5),
+        "whiten_backward": (torch.randn_like(q), *raw.whiten_forward(q, "ln", 0, 1e-5), "ln", 0, 1e-5),
         "pairwise_forward": (q, k, v, m, 0.5, "channel", False),
         "pairwise_backward": (dy, q, k, v, m, *saved, 0.5, None, True, True, True, mask),
     }

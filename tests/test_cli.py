@@ -165,7 +165,7 @@ class TestTrainErrors:
             (("--epochs", "2"), "--steps or --epochs"),
             (("--layout", "plain"), "belong to --data"),
             (("--layout", "kitti"), "--layout must be one of cityscapes"),
-            (("--variant", "x"), "--variant must be one of dnl, nl, none, got x"),
+            (("--variant", "x"), "--variant must be one of dnl, dnl_shared_key, pairwise, unary, nl, none, got x"),
             (("--backend", "x"), "--backend must be one of fused, reference, got x"),
             (("--amp", "fp8"), "--amp must be one of none, bf16, got fp8"),
             (("--device", "tpu"), "--device must be auto, cpu, cuda"),

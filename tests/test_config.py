@@ -144,3 +144,11 @@ class TestDoctor:
     @pytest.mark.parametrize("arguments", [("--shape", "1,2"), ("--shape", "a,b,c"), ("--dtype", "int8")])
     def test_bad_arguments_exit_2(self, arguments):
         assert doctor(*arguments).exit_code == 2
+
+
+def test_whitening_before_the_operator_is_mentioned():
+    assert "ln, applied to query and key before" in dnl_ext.show_config(shape=(64, 8, 8), whiten="ln")["call"]["whiten"]
+    for whiten in ("channel", "in_nostd", None):
+        assert "whiten" not in dnl_ext.show_config(shape=(64, 8, 8), whiten=whiten)["call"]
+    with pytest.raises(ValueError, match=r"^whiten: expected one of"):
+        dnl_ext.show_config(shape=(64, 8, 8), whiten="nln")

@@ -1,4 +1,4 @@
-"""The CUDA route of every operator: on a GPU where there is one, and emulated on the CPU in the long form (--slow).
+"""The CUDA route of every operator: on a GPU where there is one, and emulated on the CPU.
 
 Values and gradients are held to the bar of tests/helpers.py, on its random cases. What needs the real machine (streams,
 graphs, large N, memory) is skipped without one. The emulation runs the same glue, drivers and kernels: see routes.py.
@@ -8,6 +8,7 @@ import math
 
 import helpers
 import pytest
+import routes
 import torch
 from helpers import one_thread  # noqa: F401
 from routes import HAS_GPU, OPERATORS, onto
@@ -19,7 +20,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and dnl_ext built with CUDA")
 
 CASES, AT_ONCE = 2000, 100
-EMULATED_CASES, EMULATED_AT_ONCE = 1000, 50
+EMULATED_SHORT, EMULATED_CASES, EMULATED_AT_ONCE = 20, 1000, 50
 
 
 class Onto(torch.autograd.Function):
@@ -86,11 +87,25 @@ class TestRegistration:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dnl_ext::{name}", "CUDA")
 
 
-@pytest.mark.slow
 class TestEmulated:
+    def test_error_is_within_the_bar(self, emulated):
+        report(failures(range(EMULATED_SHORT), large=0))
+
+    @pytest.mark.slow
     @pytest.mark.parametrize("first", range(0, EMULATED_CASES, EMULATED_AT_ONCE))
-    def test_error_is_within_the_bar(self, emulated, first):
+    def test_error_is_within_the_bar_long_form(self, emulated, first):
         report(failures(range(first, first + EMULATED_AT_ONCE), large=0))
+
+    def test_what_a_kernel_may_not_do_is_an_exception(self, emulated):
+        routes.configure(max_threads=64)
+        with pytest.raises(RuntimeError, match="the number of threads of a block is 256, expected 1 to 64"):
+            dnl_ext.mean_subtract(torch.randn(5, 3))
+        routes.configure()
+        dnl_ext.mean_subtract(torch.randn(5, 3))
+
+    @pytest.mark.slow
+    def test_whitening_is_within_the_bar(self, emulated):
+        report(failures(range(EMULATED_CASES // 4), op="whiten", large=0))
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_empty_batch_and_no_queries(self, emulated, dtype):

@@ -28,8 +28,8 @@ def attention_inputs(dtype=torch.float32, device="cpu"):
 
 def public_calls(device="cpu"):
     inputs = attention_inputs(device=device)
-    pick = {name: {key: inputs[key] for key in names} for name, names in PUBLIC.items() if name != "mean_subtract"}
-    return {**pick, "mean_subtract": {"x": inputs["query"]}}
+    pick = {name: {key: inputs[key] for key in names} for name, names in PUBLIC.items() if names != ("x",)}
+    return {**pick, "mean_subtract": {"x": inputs["query"]}, "whiten": {"x": inputs["query"], "name": "ln"}}
 
 
 PUBLIC = {
@@ -37,6 +37,7 @@ PUBLIC = {
     "pairwise_attention": ("query", "key", "value"),
     "unary_attention": ("mask_logits", "value"),
     "mean_subtract": ("x",),
+    "whiten": ("x",),
     "pairwise_softmax": ("query", "key"),
     "unary_softmax": ("mask_logits",),
 }
@@ -53,6 +54,10 @@ def raw_calls(device="cpu"):
     needs = dict.fromkeys(("need_query", "need_key", "need_value", "need_mask"), True)
     return {
         "mean_subtract": {"x": q, "dim": -2},
+        "whiten_forward": {"x": q, "name": "ln", "apart": 0, "eps": 1e-5},
+        "whiten_backward": {
+            "grad_output": q, "output": q.clone(), "rstd": new(B), "name": "ln", "apart": 0, "eps": 1e-5,
+        },
         "softmax": {"x": m},
         "softmax_backward": {"grad_output": m, "output": m.clone()},
         "unary_forward": {"mask_logits": m, "value": v},
@@ -268,6 +273,12 @@ SHAPES = {
     },
     ("public", "unary_softmax"): {"mask_logits": (scalar, no_columns)},
     ("public", "mean_subtract"): {"x": (scalar,)},
+    ("public", "whiten"): {"x": (scalar, lambda x: x[0, 0])},
+    ("raw", "whiten_backward"): {
+        "grad_output": (*EVERYWHERE, fewer, shorter, longer, no_rows, no_columns),
+        "output": (*EVERYWHERE, fewer, shorter, longer, no_rows, no_columns),
+        "rstd": (scalar, add, one_batch, longer, no_columns),
+    },
     ("raw", "softmax_backward"): {
         "grad_output": (*EVERYWHERE, shorter, longer, no_columns),
         "output": (*EVERYWHERE, shorter, longer, no_columns),
@@ -297,6 +308,7 @@ SHAPES["public", "pairwise_attention"] = {
 }
 SHAPES["raw", "pairwise_forward"] = SHAPES["public", "disentangled_attention"]
 SHAPES["raw", "unary_forward"] = SHAPES["public", "unary_attention"]
+SHAPES["raw", "whiten_forward"] = SHAPES["public", "whiten"]
 SHAPES["raw", "softmax"] = {"x": (scalar, no_columns)}
 SHAPES["raw", "mean_subtract"] = {"x": (scalar,)}
 WRONG_SHAPES = [
@@ -344,7 +356,7 @@ scaled = pytest.mark.parametrize(("route", "name"), SCALED)
 
 class TestOptions:
     @scaled
-    @pytest.mark.parametrize("whiten", ["spatial", "Channel", "", "none", "channels", "bn-like", "ln-like"])
+    @pytest.mark.parametrize("whiten", ["nln", "Channel", "", "none", "channels", "bn-like", "ln-like"])
     @pytest.mark.parametrize("device", ["cpu", "meta"])
     def test_unknown_whiten_is_a_value_error(self, route, name, whiten, device):
         arguments = {**CALLS[route](device)[name], "whiten": whiten}
@@ -392,7 +404,7 @@ class TestOptions:
     def test_the_reference_refuses_unknown_whiten_too(self):
         x = attention_inputs()
         with pytest.raises(ValueError, match="whiten"):
-            reference.disentangled_attention(*x.values(), whiten="spatial")
+            reference.disentangled_attention(*x.values(), whiten="nln")
 
 
 class TestEmpty:

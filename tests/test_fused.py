@@ -19,9 +19,9 @@ HALVES = (torch.bfloat16, torch.float16)
 #: Compute capability (hence shared memory: 163, 99, 227 KiB) and multiprocessors (more of them, more splits).
 GPUS = ("80,4", "89,2", "90,132", "89,24")
 CASES, SLOW_CASES, AT_ONCE = 100, 6000, 100
-#: Where the chain misses the bar too (results that are exactly zero, which no multiple of the reference's error allows
-#: for), the fused path may be as far off as the chain, but not further; and such cases must be rare.
-NO_WORSE, RARE = 1.25, 0.01
+#: A gradient that is truly zero (a single key, equal queries) comes out exactly zero in the reference, whose error then
+#: allows none. There the chain misses the bar too, now and then, and the fused path may be off as far as the chain is.
+ZERO, NO_WORSE = 1e-12, 1.25
 
 
 @pytest.fixture(params=["emulated", "cuda"])
@@ -79,22 +79,19 @@ def fused_case(seed):
 
 def check_cases(seeds, fused, monkeypatch):
     """Fail with every case above the bar."""
-    messages, excused = [], 0
+    messages = []
     for seed in seeds:
         fused(GPUS[seed % len(GPUS)])
         case = fused_case(seed)
         failed = [error for error in helpers.measure(case) if not error.passes]
-        if not failed:
-            continue
-        with monkeypatch.context() as patch:
-            patch.setenv("DNL_EXT_CUDA_PATH", "chain")
-            chain = {error.name: error for error in helpers.measure(case)}
-        missed = [e for e in failed if chain[e.name].passes or e.ours > NO_WORSE * chain[e.name].ours]
-        excused += not missed
-        if missed:
-            messages.append(f"{case} on {GPUS[seed % len(GPUS)]}\n  " + "\n  ".join(map(str, missed)))
+        if failed and all(error.size <= ZERO for error in failed):
+            with monkeypatch.context() as patch:
+                patch.setenv("DNL_EXT_CUDA_PATH", "chain")
+                chain = {error.name: error for error in helpers.measure(case)}
+            failed = [e for e in failed if chain[e.name].passes or e.ours > NO_WORSE * chain[e.name].ours]
+        if failed:
+            messages.append(f"{case} on {GPUS[seed % len(GPUS)]}\n  " + "\n  ".join(map(str, failed)))
     assert not messages, f"{len(messages)} cases failed\n" + "\n".join(messages)
-    assert excused <= max(1, RARE * len(seeds)), f"{excused} of {len(seeds)} cases only as good as the chain"
 
 
 class TestError:

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import dnl_ext
+from dnl_ext.analysis import attention_rows
 from dnl_ext.segmentation import checkpoint, memory
-from dnl_ext.segmentation.attention import attention_rows, focus, token_labels
+from dnl_ext.segmentation.attention import focus, token_labels
 from dnl_ext.segmentation.config import TrainConfig, resolve
 from dnl_ext.segmentation.errors import InputError
 from dnl_ext.segmentation.metrics import IGNORE
@@ -182,7 +183,7 @@ class TestNetwork:
         features = network.features(images)
         assert features.shape[2] * features.shape[3] == tokens(size)
 
-    @pytest.mark.parametrize("variant", ["dnl", "nl"])
+    @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "none"])
     def test_backends_agree(self, variant):
         torch.manual_seed(0)
         fused = SegmentationNetwork(4, variant, "fused", width=4, block_gain=1.0)
@@ -201,6 +202,11 @@ class TestNetwork:
         dnl, nl = (SegmentationNetwork(4, variant, width=4).block for variant in ("dnl", "nl"))
         assert (dnl.whiten, dnl.temperature) == ("channel", 0.05) and dnl.conv_mask is not None
         assert (nl.whiten, nl.temperature) == (None, 1.0) and nl.conv_mask is None
+        for variant in VARIANTS[:-1]:
+            assert SegmentationNetwork(4, variant, width=4).block.variant == variant
+        assert SegmentationNetwork(4, "none", width=4).block is None
+        with pytest.raises(ValueError, match=r"^variant: expected one of dnl, .*, none, got 'x'"):
+            SegmentationNetwork(4, "x", width=4)
 
     def test_starts_as_the_identity(self):
         network = SegmentationNetwork(4, "dnl", width=4)
@@ -264,7 +270,7 @@ class TestCheckpoint:
 
 
 class TestAttention:
-    @pytest.mark.parametrize("variant", ["dnl", "nl"])
+    @pytest.mark.parametrize("variant", ["dnl", "dnl_shared_key", "pairwise", "nl"])
     def test_rows_are_rows_of_the_map(self, variant):
         torch.manual_seed(0)
         block = SegmentationNetwork(4, variant, width=4).block
@@ -276,13 +282,31 @@ class TestAttention:
         query, key = (block._layer(role)(features)[0].flatten(1).t() for role in ("query", "key"))
         full = dnl_ext.reference.pairwise_softmax(query, key, scale=block._scale(), whiten=block.whiten)
         expected = torch.stack([full[row * 9 + column] for row, column in queries]).view(3, 6, 9)
-        torch.testing.assert_close(maps.pairwise, expected, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(maps.own, expected, rtol=1e-3, atol=1e-6)
         assert expected.amax() > 5 / 54  # the map is not flat
-        if variant == "dnl":
+        assert maps.joint == {"nl": "product", "pairwise": "pairwise"}.get(variant, "sum")
+        if variant == "pairwise":
+            assert maps.unary is None
+        else:
             torch.testing.assert_close(maps.unary.sum(), torch.tensor(1.0))
             assert maps.unary.shape == (6, 9)
-        else:
-            assert maps.unary is None
+
+    @pytest.mark.parametrize("whiten", ["channel", "spatial", "in", "fln", "bn", "bn_affine", None])
+    def test_every_whitening(self, whiten):
+        torch.manual_seed(0)
+        block = dnl_ext.DisentangledNonLocal2d(8, 4, whiten=whiten, norm=None, use_out=False).eval()
+        for conv in (block.conv_query, block.conv_key):
+            torch.nn.init.normal_(conv.weight, std=0.3)
+        x = torch.randn(1, 8, 3, 4) + 0.5
+        rows = attention_rows(block, x, [(row, column) for row in range(3) for column in range(4)])
+        weights = rows.pairwise.flatten(1) + rows.unary.flatten()
+        expected = weights @ block.conv_value(x)[0].flatten(1).t()
+        torch.testing.assert_close((block(x) - x)[0].flatten(1).t(), expected, rtol=1e-4, atol=1e-5)
+        assert rows.pairwise.max() > 3 / 12
+
+    def test_no_rows(self):
+        with pytest.raises(NotImplementedError, match=r"^mode: expected .* softmaxes, got 'dot_product'"):
+            attention_rows(dnl_ext.DisentangledNonLocal2d(8, mode="dot_product"), torch.randn(1, 8, 3, 4), [(0, 0)])
 
     @pytest.mark.parametrize("sub_sample", ["before", "after"])
     def test_sub_sampled_keys(self, sub_sample):
@@ -290,13 +314,6 @@ class TestAttention:
         maps = attention_rows(block, torch.randn(1, 8, 6, 10), [(5, 9)])
         assert maps.pairwise.shape == (1, 3, 5) and maps.unary.shape == (3, 5)
         torch.testing.assert_close(maps.pairwise.sum(), torch.tensor(1.0))
-
-    def test_wrong_calls(self):
-        block = SegmentationNetwork(4, width=4).block
-        with pytest.raises(ValueError, match="expected one image, got 2"):
-            attention_rows(block, torch.randn(2, 256, 4, 4), [(0, 0)])
-        with pytest.raises(ValueError, match=r"got \(4, 0\)"):
-            attention_rows(block, torch.randn(1, 256, 4, 4), [(4, 0)])
 
     def test_focus(self, data):
         result = focus(Trainer(TINY, data=data), queries=16)

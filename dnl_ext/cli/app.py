@@ -10,7 +10,7 @@ import importlib.util
 import typer
 from typer.core import TyperGroup
 
-COMMANDS = ("demo", "train", "maps", "bench", "doctor")
+COMMANDS = ("demo", "train", "maps", "diagnose", "ablate", "bench", "doctor")
 
 
 class LazyGroup(TyperGroup):

@@ -37,6 +37,10 @@ def train(
     threads: Annotated[int | None, option("CPU threads of PyTorch (its own choice).", RUN)] = None,
     device: Annotated[str | None, option("auto, cpu, cuda or cuda:N (auto).", RUN)] = None,
     data: Annotated[str | None, option("Folder of images and label PNGs (mosaics of photographs).", DATA)] = None,
+    task: Annotated[
+        str | None,
+        option("Built-in data: mosaic, or context: classes that are shown elsewhere in the image (mosaic).", DATA),
+    ] = None,
     layout: Annotated[
         str | None,
         option("cityscapes, ade20k, pascal-context, pascal-context-59 or plain (found by folder names).", DATA),
@@ -48,22 +52,24 @@ def train(
     workers: Annotated[int | None, option("Threads that prepare images ahead (1).", DATA)] = None,
     variant: Annotated[
         str | None,
-        option("dnl: disentangled, nl: standard non-local, none: encoder and classifier alone (dnl)."),
+        option(
+            "dnl: disentangled, dnl_shared_key: its two terms with the same keys, pairwise or unary: one term alone, "
+            "nl: standard non-local, none: encoder and classifier alone (dnl)."
+        ),
     ] = None,
     backend: Annotated[
         str | None,
         option("fused: memory linear in the tokens, reference: plain PyTorch with N x N maps (fused)."),
     ] = None,
     amp: Annotated[str | None, option("none, or bf16: autocast to bfloat16 (none).")] = None,
-    lr: Annotated[float | None, option("Peak learning rate of AdamW; polynomial decay, power 0.9 (0.002).")] = None,
+    optimizer: Annotated[str | None, option("adamw, or sgd with momentum 0.9 (adamw).")] = None,
+    lr: Annotated[float | None, option("Peak learning rate; polynomial decay, power 0.9 (0.002).")] = None,
     encoder_lr: Annotated[float | None, option("Factor on the encoder's learning rate (1).")] = None,
-    weight_decay: Annotated[float | None, option("Weight decay of AdamW (0.01).")] = None,
+    weight_decay: Annotated[float | None, option("Weight decay (0.01).")] = None,
     block_gain: Annotated[
         float | None, option("Initial weight of the BatchNorm behind the block; 0 starts it as the identity (0).")
     ] = None,
-    temperature: Annotated[
-        float | None, option("Divides the attention's logits (dnl: 0.05, the paper's; nl: 1).")
-    ] = None,
+    temperature: Annotated[float | None, option("Divides the attention's logits (0.05, the paper's; nl: 1).")] = None,
     width: Annotated[int | None, option("Channels after the encoder's first convolution (24).")] = None,
     stop_after: Annotated[int | None, typer.Option(hidden=True)] = None,
 ):
@@ -74,8 +80,9 @@ def train(
     """
     typed = {
         "steps": steps, "val_every": val_every, "save_every": save_every, "seed": seed, "threads": threads,
-        "device": device, "data": data, "layout": layout, "classes": classes, "batch_size": batch_size,
+        "device": device, "data": data, "task": task, "layout": layout, "classes": classes, "batch_size": batch_size,
         "val_images": val_images, "workers": workers, "variant": variant, "backend": backend, "amp": amp, "lr": lr,
+        "optimizer": optimizer,
         "encoder_lr": encoder_lr, "weight_decay": weight_decay, "block_gain": block_gain, "temperature": temperature,
         "width": width, "crop": parse_size(crop) if crop else None,
     }  # fmt: skip

@@ -40,6 +40,13 @@ def _norm_key(norm):
     return next((key for word, key in _NORM_KEYS if word in name), "norm_layer")
 
 
+def zero_parameters(layer):
+    """Zero the weight and the bias of a layer, where it has them."""
+    for name in ("weight", "bias"):
+        if getattr(layer, name, None) is not None:
+            nn.init.zeros_(getattr(layer, name))
+
+
 def make_norm(norm, dims, channels):
     """The norm layer for `channels` channels: ``"batch"``, a callable ``channels -> nn.Module``, or None for none."""
     if norm is None:
@@ -59,6 +66,12 @@ def check_choice(name, value, choices):
     if not any(type(value) is type(choice) and value == choice for choice in choices):
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
+
+
+def check_flags(**flags):
+    """Raise ValueError unless every value is True or False."""
+    for name, value in flags.items():
+        check_choice(name, value, (False, True))
 
 
 def check_width(name, value):

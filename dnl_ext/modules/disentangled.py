@@ -1,52 +1,11 @@
-"""Disentangled non-local blocks of 1, 2 and 3 spatial dimensions. See :class:`DisentangledNonLocal2d`.
+"""Disentangled non-local blocks of 1, 2 and 3 spatial dimensions. See :class:`DisentangledNonLocal2d`."""
 
-One implementation serves the three. What the blocks in use differ in are constructor arguments; the names under which
-they keep their layers, and how they initialise them, are a `style`, so that their checkpoints load as they are.
-"""
-
-import math
-
-import torch
-from torch import nn
-
-from .. import ops, reference
-from ._common import (
-    CONV,
-    MAX_POOL,
-    POOL_WINDOW,
-    ConvNorm,
-    check_choice,
-    check_input,
-    check_temperature,
-    check_width,
-    make_norm,
-    positions_last_but_one,
-)
-
-#: Who computes the attention. "reference" holds the N x N map and differentiates twice.
-BACKENDS = {"fused": ops, "reference": reference}
-
-#: Attribute (and state dict) name of each layer, in the order in which the original registers its parameters.
-STYLES = {
-    "plain": {
-        "query": "conv_query", "key": "conv_key", "value": "conv_value", "mask": "conv_mask",
-        "out": "conv_out", "norm": "norm",
-    },
-    "official": {
-        "query": "conv_query", "key": "conv_key", "value": "conv_value",
-        "out": "conv_out", "norm": "out_bn", "mask": "conv_mask",
-    },
-    "mmseg": {"value": "g", "out": "conv_out", "query": "theta", "key": "phi", "mask": "conv_mask"},
-}  # fmt: skip
-
-#: The official code's names of the whitening that this library has; its other names raise.
-OFFICIAL_WHITEN = {"channel": "channel", "in_nostd": "channel", None: None}
+from ._block import WHITEN_NAMES, AttentionBlock
+from ._common import check_choice, check_flags, check_width
 
 
-class _DisentangledNonLocal(nn.Module):
-    """See :class:`DisentangledNonLocal2d`; `dims` is the number of spatial dimensions."""
-
-    dims: int
+class _DisentangledNonLocal(AttentionBlock):
+    """See :class:`DisentangledNonLocal2d`."""
 
     def __init__(
         self,
@@ -54,6 +13,8 @@ class _DisentangledNonLocal(nn.Module):
         inter_channels=None,
         value_channels=None,
         *,
+        variant="dnl",
+        mode="embedded_gaussian",
         use_out=True,
         norm="batch",
         learn_gamma=False,
@@ -62,156 +23,19 @@ class _DisentangledNonLocal(nn.Module):
         mask_bias=True,
         out_bias=None,
         use_scale=True,
-        temperature=0.05,
+        temperature=None,
         sub_sample=None,
-        unary=True,
+        unary=None,
         whiten="channel",
         style="plain",
         backend="fused",
     ):
-        super().__init__()
-        self.in_channels = check_width("in_channels", in_channels)
-        self.inter_channels = (
-            max(in_channels // 2, 1) if inter_channels is None else check_width("inter_channels", inter_channels)
-        )
-        if value_channels is None:
-            value_channels = self.inter_channels if use_out else in_channels
-        self.value_channels = check_width("value_channels", value_channels)
-        if not use_out and value_channels != in_channels:
-            raise ValueError(
-                f"value_channels: expected in_channels ({in_channels}) without an out-projection, got {value_channels}"
-            )
-        for name, flag in (
-            ("use_out", use_out), ("learn_gamma", learn_gamma), ("use_scale", use_scale), ("unary", unary),
-            ("qk_bias", qk_bias), ("value_bias", value_bias), ("mask_bias", mask_bias),
-        ):  # fmt: skip
-            check_choice(name, flag, (False, True))
-        self.use_scale = use_scale
-        self.temperature = check_temperature(temperature)
-        self.sub_sample = check_choice("sub_sample", sub_sample, (None, "before", "after"))
-        self.whiten = check_choice("whiten", whiten, reference.WHITEN_NAMES)
-        self.style = check_choice("style", style, tuple(STYLES))
-        self.backend = check_choice("backend", backend, tuple(BACKENDS))
-        if style == "mmseg" and not use_out:
-            raise ValueError("use_out: expected True with style='mmseg', whose norm belongs to conv_out, got False")
-
-        norm = make_norm(norm, self.dims, in_channels)
-        out_bias = norm is None if out_bias is None else check_choice("out_bias", out_bias, (None, False, True))
-
-        def conv(inputs, outputs, bias):
-            return CONV[self.dims](inputs, outputs, kernel_size=1, bias=bias)
-
-        layers = {
-            "query": conv(in_channels, self.inter_channels, qk_bias),
-            "key": conv(in_channels, self.inter_channels, qk_bias),
-            "value": conv(in_channels, value_channels, value_bias),
-            "mask": conv(in_channels, 1, mask_bias) if unary else None,
-            "out": conv(value_channels, in_channels, out_bias) if use_out else None,
-            "norm": norm,
-        }
-        if style == "mmseg":
-            layers["out"] = ConvNorm(layers["out"], layers.pop("norm"))
-            for role in ("query", "key", "value"):
-                layers[role] = ConvNorm(layers[role])
-                if sub_sample == "after" and role != "query":
-                    layers[role] = nn.Sequential(layers[role])  # mmcv pools in the same Sequential: its key is `g.0`
-        for role, name in STYLES[style].items():
-            self.add_module(name, layers[role])
-        self.pool = MAX_POOL[self.dims](POOL_WINDOW[self.dims]) if sub_sample else None
-        self.register_parameter("gamma", nn.Parameter(torch.zeros(1)) if learn_gamma else None)
-        self.reset_parameters()
-
-    def _layer(self, role):
-        name = STYLES[self.style].get(role)
-        return None if name is None else getattr(self, name)
-
-    def reset_parameters(self):
-        """Initialise as the block of this `style` does: see the class."""
-        for role in ("query", "key", "value", "mask", "out"):
-            layer = self._layer(role)
-            if layer is None or (self.style == "mmseg" and role == "mask"):
-                continue
-            for conv in layer.modules():
-                if isinstance(conv, tuple(CONV.values())):
-                    if self.style == "mmseg" and role == "out":
-                        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-                    else:
-                        nn.init.normal_(conv.weight, std=0.01)
-                    if conv.bias is not None:
-                        nn.init.zeros_(conv.bias)
-        if self.gamma is not None:
-            nn.init.zeros_(self.gamma)
-        # A zero layer behind gamma = 0 with no unary term beside it would give neither of the two a gradient, ever.
-        if self.style != "official" and (self.gamma is None or self._layer("mask") is not None):
-            self._zero_output()
-
-    def _zero_output(self):
-        """Make the block the identity: zero the norm after the attention, or the out-projection without one."""
-        out, norm = self._layer("out"), self._layer("norm")
-        if isinstance(out, ConvNorm):
-            out, norm = out.conv, out.norm
-        last = out if norm is None else norm
-        for name in ("weight", "bias"):
-            if getattr(last, name, None) is not None:
-                nn.init.zeros_(getattr(last, name))
-
-    def _scale(self):
-        return 1.0 / ((math.sqrt(self.inter_channels) if self.use_scale else 1.0) * self.temperature)
-
-    def _attend(self, query, key, value, mask_logits):
-        """gamma * sum_j P_ij v_j + sum_j u_j v_j: (B, Nq, Dv) from (B, Nq, C'), (B, Nk, C'), (B, Nk, Dv), (B, Nk)."""
-        functional = BACKENDS[self.backend]
-        options = {"scale": self._scale(), "whiten": self.whiten}
-        if self.gamma is None:
-            return functional.disentangled_attention(query, key, value, mask_logits, **options)
-        pairwise = functional.pairwise_attention(query, key, value, **options)
-        gamma = self.gamma.to(pairwise.dtype)  # under autocast a float32 gamma would widen the whole map
-        if mask_logits is None:
-            return gamma * pairwise
-        unary = functional.unary_attention(mask_logits, value).unsqueeze(-2)
-        return torch.addcmul(unary, pairwise, gamma)
-
-    def forward(self, x):
-        """x + out(gamma * sum_j P_ij v_j + sum_j u_j v_j).
-
-        Args:
-            x: tensor (B, in_channels, *spatial), of the parameters' dtype or under autocast. B may be 0.
-
-        Returns:
-            Tensor of the shape, memory format and dtype of ``x`` (the wider dtype under autocast).
-
-        Raises:
-            TypeError: ``x`` is not a tensor.
-            ValueError: its number of dimensions, its channels or its spatial sizes do not fit.
-        """
-        check_input(x, self.dims, self.in_channels, (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims])
-        source = self.pool(x) if self.sub_sample == "before" else x
-        mask_layer = self._layer("mask")
-        query = self._layer("query")(x)
-        key = self._layer("key")(source)
-        value = self._layer("value")(source)
-        mask = None if mask_layer is None else mask_layer(source)
-        if self.sub_sample == "after":
-            key, value = self.pool(key), self.pool(value)
-            mask = None if mask is None else self.pool(mask)
-
-        y = self._attend(
-            positions_last_but_one(query),
-            positions_last_but_one(key),
-            positions_last_but_one(value),
-            None if mask is None else mask.flatten(1),
-        )
-        y = y.transpose(1, 2).unflatten(2, x.shape[2:])
-        for layer in (self._layer("out"), self._layer("norm")):
-            if layer is not None:
-                y = layer(y)
-        return x + y  # x first: where the two differ in memory format, the sum takes that of x
-
-    def extra_repr(self):
-        parts = [f"{self.in_channels}, inter_channels={self.inter_channels}, value_channels={self.value_channels}"]
-        parts += [f"{name}={getattr(self, name)!r}" for name in ("use_scale", "temperature", "whiten", "sub_sample")]
-        parts += [f"learn_gamma={self.gamma is not None}", f"style={self.style!r}", f"backend={self.backend!r}"]
-        return ", ".join(parts)
+        super().__init__(
+            in_channels, inter_channels, value_channels, variant=variant, mode=mode, use_out=use_out, norm=norm,
+            learn_gamma=learn_gamma, qk_bias=qk_bias, value_bias=value_bias, mask_bias=mask_bias, out_bias=out_bias,
+            use_scale=use_scale, temperature=temperature, sub_sample=sub_sample, unary=unary, whiten=whiten,
+            style=style, backend=backend,
+        )  # fmt: skip
 
     @classmethod
     def mmseg(
@@ -223,29 +47,37 @@ class _DisentangledNonLocal(nn.Module):
         sub_sample=False,
         norm="batch",
         *,
+        mode="embedded_gaussian",
+        variant="dnl",
+        whiten="channel",
         backend="fused",
     ):
-        """The ``dnl_block`` of mmsegmentation's DNLHead (embedded Gaussian mode), with its key names.
+        """The ``dnl_block`` of mmsegmentation's DNLHead, with its key names.
 
         State dict: ``{g,theta,phi}.conv.{weight,bias}``, ``conv_out.conv.weight``, ``conv_out.bn.*`` (without a norm
-        ``conv_out.conv.bias``), ``conv_mask.{weight,bias}``; with ``sub_sample`` ``g.0.conv.*`` and ``phi.0.conv.*``.
+        ``conv_out.conv.bias``), ``conv_mask.{weight,bias}``; with ``sub_sample`` ``g.0.conv.*`` and ``phi.0.conv.*``;
+        with ``mode="concatenation"`` ``concat_project.conv.weight``; with ``"gaussian"`` neither theta nor phi.
 
         Args:
             in_channels: channels of the input and output; the query, key and value have ``in_channels // reduction``.
-            reduction, use_scale, temperature: as there.
+            reduction, use_scale, temperature: as there; the last two are of ``"embedded_gaussian"`` alone.
             sub_sample: max-pool after the convolutions of key, value and mask. There it raises in the forward: the mask
                 keeps one logit per position while keys and values are pooled.
             norm: after ``conv_out``: ``"batch"``, a callable ``channels -> nn.Module``, or None.
-            backend: as in the class.
+            mode: as there, where ``"gaussian"`` overwrites its input and the backward of ``"concatenation"`` raises.
+            variant, whiten, backend: as in the class; there ``"dnl"`` and ``"channel"``.
         """
         check_width("in_channels", in_channels)
         return cls(
             in_channels,
             max(in_channels // check_width("reduction", reduction), 1),
+            variant=variant,
+            mode=mode,
             norm=norm,
             use_scale=use_scale,
             temperature=temperature,
             sub_sample="after" if check_choice("sub_sample", sub_sample, (False, True)) else None,
+            whiten=whiten,
             style="mmseg",
             backend=backend,
         )
@@ -262,42 +94,54 @@ class _DisentangledNonLocal(nn.Module):
         whiten_type="channel",
         with_gc=True,
         *,
+        with_unary=False,
+        with_nl=True,
         use_scale=True,
         backend="fused",
     ):
-        """The block of the paper's segmentation (NonLocal2d_bn) and detection (NonLocal2dGc) code, with its key names.
+        """The block of the paper's segmentation (NonLocal2d_bn, NonLocal2d_nowd) and detection (NonLocal2dGc) code.
 
         State dict: ``gamma``, ``conv_query.*``, ``conv_key.*``, ``conv_value.weight``, ``conv_mask.*``; with
-        ``use_out`` ``conv_value.bias`` and ``conv_out.weight``; with ``out_bn`` ``out_bn.*``.
+        ``use_out`` ``conv_value.bias`` and ``conv_out.weight``; with ``out_bn`` ``out_bn.*``; with
+        ``whiten_type="bn"`` ``{key,query}_bn.*``, with ``"bn_affine"`` ``{key,query}_bn_affine.*``.
 
         Args:
             in_channels: there ``inplanes``.
             inter_channels: there ``planes``, or in detection ``int(inplanes * ratio)``; default ``in_channels // 2``.
             temperature, use_out, out_bn: as there.
             downsample: keys, values and the mask see the max-pooled input, so there are as many mask logits as keys.
-            whiten_type: ``"channel"`` or its other name ``"in_nostd"``, alone or in a list, or None or an empty list
-                for none. Any other name raises; there, names that it does not know whiten nothing.
-            with_gc: the unary term.
+            whiten_type: a name that :func:`dnl_ext.whiten` knows, ``"bn"`` or ``"bn_affine"``, alone or in a list, or
+                None or an empty list for none. Any other raises; there, unknown names whiten nothing.
+            with_gc: the unary term with an embedding of its own.
+            with_unary: the unary term with shared keys, in place of ``with_gc``.
+            with_nl: the pairwise term. Without it there are no ``gamma``, ``conv_query`` and ``conv_key`` either.
             use_scale, backend: as in the class.
 
-        In 1-d and 3-d the original works without the unary term only; here it means the same as in 2-d.
+        In 1-d and 3-d the original works without the unary term only; here it means the same as in 2-d. With
+        ``with_unary`` its logits are those of ``"channel"`` whitening, whatever ``whiten_type`` is.
         """
         if isinstance(whiten_type, (list, tuple)) and len(whiten_type) < 2:
             whiten_type = whiten_type[0] if whiten_type else None
-        check_choice("whiten_type", whiten_type, tuple(OFFICIAL_WHITEN))
+        check_choice("whiten_type", whiten_type, WHITEN_NAMES)
+        check_flags(with_gc=with_gc, with_unary=with_unary, with_nl=with_nl, out_bn=out_bn, downsample=downsample)
+        if with_gc and with_unary:
+            raise ValueError("with_unary: expected False with with_gc=True, one unary term, got True")
+        if not with_nl and not with_gc:
+            raise ValueError("with_nl: expected True without with_gc, a block of no terms, got False")
+        variant = "dnl_shared_key" if with_unary else "dnl" if with_gc else "pairwise"
         return cls(
             in_channels,
             inter_channels,
+            variant=variant if with_nl else "unary",
             use_out=use_out,
-            norm="batch" if check_choice("out_bn", out_bn, (False, True)) else None,
-            learn_gamma=True,
+            norm="batch" if out_bn else None,
+            learn_gamma=with_nl,
             value_bias=use_out,
             out_bias=False,
             use_scale=use_scale,
             temperature=temperature,
-            sub_sample="before" if check_choice("downsample", downsample, (False, True)) else None,
-            unary=with_gc,
-            whiten=OFFICIAL_WHITEN[whiten_type],
+            sub_sample="before" if downsample else None,
+            whiten=whiten_type if with_nl else None,
             style="official",
             backend=backend,
         )
@@ -320,6 +164,12 @@ class DisentangledNonLocal2d(_DisentangledNonLocal):
         inter_channels: width of query and key; default ``in_channels // 2``.
         value_channels: width of the value; default ``inter_channels``, or ``in_channels`` without an out-projection,
             which then is the only width that fits.
+        variant: which terms there are. ``"dnl"``: both, the unary one with an embedding of its own (``conv_mask``).
+            ``"dnl_shared_key"``: both, with the unary logits m_j = <mean(q), k_j>. ``"pairwise"``, ``"unary"``: one
+            alone. ``"nl"``: the standard non-local block, the pairwise term alone and not whitened.
+        mode: the pairwise weights. ``"embedded_gaussian"``: P above. ``"gaussian"``: softmax_j <x_i, x_j>, whitened,
+            without convolutions of query and key, scale and temperature. ``"dot_product"``: <q'_i, k'_j> / N.
+            ``"concatenation"``: relu(w_q . q'_i + w_k . k'_j) / N with the weight of ``concat_project``.
         use_out: the out-projection ``conv_out``.
         norm: after it: ``"batch"``, a callable ``channels -> nn.Module`` such as ``functools.partial(nn.GroupNorm,
             32)``, or None.
@@ -329,12 +179,13 @@ class DisentangledNonLocal2d(_DisentangledNonLocal):
             those of query and key: their gradients are zero. Checkpoints have them.
         out_bias: bias of ``conv_out``; None means: where no norm follows.
         use_scale: divide the logits by ``sqrt(inter_channels)``.
-        temperature: divide the logits by this number above 0; the paper's is 0.05.
+        temperature: divide the logits by this number above 0; None is the paper's 0.05, and 1 for ``"nl"``.
         sub_sample: max-pool by 2 in H and W ``"before"`` the convolutions of key, value and mask (the official code),
             ``"after"`` them (mmcv), or None. All three are pooled, since every key needs its own value and mask logit;
             queries are not, and the output keeps its size.
-        unary: the unary term and its ``conv_mask``.
-        whiten: ``"channel"`` (the paper's) or None (a standard non-local block).
+        unary: False with ``"dnl"`` is another name of ``"pairwise"``; otherwise None, or what the variant has.
+        whiten: ``"channel"`` (the paper's), any other name of :func:`dnl_ext.whiten`, None, or ``"bn"`` and
+            ``"bn_affine"``: batch norms of query and key, without and with weights, with running statistics.
         style: names of the layers in the state dict, and their initialisation: ``"plain"`` (``conv_query``,
             ``conv_key``, ``conv_value``, ``conv_mask``, ``conv_out``, ``norm``, ``gamma``), ``"mmseg"`` or
             ``"official"``.

@@ -1,14 +1,19 @@
 """Operators: one file per operator, with its autograd Function, fake implementation and vmap rule."""
 
+from .linear import concatenation_attention, dot_product_attention, shared_key_logits
 from .pairwise import disentangled_attention, pairwise_attention, pairwise_softmax
 from .unary import unary_attention, unary_softmax
-from .whiten import mean_subtract
+from .whiten import mean_subtract, whiten
 
 __all__ = [
+    "concatenation_attention",
     "disentangled_attention",
+    "dot_product_attention",
     "mean_subtract",
     "pairwise_attention",
     "pairwise_softmax",
+    "shared_key_logits",
     "unary_attention",
     "unary_softmax",
+    "whiten",
 ]

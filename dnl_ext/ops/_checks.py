@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from ..reference import WHITEN_NAMES
+from ..reference import check_whiten_name
 
 FLOAT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -72,10 +72,7 @@ def check_query_key(query, key, scale, whiten):
         raise ValueError(f"key: expected at least one key, got shape {tuple(key.shape)}")
     if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
-    if whiten is not None and not isinstance(whiten, str):
-        raise TypeError(f"whiten: expected a string or None, got {type(whiten).__name__}")
-    if whiten not in WHITEN_NAMES:
-        raise ValueError(f"whiten: expected one of {', '.join(map(repr, WHITEN_NAMES))}, got {whiten!r}")
+    check_whiten_name(whiten)
 
 
 def check_pairwise(query, key, value, mask_logits, scale, whiten):

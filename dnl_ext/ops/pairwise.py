@@ -6,7 +6,7 @@ from torch.autograd import Function
 from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, parse_scale
 from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
 from .unary import Softmax
-from .whiten import mean_subtract
+from .whiten import whiten as _whiten
 
 _pairwise_backward = first_derivative(ops.pairwise_backward)
 
@@ -81,6 +81,13 @@ register_batching("dnl_ext::pairwise_forward")(ops.pairwise_forward)
 register_batching("dnl_ext::pairwise_backward")(ops.pairwise_backward)
 
 
+def _whitened(query, key, whiten):
+    """Query and key as the operator takes them, and its own `whiten`, which is "channel" or None."""
+    if whiten is None or whiten in ("channel", "in_nostd"):
+        return query, key, None if whiten is None else "channel"
+    return _whiten(query, whiten), _whiten(key, whiten), None
+
+
 def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, whiten="channel"):
     """Disentangled non-local attention, exact, in memory linear in Nq and Nk.
 
@@ -93,7 +100,8 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
         value: tensor (..., Nk, Dv).
         mask_logits: tensor (..., Nk), the unary term's logits; None leaves the unary term out.
         scale: factor of the logits; None means 1 / sqrt(Dqk). A temperature T is ``scale=1 / (sqrt(Dqk) * T)``.
-        whiten: ``"channel"`` (the paper's, per-channel mean over positions) or None (a standard non-local block).
+        whiten: ``"channel"`` (the paper's, per-channel mean over positions), None (a standard non-local block), or
+            another name of :func:`whiten`, which then is applied to query and key first. ``"channel"`` happens inside.
 
     All tensors share dtype, device and leading dimensions.
 
@@ -109,6 +117,7 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
     check_tensor("query", query, "(..., Nq, Dqk)")
     scale = parse_scale(query, scale)
     check_pairwise(query, key, value, mask_logits, scale, whiten)
+    query, key, whiten = _whitened(query, key, whiten)
     inputs = [x for x in (query, key, value, mask_logits) if x is not None]
     # A 16-bit output alone is too coarse for the backward; what its rounding lost is kept only if there may be one.
     save_residual = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
@@ -136,10 +145,7 @@ def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
     scale = parse_scale(query, scale)
     check_query_key(query, key, scale, whiten)
     wide = accumulate_type(query.dtype)
-    wide_query = query.to(wide)
-    wide_key = key.to(wide)
-    if whiten == "channel":
-        wide_query, wide_key = mean_subtract(wide_query), mean_subtract(wide_key)
+    wide_query, wide_key = _whiten(query.to(wide), whiten), _whiten(key.to(wide), whiten)
     with torch.autocast("cuda" if query.is_cuda else "cpu", enabled=False):  # the logits stay wide
         logits = (wide_query * scale) @ wide_key.transpose(-2, -1)
     return Softmax.apply(logits).to(query.dtype)

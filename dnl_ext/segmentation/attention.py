@@ -1,62 +1,12 @@
-"""Attention maps of a block for chosen queries, and how well they keep to the query's class.
-
-Rows are computed for the queries asked for only: a few rows of the N x N map, never the map.
-"""
+"""How well a trained block's maps keep to the query's class; the maps themselves are :mod:`dnl_ext.analysis`'s."""
 
 from typing import NamedTuple
 
 import torch
 
-from .. import reference
+from ..analysis import attention_rows
 from .metrics import IGNORE
 from .network import STRIDE
-
-
-class AttentionRows(NamedTuple):
-    """Attention weights over positions (h, w) of the keys; each map sums to 1.
-
-    pairwise: float32 tensor (queries, h, w). unary: float32 tensor (h, w), None for a block without the unary term.
-    """
-
-    pairwise: torch.Tensor
-    unary: torch.Tensor | None
-
-
-@torch.no_grad()
-def attention_rows(block, features, queries):
-    """Where chosen positions look.
-
-    Args:
-        block: a ``DisentangledNonLocal2d``.
-        features: its input, tensor (1, C, H, W).
-        queries: (row, column) positions on the H x W grid.
-
-    Returns:
-        An :class:`AttentionRows`.
-
-    Raises:
-        ValueError: ``features`` holds more than one image, or a query lies outside of it.
-    """
-    if features.shape[0] != 1:
-        raise ValueError(f"features: expected one image, got {features.shape[0]}")
-    height, width = features.shape[2:]
-    for row, column in queries:
-        if not (0 <= row < height and 0 <= column < width):
-            raise ValueError(f"queries: expected positions on {height} x {width}, got ({row}, {column})")
-    source = block.pool(features) if block.sub_sample == "before" else features
-    query, key, mask_layer = block._layer("query")(features), block._layer("key")(source), block._layer("mask")
-    mask = None if mask_layer is None else mask_layer(source)
-    if block.sub_sample == "after":
-        key, mask = block.pool(key), None if mask is None else block.pool(mask)
-    grid = key.shape[2:]
-    query, key = (x[0].flatten(1).t().float() for x in (query, key))  # (positions, C')
-    if block.whiten == "channel":
-        # The mean is over all queries of the image, not over those that were chosen.
-        query, key = reference.mean_subtract(query), reference.mean_subtract(key)
-    chosen = torch.tensor([row * width + column for row, column in queries], device=query.device)
-    pairwise = reference.pairwise_softmax(query[chosen], key, scale=block._scale(), whiten=None)
-    unary = None if mask is None else reference.unary_softmax(mask[0].flatten().float()).view(grid).cpu()
-    return AttentionRows(pairwise.view(-1, *grid).cpu(), unary)
 
 
 def token_labels(label):
@@ -84,7 +34,7 @@ class Focus(NamedTuple):
 
 
 def focus(trainer, queries=128, images=4):
-    """How a trained block's pairwise maps relate to the classes, over the first validation images.
+    """How a trained block's maps (:attr:`AttentionMaps.own`) relate to the classes, over the first validation images.
 
     This is a measure of ours, not the paper's (whose definition is not public).
 
@@ -105,7 +55,7 @@ def focus(trainer, queries=128, images=4):
         places = places[torch.randint(len(places), (queries,), generator=generator)].tolist()
         with torch.no_grad():
             features = network.features(image[None].to(trainer.device))
-        maps = attention_rows(network.block, features, places).pairwise.flatten(1)
+        maps = attention_rows(network.block, features, places).own.flatten(1)
         own = torch.tensor([labels[row, column] for row, column in places])
         same = (own[:, None] == labels.flatten()[None]).float()
         variety = (maps - maps.mean(0)).abs().sum(1).mean() / 2

@@ -8,6 +8,9 @@ from .network import STRIDE, VARIANTS
 
 AMP = ("none", "bf16")
 BACKENDS = ("fused", "reference")
+#: The built-in data sets: see :mod:`.mosaic` and :mod:`.context`.
+TASKS = ("mosaic", "context")
+OPTIMIZERS = ("adamw", "sgd")
 
 #: Settings that a resumed run may change: they name machines and places, not the run.
 FREE = ("backend", "data", "device", "save_every", "threads", "workers")
@@ -17,21 +20,24 @@ FREE = ("backend", "data", "device", "save_every", "threads", "workers")
 class TrainConfig:
     """Settings of a run; sizes in pixels, ``lr`` at its peak.
 
-    ``data`` None is the built-in data set; ``layout`` and ``classes`` None are found from the folder. ``encoder_lr``
-    multiplies the encoder's learning rate. ``val_every`` 0 validates at the end only. ``val_images`` None is all (8 of
-    the built-in mosaics). ``threads`` 0 is PyTorch's choice. ``workers`` threads prepare images ahead. For
-    ``temperature`` and ``block_gain`` see :class:`network.SegmentationNetwork`.
+    ``data`` None is the built-in data set ``task``; ``layout`` and ``classes`` None are found from the folder.
+    ``optimizer`` "sgd" has momentum 0.9. ``encoder_lr`` multiplies the encoder's learning rate. ``val_every`` 0
+    validates at the end only. ``val_images`` None is all (8 of the built-in mosaics). ``threads`` 0 is PyTorch's
+    choice. ``workers`` threads prepare images ahead. For ``temperature`` and ``block_gain`` see
+    :class:`network.SegmentationNetwork`.
     """
 
     variant: str = "dnl"
     backend: str = "fused"
     amp: str = "none"
     data: str | None = None
+    task: str = "mosaic"
     layout: str | None = None
     classes: int | None = None
     steps: int = 400
     crop: tuple = (512, 1024)
     batch_size: int = 2
+    optimizer: str = "adamw"
     lr: float = 2e-3
     encoder_lr: float = 1.0
     weight_decay: float = 0.01
@@ -48,7 +54,10 @@ class TrainConfig:
 
     def __post_init__(self):
         self.crop = tuple(self.crop)
-        for name, choices in (("variant", VARIANTS), ("backend", BACKENDS), ("amp", AMP), ("layout", LAYOUTS)):
+        for name, choices in (
+            ("variant", VARIANTS), ("backend", BACKENDS), ("amp", AMP), ("task", TASKS), ("optimizer", OPTIMIZERS),
+            ("layout", LAYOUTS),
+        ):  # fmt: skip
             if getattr(self, name) not in choices and not (name == "layout" and self.layout is None):
                 raise InputError(f"{option(name)} must be one of {', '.join(choices)}, got {getattr(self, name)}")
         for name in ("steps", "batch_size", "width", "save_every", "workers"):

@@ -16,7 +16,8 @@ import torch
 
 import dnl_ext
 
-from .attention import attention_rows, focus, token_labels
+from ..analysis import attention_rows
+from .attention import focus, token_labels
 from .config import TrainConfig
 from .errors import InputError
 from .figure import Rows, choose_queries, class_share, draw
@@ -190,7 +191,7 @@ def draw_attention(path, settings, trainers):
         with torch.no_grad():
             features = trainer.network.eval().features(image[None].to(trainer.device))
         maps = attention_rows(trainer.network.block, features, [(query.row, query.column) for query in queries])
-        shares = [class_share(m, labels, query.kind) for m, query in zip(maps.pairwise, queries, strict=True)]
+        shares = [class_share(m, labels, query.kind) for m, query in zip(maps.own, queries, strict=True)]
         rows.append(Rows(variant, maps, shares))
     draw(path, image, label, any_trainer.predict(image), classes, queries, rows)
     return {

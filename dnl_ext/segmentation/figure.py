@@ -2,27 +2,18 @@
 
 from typing import NamedTuple
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.patheffects as effects
 import matplotlib.pyplot as plt
 import numpy as np
-import torch
-import torch.nn.functional as F
-from matplotlib.colors import BoundaryNorm, ListedColormap, PowerNorm
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from scipy import ndimage
 
-from .attention import AttentionRows, token_labels
+from ..analysis import AttentionMaps
+from .attention import token_labels
 from .network import STRIDE
+from .overlay import QUERY_COLORS, heat, mark
 
 CLASS_COLORS = ("#d1495b", "#3c8d40", "#edae49", "#2e6f9e", "#8d6a9f", "#66c3c0", "#7f5539", "#f4a5ae")
-#: One colour per query, easy to tell from the heat.
-QUERY_COLORS = ("#00e5ff", "#7cff00")
-HEAT = "inferno"
 TITLES = {"nl": "Standard\nnon-local block", "dnl": "Disentangled\nnon-local block"}
 
 
@@ -38,7 +29,7 @@ class Rows(NamedTuple):
     """A line of the picture: a variant's name, its attention maps and each query's share on its own class."""
 
     variant: str
-    maps: AttentionRows
+    maps: AttentionMaps
     shares: list
 
 
@@ -65,6 +56,11 @@ def choose_queries(label, count=2):
         found.append((min(elsewhere, 0.02 * labels.size), sizes[largest - 1], Query(int(row), int(column), int(kind))))
     found.sort(key=lambda entry: entry[:2], reverse=True)
     return [query for _, _, query in found[:count]]
+
+
+def place_of(query):
+    """Pixel (x, y) in the middle of a query's token."""
+    return STRIDE * (query.column + 0.5), STRIDE * (query.row + 0.5)
 
 
 def class_share(weights, labels, kind):
@@ -94,7 +90,7 @@ def draw(path, image, label, prediction, classes, queries, rows):
     axes[0, 0].imshow(image.permute(1, 2, 0).numpy())
     axes[0, 0].set_title("Held-out mosaic of photographs, and two query pixels A and B")
     for query, name, color in zip(queries, "AB", QUERY_COLORS, strict=False):
-        mark(axes[0, 0], query, name, color)
+        mark(axes[0, 0], *place_of(query), name, color)
     class_map(axes[0, 1], label, classes, "True classes")
     miss = float((prediction != label).float().mean())
     title = f"Predicted with the disentangled block ({100 * (1 - miss):.0f} % right)"
@@ -103,12 +99,12 @@ def draw(path, image, label, prediction, classes, queries, rows):
     for line, (variant, maps, shares) in enumerate(rows, 1):
         for column, query in enumerate(queries):
             axis, name, kind = axes[line, column], "AB"[column], classes[query.kind]
-            heat(figure, axis, image, maps.pairwise[column])
-            mark(axis, query, name, QUERY_COLORS[column])
+            heat(figure, axis, image, maps.own[column])
+            mark(axis, *place_of(query), name, QUERY_COLORS[column])
             share = f"{100 * shares[column]:.0f} % of it on {kind}"
             axis.set_title(f"Where {name} looks: {share} ({100 * area[column]:.0f} % of the area)")
         axes[line, 0].set_ylabel(TITLES[variant], fontsize=13, fontweight="bold")
-        if maps.unary is None:
+        if maps.joint != "sum":
             axes[line, 2].axis("off")
             text = "This block has no unary term.\n\nAll its attention is in the maps on the left."
             axes[line, 2].text(0.5, 0.5, text, ha="center", va="center", fontsize=12, transform=axes[line, 2].transAxes)
@@ -123,15 +119,6 @@ def draw(path, image, label, prediction, classes, queries, rows):
     plt.close(figure)
 
 
-def mark(axis, query, name, color):
-    """A ring and a letter at a query."""
-    x, y = (STRIDE * (place + 0.5) for place in (query.column, query.row))
-    axis.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor="black", markeredgewidth=5)
-    axis.plot(x, y, "o", markersize=13, markerfacecolor="none", markeredgecolor=color, markeredgewidth=2.5)
-    outline = [effects.withStroke(linewidth=4, foreground="black")]
-    axis.text(x + 22, y - 16, name, color=color, fontsize=17, fontweight="bold", path_effects=outline)
-
-
 def class_map(axis, label, classes, title):
     """Classes as colours, with the names of those present."""
     colors = [CLASS_COLORS[number % len(CLASS_COLORS)] for number in range(len(classes))]
@@ -141,21 +128,3 @@ def class_map(axis, label, classes, title):
     axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=8, fontsize=8.5, frameon=False,
                 handlelength=1, handletextpad=0.4, columnspacing=1)  # fmt: skip
     axis.set_title(title)
-
-
-def heat(figure, axis, image, weights):
-    """An attention map (h, w) over the darkened photograph, in multiples of uniform attention, with a colour bar."""
-    times = weights * weights.numel()
-    # The brightest half per cent share one colour: single tokens would leave the rest black.
-    top = max(2.0, float(torch.quantile(times.flatten(), 0.995)))
-    scale = PowerNorm(0.6, 0, top, clip=True)
-    strength = scale(F.interpolate(times[None, None], size=image.shape[1:], mode="bilinear")[0, 0].numpy()).data
-    axis.imshow(image.mean(0).numpy(), cmap="gray", vmin=0, vmax=1.6)
-    colors = plt.get_cmap(HEAT)(0.12 + 0.88 * strength)
-    colors[..., 3] = 0.25 + 0.7 * strength
-    axis.imshow(colors)
-    bar = figure.colorbar(plt.cm.ScalarMappable(scale, HEAT), ax=axis, fraction=0.024, pad=0.01, extend="max")
-    bar.set_label("x uniform", fontsize=9)
-    bar.ax.tick_params(labelsize=8)
-    bar.set_ticks([tick for tick in MaxNLocator(4).tick_values(0, top) if 0 <= tick <= top])
-    bar.minorticks_off()

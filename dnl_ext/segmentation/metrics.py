@@ -2,8 +2,7 @@
 
 import torch
 
-#: Label of pixels that count neither in the loss nor in the metric.
-IGNORE = 255
+from ..analysis.consistency import IGNORE  # the label of pixels that count neither in the loss nor in the metric
 
 
 class Confusion:

@@ -183,12 +183,13 @@ class MosaicData:
 
     epoch = 256
     name = "mosaic"
+    photographs = PHOTOGRAPHS
 
     def __init__(self, size=(512, 1024), validation_size=8):
-        self.classes = tuple(photograph.name for photograph in PHOTOGRAPHS)
+        self.classes = tuple(photograph.name for photograph in self.photographs)
         self.size, self.validation_size = tuple(size), validation_size
         self.sources = {
-            part: [load_photograph(photograph, part) for photograph in PHOTOGRAPHS] for part in ("train", "val")
+            part: [load_photograph(photograph, part) for photograph in self.photographs] for part in ("train", "val")
         }
 
     def training_sample(self, seed, index, crop):

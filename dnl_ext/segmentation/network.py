@@ -11,12 +11,8 @@ STRIDE = 8
 #: Channels of the features that enter the block; its query, key and value have half as many.
 CHANNELS = 256
 
-#: What stands between encoder and classifier: constructor arguments of the block; None is no block.
-VARIANTS = {
-    "dnl": {"whiten": "channel", "unary": True, "temperature": 0.05},
-    "nl": {"whiten": None, "unary": False, "temperature": 1.0},
-    "none": None,
-}
+#: What stands between encoder and classifier: a variant of the block, or "none".
+VARIANTS = ("dnl", "dnl_shared_key", "pairwise", "unary", "nl", "none")
 
 
 def conv_norm(inputs, outputs, stride=1, dilation=1):
@@ -41,10 +37,11 @@ class SegmentationNetwork(nn.Module):
 
     Args:
         classes: number of classes.
-        variant: "dnl" (disentangled: whitened pairwise + unary term), "nl" (standard non-local block) or "none".
+        variant: of the block, as :class:`dnl_ext.DisentangledNonLocal2d` names them: "dnl" (disentangled: whitened
+            pairwise + unary term), "dnl_shared_key", "pairwise", "unary", "nl" (standard non-local block); or "none".
         backend: "fused" or "reference" (plain PyTorch, which holds maps of N x N); the same parameters and results.
         width: channels after the first convolution; 24 makes 0.7 M parameters in all.
-        temperature: divides the block's logits; None is the variant's own (dnl: the paper's 0.05, nl: 1).
+        temperature: divides the block's logits; None is the variant's own (the paper's 0.05, nl: 1).
         block_gain: initial weight of the BatchNorm behind the block. 0 makes the block start as the identity, as in
             mmsegmentation; a short training then hardly reaches the attention, which gets its gradient through it.
     """
@@ -59,12 +56,13 @@ class SegmentationNetwork(nn.Module):
             Residual(4 * w, 1), Residual(4 * w, 2),
             conv_norm(4 * w, CHANNELS), nn.ReLU(),
         )  # fmt: skip
-        options = VARIANTS[variant]
-        if options is None:
-            self.block = None
-        else:
-            options = options if temperature is None else {**options, "temperature": temperature}
-            self.block = DisentangledNonLocal2d(CHANNELS, CHANNELS // 2, style="mmseg", backend=backend, **options)
+        if variant not in VARIANTS:
+            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+        self.block = None
+        if variant != "none":
+            self.block = DisentangledNonLocal2d(
+                CHANNELS, CHANNELS // 2, variant=variant, temperature=temperature, style="mmseg", backend=backend
+            )
             nn.init.constant_(self.block.conv_out.bn.weight, block_gain)
         self.classifier = nn.Conv2d(CHANNELS, classes, 1)
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from . import checkpoint
+from .context import ContextData
 from .errors import InputError, Interrupted
 from .folders import FolderData
 from .log import CsvLog
@@ -50,7 +51,8 @@ def open_data(config):
     if config.data is None:
         if config.layout is not None or config.classes is not None:
             raise InputError("--layout and --classes belong to --data DIR")
-        return MosaicData(config.crop, config.val_images or 8)
+        builtin = {"mosaic": MosaicData, "context": ContextData}[config.task]
+        return builtin(config.crop, config.val_images or 8)
     return FolderData(config.data, config.layout, config.classes, config.val_images)
 
 
@@ -134,7 +136,10 @@ class Trainer:
             {"params": list(self.network.encoder.parameters()), "factor": config.encoder_lr},
             {"params": [p for n, p in self.network.named_parameters() if not n.startswith("encoder.")], "factor": 1.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(groups, config.lr, momentum=0.9, weight_decay=config.weight_decay)
+        else:
+            self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
         self.step, self.validated, self.miou, self.confusion, self.step_seconds = 0, 0, None, None, []
         if state is not None:
             self._restore(state, state_path)

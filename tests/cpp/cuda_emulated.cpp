@@ -5,6 +5,23 @@
 // clang-format off
 #include "emulator.h"
 #include "device.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+
+// Every tensor that the operators make begins as NaN, results and buffers alike: what no kernel writes shows.
+inline AOTITorchError poisoned_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
+                                             int32_t device_type, int32_t device_index, AtenTensorHandle* result) {
+  if (const AOTITorchError error =
+          aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, result))
+    return error;
+  void* data = nullptr;
+  int64_t bytes = 0;
+  if (const AOTITorchError error = aoti_torch_get_data_ptr(*result, &data)) return error;
+  if (const AOTITorchError error = aoti_torch_get_storage_size(*result, &bytes)) return error;
+  if (bytes) std::memset(data, emulator::kPoison, bytes);
+  return 0;
+}
+#define aoti_torch_empty_strided poisoned_empty_strided
 #include "core/cuda/launch.h"
 // clang-format on
 #include "ops/pairwise/pairwise_plan.h"
@@ -14,14 +31,6 @@ namespace dnl {
 class CudaDevice : public TensorMemory, public emulator::Launcher {
  public:
   using TensorMemory::TensorMemory;
-
-  // NaN in every type: what no kernel writes shows.
-  template <class T>
-  T* allocate(int64_t count) {
-    T* data = TensorMemory::allocate<T>(count);
-    if (count) std::memset(static_cast<void*>(data), emulator::kPoison, count * sizeof(T));
-    return data;
-  }
 
   // DNL_EXT_EMULATED_GPU: its compute capability and number of multiprocessors, "80,4" if not set.
   Gpu gpu() const {
@@ -67,6 +76,16 @@ class CudaDevice : public TensorMemory, public emulator::Launcher {
 };
 
 }  // namespace dnl
+
+// For tests/routes.py: in which order threads and blocks get their turns (emulator::Turns), and how many threads a
+// block may have.
+extern "C" __attribute__((visibility("default"))) void configure_emulator(int turns, uint64_t seed,
+                                                                          int64_t max_threads) {
+  emulator::Options& options = emulator::machine().options;
+  options.turns = static_cast<emulator::Turns>(turns);
+  options.seed = seed;
+  options.max_threads = max_threads;
+}
 
 // The same registrations under another name and for the key that CPU tensors have.
 #define dnl_ext dnl_cuda_emulated

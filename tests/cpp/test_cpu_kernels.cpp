@@ -230,6 +230,42 @@ void test_whiten(const CpuKernels& kernels, bool channel_first) {
   CHECK(e < 1e-6, "%s whiten first %d: error %g", kernels.name, channel_first, e);
 }
 
+// Forward and backward with statistics per column (group 1), sample (channels) or batch (all columns).
+void test_standardise(const CpuKernels& kernels, int64_t group, bool channel_first, bool deviation) {
+  const int64_t B = 3, N = 77, C = 19, groups = B * C / group;
+  const double eps = 1e-5, n = double(N * group);
+  Matrix x(B, N, C, DType::f32, channel_first, 5), y(B, N, C, DType::f32, channel_first);
+  Matrix dy(B, N, C, DType::f32, !channel_first, 1), dx(B, N, C, DType::f32, channel_first);
+  std::vector<float> rstd(groups);
+  void* saved = deviation ? rstd.data() : nullptr;
+  dnl::StandardiseArgs args{x.view(), {}, y.view(), saved, DType::f32, B, N, C, group, eps};
+  std::vector<double> workspace(kernels.standardise_workspace(args));
+  kernels.standardise(args, workspace.data(), threads(2));
+  args.input = dy.view(), args.result = y.view(), args.output = dx.view();
+  kernels.standardise(args, workspace.data(), threads(3));
+
+  std::vector<double> mean(groups), factor(groups, 1), mean_dy(groups), slope(groups), truth, gradient;
+  const auto visit = [&](auto f) {
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t i = 0; i < N; ++i)
+        for (int64_t c = 0; c < C; ++c) f((b * C + c) / group, x(b, i, c), dy(b, i, c));
+  };
+  visit([&](int64_t g, double value, double grad) { mean[g] += value / n, mean_dy[g] += grad / n; });
+  if (deviation) {
+    std::vector<double> variance(groups);
+    visit([&](int64_t g, double value, double) { variance[g] += (value - mean[g]) * (value - mean[g]) / (n - 1); });
+    for (int64_t g = 0; g < groups; ++g) factor[g] = 1 / std::sqrt(variance[g] + eps);
+    visit([&](int64_t g, double value, double grad) { slope[g] += grad * (value - mean[g]) * factor[g] / (n - 1); });
+  }
+  visit([&](int64_t g, double value, double grad) {
+    truth.push_back((value - mean[g]) * factor[g]);
+    gradient.push_back(factor[g] * (grad - mean_dy[g] - slope[g] * truth.back()));
+  });
+  const double forward = error(values(y), truth), backward = error(values(dx), gradient);
+  CHECK(forward < 1e-6 && backward < 1e-6, "%s standardise group %ld first %d deviation %d: errors %g %g", kernels.name,
+        (long)group, channel_first, deviation, forward, backward);
+}
+
 void test_softmax(const CpuKernels& kernels, int64_t columns) {
   Matrix x(4, columns, 1, DType::f32, false), p = x, dp(4, columns, 1, DType::f32, false), dx = x;
   dnl::SoftmaxArgs args{x.view(), {}, p.view(), DType::f32, 4, columns};
@@ -284,6 +320,8 @@ int main(int argc, char** argv) {
           for (int thread_count : {1, 3}) test_pairwise(*kernels, shape, dtype, options & 1, options & 2, thread_count);
     test_whiten(*kernels, false);
     test_whiten(*kernels, true);
+    for (int64_t group : {1, 19, 57})
+      for (int options = 0; options < 4; ++options) test_standardise(*kernels, group, options & 1, options & 2);
     for (int64_t columns : {1, 5, 256, 1000}) test_softmax(*kernels, columns);
   }
   return report();

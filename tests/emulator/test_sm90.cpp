@@ -49,12 +49,19 @@ Position left_operand(int t, int i) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 constexpr int kInner = 64;
+constexpr int kGroups = kInner / 8;  // of eight 128-byte rows, where k runs over the rows
+constexpr int kStride = 2048;        // from one group of eight rows to the next: apart, so that a wrong stride shows
+
+// Bytes of an operand of `count` elements along m or n.
+constexpr int image_bytes(int count, Along along) {
+  return along == Along::k ? count / 8 * kStride : (count + 63) / 64 * kGroups * kStride;
+}
 
 // d (128 threads, N / 2) = a b for operands whose image is copied to shared memory as it is.
 template <class T, int N, Along kA, Along kB, bool kRegisters>
 __global__ void product_kernel(float* d, const uint16_t* a_image, const uint16_t* b_image,
                                const uint32_t* a_registers) {  // (128 threads, slices, 4)
-  constexpr int kA_bytes = 64 * kInner * 2, kB_bytes = N * kInner * 2;
+  constexpr int kA_bytes = image_bytes(64, kA), kB_bytes = image_bytes(N, kB);
   DNL_DYNAMIC_SHARED_TILES(unsigned char, shared);
   auto *a = reinterpret_cast<uint16_t*>(shared), *b = reinterpret_cast<uint16_t*>(shared + kA_bytes);
   for (int i = threadIdx.x; i < kA_bytes / 2; i += kWarpgroup) a[i] = a_image[i];
@@ -64,10 +71,10 @@ __global__ void product_kernel(float* d, const uint16_t* a_image, const uint16_t
   float sums[N / 2];
   wgmma_fence();
   for (int slice = 0; slice < kInner / 16; ++slice) {
-    // 16 k: 32 bytes along a row, or 16 rows.
+    // 16 k: 32 bytes along a row, or two groups of rows.
     const auto descriptor = [&](const unsigned char* image, Along along) {
-      return along == Along::k ? wgmma_descriptor(image + slice * 32, 0, 1024)
-                               : wgmma_descriptor(image + slice * 16 * 128, kInner * 128, 1024);
+      return along == Along::k ? wgmma_descriptor(image + slice * 32, 0, kStride)
+                               : wgmma_descriptor(image + slice * 2 * kStride, kGroups * kStride, kStride);
     };
     const uint64_t b_operand = descriptor(shared + kA_bytes, kB);
     if constexpr (kRegisters) {
@@ -86,10 +93,13 @@ __global__ void product_kernel(float* d, const uint16_t* a_image, const uint16_t
 // The bytes of an operand (count, kInner) in shared memory. Along k: 128-byte rows of 64 k. Otherwise blocks of 64
 // elements, each with a row for every k.
 std::vector<uint16_t> image_of(const std::vector<uint16_t>& matrix, int count, Along along) {
-  std::vector<uint16_t> image(count * kInner);
+  std::vector<uint16_t> image(image_bytes(count, along) / 2);
+  const auto offset_of = [](int row, int column) {  // of rows in groups of eight
+    return row / 8 * kStride + placed(row % 8, column);
+  };
   for (int i = 0; i < count; ++i)
     for (int k = 0; k < kInner; ++k) {
-      const int offset = along == Along::k ? placed(i, k) : i / 64 * kInner * 128 + placed(k, i % 64);
+      const int offset = along == Along::k ? offset_of(i, k) : i / 64 * kGroups * kStride + offset_of(k, i % 64);
       image[offset / 2] = matrix[i * kInner + k];
     }
   return image;
@@ -116,8 +126,8 @@ void test_product() {
   const auto a_image = image_of(a, 64, kA), b_image = image_of(b, N, kB);
   std::vector<float> d(kWarpgroup * N / 2, std::numeric_limits<float>::quiet_NaN());
   emulator::Launcher().launch(&product_kernel<T, N, kA, kB, kRegisters>,
-                              LaunchShape{1, kWarpgroup, (64 + N) * kInner * 2}, d.data(), a_image.data(),
-                              b_image.data(), static_cast<const uint32_t*>(registers.data()));
+                              LaunchShape{1, kWarpgroup, image_bytes(64, kA) + image_bytes(N, kB)}, d.data(),
+                              a_image.data(), b_image.data(), static_cast<const uint32_t*>(registers.data()));
   const auto value = [](uint16_t bits) { return wide(T{bits}); };
   int wrong = 0;
   for (int t = 0; t < kWarpgroup; ++t)

@@ -188,10 +188,10 @@ __global__ void pipeline(float* out, const float* in) {
 }
 
 // A copy that is not valid writes zeros and reads nothing.
-__global__ inline void zero_fill(float* out, const float*) {
+__global__ inline void zero_fill(float* out, const float* in) {
   DNL_DYNAMIC_SHARED(float, tile);  // (kWarp * kVector)
   const int t = threadIdx.x;
-  cp_async_16(tile + t * kVector, nullptr, false);
+  cp_async_16(tile + t * kVector, t % 2 ? in + 4 : nullptr, false);
   cp_async_commit();
   cp_async_wait<0>();
   for (int i = 0; i < kVector; ++i) out[t * kVector + i] = tile[t * kVector + i];

@@ -20,6 +20,8 @@ struct CpuKernels {
   bool bf16_products;  // multiplies bf16 by bf16 into fp32; otherwise halves are widened to fp32 first
 
   void (*whiten)(const WhitenArgs&, const Executor&);
+  int64_t (*standardise_workspace)(const StandardiseArgs&);  // in doubles
+  void (*standardise)(const StandardiseArgs&, double* workspace, const Executor&);
   void (*softmax)(const SoftmaxArgs&, const Executor&);
   void (*softmax_backward)(const SoftmaxArgs&, const Executor&);
   void (*unary_forward)(const UnaryArgs&, const Executor&);

@@ -149,9 +149,12 @@ void product_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a,
 
 // A sum over a long depth is cut into slices that each start from zero: in float and double that halves the rounding
 // error of one running sum over 512, and a panel's slice stays in L1. Products of bfloat16 are exact in the accumulator
-// and far finer than their operands; there a slice only costs a pass over C. A slice is whole groups and whole runs.
+// and far finer than their operands; there a slice only costs a pass over C. Double is for checking: accuracy before
+// speed. A slice is whole groups and whole runs.
 template <class E>
-constexpr int64_t kDepthSlice = Block<E>::kGroup == 1 ? 128 : 512;
+constexpr int64_t kDepthSlice = std::is_same_v<E, double> ? 32
+                                : Block<E>::kGroup == 1   ? 128
+                                                          : 512;
 
 template <class E, Into into>
 void product(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b, PanelResult<Acc<E>> c,

@@ -1,5 +1,7 @@
-// Reductions over positions or channels of a strided matrix, in double: they read each element once, so memory sets
-// their pace and the wide sums are free.
+// Reductions over positions or channels of a strided matrix, in double and compensated: they read each element once, so
+// memory sets their pace and the wide sums are free. Compensated, because float64 inputs have no wider type, and
+// because what a mean is off by is the same for all positions and does not average out: equal rows must have themselves
+// as mean.
 #pragma once
 
 #include "core/cpu/product.h"
@@ -15,57 +17,90 @@ inline const Src* element(const View& x, int64_t batch) {
   return static_cast<const Src*>(x.data) + x.batch[batch];
 }
 
-// sum_i weight_i x_i over `count` elements `stride` apart; weight may be null.
-template <class Src>
-inline double strided_sum(const Src* x, int64_t stride, int64_t count, const Acc<Src>* weight) {
-  double lane[kReduceLanes] = {};
-  int64_t i = 0;
-  const auto lanes = [&](int64_t step) {
-    for (; i + kReduceLanes <= count; i += kReduceLanes)
-      for (int64_t l = 0; l < kReduceLanes; ++l)
-        lane[l] += double(widen(x[(i + l) * step])) * (weight ? double(weight[i + l]) : 1.0);
-  };
-  stride == 1 ? lanes(1) : lanes(stride);
-  double sum = 0;
-  for (; i < count; ++i) sum += double(widen(x[i * stride])) * (weight ? double(weight[i]) : 1.0);
-  for (int64_t l = 0; l < kReduceLanes; ++l) sum += lane[l];
-  return sum;
+// Where element (i, c) of a matrix lies, with the unit stride known to the compiler where there is one.
+struct PositionFast {
+  static constexpr bool kChannelOutside = true;
+  static int64_t at(const View& x, int64_t i, int64_t c) { return i + c * x.channel; }
+};
+struct ChannelFast {
+  static constexpr bool kChannelOutside = false;
+  static int64_t at(const View& x, int64_t i, int64_t c) { return i * x.position + c; }
+};
+struct AnyOrder {
+  static constexpr bool kChannelOutside = true;
+  static int64_t at(const View& x, int64_t i, int64_t c) { return i * x.position + c * x.channel; }
+};
+
+// Calls f(order) with the order that all of `views` have.
+template <class F, class... Views>
+inline void dispatch_order(const F& f, const Views&... views) {
+  if (((views.position == 1) && ...)) return f(PositionFast{});
+  if (((views.channel == 1) && ...)) return f(ChannelFast{});
+  f(AnyOrder{});
 }
 
-// out[c] = sum_i weight_i x[i][c] for channels [begin, end) of one batch element, at most kReduceBlock of them.
+// sum += x, and rest += what rounding took from it (Knuth's TwoSum).
+inline void add_compensated(double& sum, double& rest, double x) {
+  const double next = sum + x, part = next - sum;
+  rest += (sum - (next - part)) + (x - part);
+  sum = next;
+}
+// An infinite sum leaves a NaN beside it.
+inline double compensated(double sum, double rest) { return rest - rest == 0 ? sum + rest : sum; }
+
+// sum_i f(i) over `count` of them.
+template <class F>
+inline double lane_sum(int64_t count, const F& f) {
+  double lane[kReduceLanes] = {}, lane_rest[kReduceLanes] = {}, sum = 0, rest = 0;
+  int64_t i = 0;
+  for (; i + kReduceLanes <= count; i += kReduceLanes)
+    for (int64_t l = 0; l < kReduceLanes; ++l) add_compensated(lane[l], lane_rest[l], f(i + l));
+  for (; i < count; ++i) add_compensated(sum, rest, f(i));
+  for (int64_t l = 0; l < kReduceLanes; ++l) {
+    add_compensated(sum, rest, lane[l]);
+    rest += lane_rest[l];
+  }
+  return compensated(sum, rest);
+}
+
+// out[c - begin] = sum_i f(i, c) for channels [begin, end), at most kReduceBlock of them, visiting memory in `Order`.
+template <class Order, class F>
+inline void column_sums_of(int64_t positions, int64_t begin, int64_t end, double* out, const F& f) {
+  if constexpr (Order::kChannelOutside) {
+    for (int64_t c = begin; c < end; ++c) out[c - begin] = lane_sum(positions, [&](int64_t i) { return f(i, c); });
+  } else {
+    double sum[kReduceBlock] = {}, rest[kReduceBlock] = {};
+    for (int64_t i = 0; i < positions; ++i)
+      for (int64_t c = begin; c < end; ++c) add_compensated(sum[c - begin], rest[c - begin], f(i, c));
+    for (int64_t c = begin; c < end; ++c) out[c - begin] = compensated(sum[c - begin], rest[c - begin]);
+  }
+}
+
+// out[c - begin] = sum_i weight_i x[i][c] for channels [begin, end) of one batch element; weight may be null.
 template <class Src>
 inline void column_sums(const Src* x, const View& view, int64_t positions, int64_t begin, int64_t end,
                         const Acc<Src>* weight, double* out) {
-  if (view.position == 1 || view.channel != 1) {
-    for (int64_t c = begin; c < end; ++c)
-      out[c - begin] = strided_sum(x + c * view.channel, view.position, positions, weight);
-    return;
-  }
-  // Sums of runs, then of their results: one running sum over many positions would show in double.
-  constexpr int64_t kRun = 128;
-  for (int64_t c = begin; c < end; ++c) out[c - begin] = 0;
-  for (int64_t first = 0; first < positions; first += kRun) {
-    double run[kReduceBlock] = {};
-    for (int64_t i = first; i < std::min(positions, first + kRun); ++i) {
-      const Src* row = x + i * view.position;
-      const double w = weight ? double(weight[i]) : 1.0;
-      for (int64_t c = begin; c < end; ++c) run[c - begin] += w * double(widen(row[c]));
-    }
-    for (int64_t c = begin; c < end; ++c) out[c - begin] += run[c - begin];
-  }
+  const auto sums = [&](auto order) {
+    using Order = decltype(order);
+    const auto term = [&](int64_t i, int64_t c) {
+      return double(widen(x[Order::at(view, i, c)])) * (weight ? double(weight[i]) : 1.0);
+    };
+    column_sums_of<Order>(positions, begin, end, out, term);
+  };
+  dispatch_order(sums, view);
 }
 
-// The same for every batch element and channel, in parallel, times `factor`. out: (batches, channels).
+// The same for every batch element and channel, in parallel, over `divisor`. out: (batches, channels).
 template <class Src>
 void all_column_sums(const View& view, int64_t batches, int64_t positions, int64_t channels, const Acc<Src>* weight,
-                     int64_t weight_batch, double factor, Acc<Src>* out, const Executor& executor) {
+                     int64_t weight_batch, double divisor, Acc<Src>* out, const Executor& executor) {
   const int64_t blocks = ceil_div(channels, kReduceBlock);
   executor.parallel(batches * blocks, [&](int64_t task) {
     const int64_t b = task / blocks, begin = task % blocks * kReduceBlock;
     const int64_t end = std::min(channels, begin + kReduceBlock);
     double sums[kReduceBlock];
     column_sums(element<Src>(view, b), view, positions, begin, end, weight ? weight + b * weight_batch : nullptr, sums);
-    for (int64_t c = begin; c < end; ++c) out[b * channels + c] = static_cast<Acc<Src>>(sums[c - begin] * factor);
+    for (int64_t c = begin; c < end; ++c) out[b * channels + c] = static_cast<Acc<Src>>(sums[c - begin] / divisor);
   });
 }
 
@@ -73,19 +108,13 @@ void all_column_sums(const View& view, int64_t batches, int64_t positions, int64
 // kReduceBlock positions.
 template <class F>
 inline void row_sums(const View& view, int64_t begin, int64_t end, int64_t channels, double* out, const F& f) {
-  for (int64_t i = begin; i < end; ++i) out[i - begin] = 0;
   if (view.position == 1) {
+    double sum[kReduceBlock] = {}, rest[kReduceBlock] = {};
     for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = begin; i < end; ++i) out[i - begin] += f(i, c);
+      for (int64_t i = begin; i < end; ++i) add_compensated(sum[i - begin], rest[i - begin], f(i, c));
+    for (int64_t i = begin; i < end; ++i) out[i - begin] = compensated(sum[i - begin], rest[i - begin]);
   } else {
-    for (int64_t i = begin; i < end; ++i) {
-      double lane[8] = {};
-      int64_t c = 0;
-      for (; c + 8 <= channels; c += 8)
-        for (int64_t l = 0; l < 8; ++l) lane[l] += f(i, c + l);
-      for (; c < channels; ++c) lane[0] += f(i, c);
-      for (double value : lane) out[i - begin] += value;
-    }
+    for (int64_t i = begin; i < end; ++i) out[i - begin] = lane_sum(channels, [&](int64_t c) { return f(i, c); });
   }
 }
 

@@ -5,6 +5,7 @@
 #include "ops/pairwise/pairwise_backward_cpu.h"
 #include "ops/pairwise/pairwise_forward_cpu.h"
 #include "ops/unary/unary_cpu.h"
+#include "ops/whiten/standardise_cpu.h"
 #include "ops/whiten/whiten_cpu.h"
 
 #ifdef DNL_BF16_PRODUCTS
@@ -18,7 +19,8 @@
   namespace dnl {                                                                                                \
   const CpuKernels& kernels_##isa() {                                                                            \
     static const CpuKernels kernels = {#isa, supported, DNL_HAS_BF16_PRODUCTS,                                   \
-                                       isa::whiten, isa::softmax, isa::softmax_backward,                         \
+                                       isa::whiten, isa::standardise_workspace, isa::standardise,                \
+                                       isa::softmax, isa::softmax_backward,                                      \
                                        isa::unary_forward, isa::unary_backward,                                  \
                                        isa::pairwise_forward_workspace, isa::pairwise_forward,                   \
                                        isa::pairwise_backward_workspace, isa::pairwise_backward};                \

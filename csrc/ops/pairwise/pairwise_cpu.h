@@ -58,14 +58,13 @@ struct Means {
 
   void compute(const PairwiseArgs& args, const Executor& executor) const {
     if (value) {
-      all_column_sums<Src>(args.value, args.batches, args.keys, args.channels, nullptr, 0, 1.0 / args.keys, value,
-                           executor);
+      all_column_sums<Src>(args.value, args.batches, args.keys, args.channels, nullptr, 0, args.keys, value, executor);
       only_finite(value, args.batches * args.channels);
     }
-    all_column_sums<Src>(args.key, args.batches, args.keys, args.width, nullptr, 0, 1.0 / args.keys, key, executor);
+    all_column_sums<Src>(args.key, args.batches, args.keys, args.width, nullptr, 0, args.keys, key, executor);
     if (!query) only_finite(key, args.batches * args.width);
     if (query)
-      all_column_sums<Src>(args.query, args.batches, args.queries, args.width, nullptr, 0, 1.0 / args.queries, query,
+      all_column_sums<Src>(args.query, args.batches, args.queries, args.width, nullptr, 0, args.queries, query,
                            executor);
   }
 };

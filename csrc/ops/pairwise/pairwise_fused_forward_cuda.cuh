@@ -203,14 +203,23 @@ PairwiseShape shape_of(const PairwiseArgs& args) {
   return shape;
 }
 
+// Every tile of queries reads all keys and values. From this many on, an operand whose lines are not aligned is copied
+// once to where they are, in its own order, rather than read element by element each time.
+constexpr int64_t kReadsWorthACopy = 3;
+
 template <class T, class Device>
 void pairwise_fused_forward_cuda(const PairwiseArgs& args, Device& device, const ForwardPlan& plan) {
   const PairwiseOperands<T, Device> in(args, device, Placement::as_they_lie);
   const ForwardTile& tile = kForwardTiles[plan.tile];
   FusedForward<T> op{};
   op.query = {in.query, args.queries, args.width};
-  op.key = {in.key, args.keys, args.width};
-  op.value = {in.value, args.keys, args.channels};
+  const auto read_often = [&](const Matrix<const T>& x, int64_t channels) {
+    const FusedOperand<T> operand(x, args.keys, channels);
+    if (operand.aligned || ceil_div_of(args.queries, tile.queries) < kReadsWorthACopy) return operand;
+    return FusedOperand<T>(product_operand(device, x, args.batches, args.keys, channels, nullptr), args.keys, channels);
+  };
+  op.key = read_often(in.key, args.width);
+  op.value = read_often(in.value, args.channels);
   op.bias = in.bias;
   op.output = matrix_of<T>("query", args.output, args.batches);
   op.residual = matrix_of<T>("query", args.residual, args.batches);

@@ -129,7 +129,7 @@ void unary_map(const View& mask, const Acc<T>* lse, int64_t batches, int64_t key
       const int64_t n = gather(element<T>(mask, b), mask.position, begin, keys, Acc<T>(0), block);
       exponentials(block, lse[b]);
       std::copy(block, block + n, map + begin);
-      sum += strided_sum(map + begin, 1, n, static_cast<const Acc<T>*>(nullptr));
+      sum += lane_sum(n, [&](int64_t j) { return double(map[begin + j]); });
     }
     const Acc<T> factor = static_cast<Acc<T>>(1 / sum);
     for (int64_t j = 0; j < keys; ++j) map[j] *= factor;
@@ -171,9 +171,8 @@ void unary_mask_gradient(const UnaryArgs& args, const Acc<T>* u, const Executor&
     const double* x = dot.data + b * args.keys;
     T* out = static_cast<T*>(args.grad_mask.data) + args.grad_mask.batch[b];
     // About the first product: what all of them share would otherwise cost the mean its last digits.
-    double weighted = 0, total = 0;
-    for (int64_t j = 0; j < args.keys; ++j) weighted += double(map[j]) * (x[j] - x[0]), total += double(map[j]);
-    const double mean = weighted / total;
+    const double weighted = lane_sum(args.keys, [&](int64_t j) { return double(map[j]) * (x[j] - x[0]); });
+    const double mean = weighted / lane_sum(args.keys, [&](int64_t j) { return double(map[j]); });
     for (int64_t j = 0; j < args.keys; ++j)
       out[j * args.grad_mask.position] = narrow<T>(static_cast<A>(double(map[j]) * ((x[j] - x[0]) - mean)));
   });

@@ -1,4 +1,4 @@
-// mean_subtract: schema, checks and the CPU route.
+// mean_subtract and whiten: schemas, checks and the CPU route.
 #include "ops/whiten/whiten.h"
 
 #include "core/cpu/kernels.h"
@@ -14,8 +14,36 @@ Tensor mean_subtract_cpu(const Tensor& x, int64_t dim) {
   return call.output;
 }
 
+static void run(const StandardiseCall& call) {
+  if (call.empty()) return;
+  const Tensor workspace =
+      dnl::empty(call.output, {cpu_kernels().standardise_workspace(call.args)}, ScalarType::Double);
+  cpu_kernels().standardise(call.args, static_cast<double*>(workspace.data_ptr()), torch_threads());
+}
+
+std::tuple<Tensor, Tensor> whiten_forward_cpu(const Tensor& x, const std::string& name, int64_t apart, double eps) {
+  StandardiseCall call(x, name, apart, eps);
+  run(call);
+  return {call.output, call.rstd};
+}
+
+Tensor whiten_backward_cpu(const Tensor& grad_output, const Tensor& output, const Tensor& rstd, const std::string& name,
+                           int64_t apart, double eps) {
+  StandardiseCall call(grad_output, name, apart, eps, &output, &rstd);
+  run(call);
+  return call.output;
+}
+
 }  // namespace dnl
 
-STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) { m.def("mean_subtract(Tensor x, int dim) -> Tensor"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
+  m.def("mean_subtract(Tensor x, int dim) -> Tensor");
+  m.def("whiten_forward(Tensor x, str name, int apart, float eps) -> (Tensor output, Tensor rstd)");
+  m.def("whiten_backward(Tensor grad_output, Tensor output, Tensor rstd, str name, int apart, float eps) -> Tensor");
+}
 
-STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) { m.impl("mean_subtract", TORCH_BOX(&dnl::mean_subtract_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
+  m.impl("mean_subtract", TORCH_BOX(&dnl::mean_subtract_cpu));
+  m.impl("whiten_forward", TORCH_BOX(&dnl::whiten_forward_cpu));
+  m.impl("whiten_backward", TORCH_BOX(&dnl::whiten_backward_cpu));
+}

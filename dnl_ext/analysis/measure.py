@@ -1,0 +1,205 @@
+"""Everything about one image's attention in one pass over rows of sampled queries.
+
+The pass computes a chunk of rows, hands it to every accumulator, and forgets it. What is exact (decomposition, entropy
+of the unary map, cosine distance of inputs and outputs) needs no rows. The rest is a mean over ``queries`` random
+queries without replacement; on a map of 32,768 positions 256 of them take a fraction of the block's forward.
+"""
+
+import dataclasses
+import math
+
+import torch
+
+from .consistency import IGNORE, Consistency, OwnClassAccumulator, boundaries, map_consistency
+from .coupling import Coupling, CouplingAccumulator
+from .decomposition import Decomposition, decompose
+from .degeneration import RowAccumulator, mean_cosine_distance, row_entropy
+from .results import Estimate, to_dict
+from .terms import Terms, whiten_pair
+
+#: Queries per image where the caller names no number.
+QUERIES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class TermStatistics:
+    """One map of a block.
+
+    entropy: mean of H = -sum_j p_j log p_j over rows, in nats. entropy_share: the mean over log Nk; 1 is uniform.
+    cosine_distance, jsd: degeneration, means over pairs of queries, see :mod:`.degeneration`; for the unary map, which
+        all queries share, None.
+    own_class, boundaries: see :mod:`.consistency`; None without labels, and ``boundaries`` for all but the unary map,
+        ``own_class`` for the unary map.
+    """
+
+    entropy: Estimate
+    entropy_share: float
+    cosine_distance: Estimate | None
+    jsd: Estimate | None
+    own_class: Consistency | None
+    boundaries: Consistency | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionStatistics:
+    """One image (and head) in one block; see :mod:`dnl_ext.analysis` for what each part is.
+
+    joint: how the block joins its terms: "product", "sum", "pairwise" or "unary".
+    queries, keys: numbers of positions. sampled: queries whose rows were looked at.
+    pairwise, unary, total: :class:`TermStatistics` of each map; None where the block has none.
+    decomposition, coupling: None for a block without query and key, or with one term.
+    input_cosine_distance, output_cosine_distance: of the block's input and output between positions; None if not given.
+    """
+
+    joint: str
+    queries: int
+    keys: int
+    sampled: int
+    pairwise: TermStatistics | None
+    unary: TermStatistics | None
+    total: TermStatistics | None
+    decomposition: Decomposition | None
+    coupling: Coupling | None
+    input_cosine_distance: float | None
+    output_cosine_distance: float | None
+
+    def to_dict(self):
+        """Nested dicts of numbers; what is not finite is None."""
+        return to_dict(self)
+
+
+def sample_queries(count, wanted, generator=None, labels=None):
+    """``wanted`` of ``count`` query numbers in random order, all of them where ``wanted`` is None or larger.
+
+    With ``labels`` (Nq,), queries that have a class come first, so that others are drawn only where those run out.
+    """
+    order = torch.randperm(count, generator=generator)
+    if labels is not None:
+        order = order[torch.argsort((labels.cpu()[order] == IGNORE).to(torch.int8), stable=True)]
+    return order if wanted is None else order[:wanted]
+
+
+@torch.no_grad()
+def measure_terms(
+    terms, queries=QUERIES, *, labels=None, grad_output=None, inputs=None, outputs=None, generator=None, progress=None
+):
+    """All statistics of one image's attention.
+
+    Args:
+        terms: a :class:`terms.Terms`.
+        queries: how many random queries to take rows of (None: all), or an int64 tensor of query numbers, whose order
+            decides which are compared in pairs.
+        labels: (query labels, key labels), int64 tensors of the queries' and the keys' spatial shapes; None: none.
+        grad_output: dL/dy at the attention's output, tensor (Nq, Dv), for the coupling; None draws it.
+        inputs, outputs: the block's input and output, tensors (N, C); None leaves their distances out.
+        generator: torch.Generator on the CPU of everything random; None: one with seed 0.
+        progress: called as ``progress(done, total)`` in rows, after every chunk.
+
+    Returns:
+        An :class:`AttentionStatistics`.
+
+    Raises:
+        ValueError: a number of queries below 2, or a shape that does not fit.
+    """
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    flat_labels = None if labels is None else [x.flatten().to(terms.value.device) for x in labels]
+    check_shapes(terms, queries, flat_labels, grad_output)
+    if not isinstance(queries, torch.Tensor):
+        queries = sample_queries(terms.queries, queries, generator, flat_labels and flat_labels[0])
+    chosen = queries.to(terms.value.device)
+
+    maps = {name: RowAccumulator() for name in map_names(terms)}
+    classes = {name: OwnClassAccumulator(*flat_labels, terms.value.dtype) for name in maps} if flat_labels else {}
+    coupling = CouplingAccumulator(terms) if terms.joint in ("product", "sum") else None
+    done = 0
+    for part in chosen.split(terms.chunk()):
+        rows = terms.rows(part)
+        for name, accumulator in maps.items():
+            accumulator.add(getattr(rows, name))
+            if classes:
+                classes[name].add(part, getattr(rows, name))
+        if coupling is not None:
+            coupling.add(rows, upstream(terms, grad_output, part, generator))
+        done += len(part)
+        if progress is not None:
+            progress(done, len(chosen))
+
+    def rows_of(name):
+        if name not in maps:
+            return None
+        result = maps[name].result()
+        share = result.entropy.value / math.log(terms.positions) if terms.positions > 1 else math.nan
+        own = classes[name].result() if classes else None
+        return TermStatistics(result.entropy, share, result.cosine_distance, result.jsd, own, None)
+
+    pairwise = rows_of("pairwise")
+    return AttentionStatistics(
+        joint=terms.joint,
+        queries=terms.queries,
+        keys=terms.positions,
+        sampled=len(chosen),
+        pairwise=pairwise,
+        unary=None if terms.unary is None else unary_statistics(terms, labels and labels[1]),
+        total=pairwise if terms.joint == "pairwise" else rows_of("total"),
+        decomposition=decompose(terms),
+        coupling=None if coupling is None else coupling.result(),
+        input_cosine_distance=None if inputs is None else mean_cosine_distance(inputs),
+        output_cosine_distance=None if outputs is None else mean_cosine_distance(outputs),
+    )
+
+
+def map_names(terms):
+    """The maps to gather rows of: the total of a block with the pairwise term alone is the same map."""
+    if terms.joint == "unary":
+        return ("total",)
+    return ("pairwise",) if terms.joint == "pairwise" or not terms.gain >= 0 else ("pairwise", "total")
+
+
+def upstream(terms, grad_output, part, generator):
+    """dL/dy (n, Dv) of some queries: the caller's, or standard normal."""
+    if grad_output is not None:
+        return grad_output[part].to(terms.value.dtype)
+    shape = (len(part), terms.value.shape[1])
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(terms.value)
+
+
+def unary_statistics(terms, key_labels):
+    """:class:`TermStatistics` of the unary map."""
+    entropy = float(row_entropy(terms.unary))
+    share = entropy / math.log(terms.positions) if terms.positions > 1 else math.nan
+    edges = None
+    if key_labels is not None:
+        member, valid = boundaries(key_labels).flatten(), key_labels.flatten() != IGNORE
+        edges = map_consistency(terms.unary, member.to(terms.unary.device), valid.to(terms.unary.device))
+    return TermStatistics(Estimate(entropy, math.nan, 1), share, None, None, None, edges)
+
+
+def check_shapes(terms, queries, flat_labels, grad_output):
+    """Raise ValueError where something does not fit the terms."""
+    if isinstance(queries, torch.Tensor):
+        if queries.dim() != 1 or queries.dtype != torch.int64 or len(queries) < 2:
+            raise ValueError(f"queries: expected an int64 tensor (n,) with n >= 2, got {tuple(queries.shape)}")
+        if int(queries.min()) < 0 or int(queries.max()) >= terms.queries:
+            raise ValueError(f"queries: expected numbers from 0 to {terms.queries - 1}")
+    elif queries is not None and (isinstance(queries, bool) or not isinstance(queries, int) or queries < 2):
+        raise ValueError(f"queries: expected None, a number of at least 2 or an int64 tensor, got {queries!r}")
+    for name, x, count in zip(
+        ("query labels", "key labels"), flat_labels or (), (terms.queries, terms.positions), strict=False
+    ):
+        if len(x) != count:
+            raise ValueError(f"labels: expected {count} {name}, got {len(x)}")
+    shape = (terms.queries, terms.value.shape[1])
+    if grad_output is not None and tuple(grad_output.shape) != shape:
+        raise ValueError(f"grad_output: expected shape {shape}, got {tuple(grad_output.shape)}")
+
+
+def attention_terms(query, key, value, mask_logits=None, *, scale=None, whiten="channel", gain=1.0):
+    """The :class:`terms.Terms` of one image from the arguments of :func:`dnl_ext.disentangled_attention`.
+
+    Args:
+        query: tensor (Nq, Dqk). key: tensor (Nk, Dqk). value: tensor (Nk, Dv). mask_logits: tensor (Nk,) or None.
+        scale: None means 1 / sqrt(Dqk). whiten: as there. gain: factor of the pairwise term in the sum.
+    """
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None and query is not None else scale
+    query, key = whiten_pair(query, key, whiten)
+    return Terms(query, key, value, mask_logits, scale, whiten is not None, gain)

@@ -1,0 +1,119 @@
+"""The attention of one image as terms whose rows can be had a few at a time: pairwise, unary and total.
+
+What the terms are depends on how the block joins them:
+
+    joint       the block computes                pairwise                  unary              total
+    product     softmax(s q_i.k_j), unwhitened    softmax(s (q_i-mu).k_j)   softmax(s mu.k_j)  P_ij u_j / Z_i
+    sum         gain softmax(s q'_i.k'_j) + u_j   softmax(s q'_i.k'_j)      u = softmax(m_j)   (gain P + u) / (gain + 1)
+    pairwise    softmax(s q'_i.k'_j)              the same                  -                  the same
+    unary       u_j                               -                         u                  the same
+
+mu is the mean query. The first line is the paper's split of the standard non-local block (Yin et al., ECCV 2020,
+section 3): it multiplies two maps that can be looked at one by one, although it computes their product only.
+
+A row of a map is Nk numbers. Everything here works on chunks of rows, so memory is linear in Nq and Nk.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from .. import reference
+
+#: Values in one chunk of rows: 4 MB of float32, so that a chunk and its temporaries stay near the caches.
+CHUNK_VALUES = 2**20
+
+
+class Rows(NamedTuple):
+    """Rows of the maps for n queries: pairwise, its logarithm and total (n, Nk), unary (Nk,); None where there is none.
+
+    ``total`` is None too where a learned gain is negative: the block then has no map of positive weights.
+    """
+
+    log_pairwise: torch.Tensor | None
+    pairwise: torch.Tensor | None
+    unary: torch.Tensor | None
+    total: torch.Tensor | None
+
+
+class Terms:
+    """The terms of one image's attention.
+
+    Args:
+        query: tensor (Nq, Dqk) or None. key: tensor (Nk, Dqk) or None. Both whitened as the block does it.
+        value: tensor (Nk, Dv). mask_logits: tensor (Nk,) or None.
+        scale, gain: as in :class:`dnl_ext.modules.AttentionInputs`. whitened: whether the block whitens.
+        queries: their number, needed where there is no ``query``; None: as many as keys.
+
+    Attributes:
+        joint: "product", "sum", "pairwise" or "unary", see the module.
+        query, key: the query times ``scale``, the key: logits are ``query @ key.T``.
+        pair_query: the query of the pairwise term: less its mean where the joint is the product.
+        unary_logits: tensor (Nk,) or None. gain: float. queries, positions: Nq, Nk.
+
+    Computed in float64 for float64 inputs, otherwise in float32.
+    """
+
+    def __init__(self, query, key, value, mask_logits, scale, whitened, gain=1.0, queries=None):
+        wide = torch.float64 if value.dtype == torch.float64 else torch.float32
+        self.value, self.gain = value.to(wide), float(gain)
+        self.positions = value.shape[0]
+        self.queries = query.shape[0] if query is not None else self.positions if queries is None else queries
+        if (query is None) != (key is None) or (query is None and mask_logits is None):
+            raise ValueError("query, key: expected both, or neither and mask_logits")
+        self.query = self.key = self.pair_query = None
+        self.unary_logits = None if mask_logits is None else mask_logits.to(wide)
+        if query is None:
+            self.joint = "unary"
+        else:
+            self.query, self.key = query.to(wide) * scale, key.to(wide)
+            self.joint = "sum" if mask_logits is not None else "pairwise" if whitened else "product"
+            self.pair_query = self.query
+        if self.joint == "product":
+            mean = self.query.mean(0)
+            self.pair_query = self.query - mean
+            self.unary_logits = self.key @ mean
+        self.log_unary = None if self.unary_logits is None else torch.log_softmax(self.unary_logits, 0)
+        self.unary = None if self.log_unary is None else self.log_unary.exp()
+
+    def rows(self, queries):
+        """The :class:`Rows` of the queries with these numbers (n,); the caller keeps n small."""
+        if self.joint == "unary":
+            return Rows(None, None, self.unary, self.unary.expand(len(queries), -1))
+        logs = torch.log_softmax(self.pair_query[queries] @ self.key.T, 1)
+        pairwise = logs.exp()
+        if self.joint == "pairwise":
+            return Rows(logs, pairwise, None, pairwise)
+        if self.joint == "product":
+            return Rows(logs, pairwise, self.unary, torch.softmax(logs + self.log_unary, 1))
+        if not self.gain >= 0:
+            return Rows(logs, pairwise, self.unary, None)
+        # A gain of 0 leaves the unary map for every query; 1 is the block without a learned one.
+        return Rows(logs, pairwise, self.unary, pairwise.mul(self.gain).add_(self.unary).div_(self.gain + 1))
+
+    def chunk(self):
+        """Rows to compute at once."""
+        return max(2, CHUNK_VALUES // self.positions // 2 * 2)  # an even number: rows are compared in pairs
+
+
+def whiten_pair(query, key, name):
+    """Query (..., Nq, D) and key (..., Nk, D), in float32 or wider, whitened as :mod:`dnl_ext.reference` defines it."""
+    if query is None:
+        return None, None
+    query, key = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key))
+    return reference.whiten(query, name), reference.whiten(key, name)
+
+
+def split_images(inputs):
+    """The :class:`Terms` of every image (and head) of a block's :class:`dnl_ext.modules.AttentionInputs`, in order."""
+    lead = inputs.value.shape[:-2]
+    query, key = whiten_pair(inputs.query, inputs.key, inputs.whiten)  # first: a whitening may span the batch
+
+    def flat(x, dims):
+        return [None] * math.prod(lead) if x is None else list(x.detach().reshape(-1, *x.shape[-dims:]))
+
+    gain = float(torch.as_tensor(inputs.gain).detach())
+    parts = (flat(query, 2), flat(key, 2), flat(inputs.value, 2), flat(inputs.mask_logits, 1))
+    for entry in zip(*parts, strict=True):
+        yield Terms(*entry, inputs.scale, inputs.whiten is not None, gain, math.prod(inputs.query_shape))

@@ -1,0 +1,314 @@
+"""The non-local block that the public classes configure: layers, initialisation and forward, in 1, 2 and 3 dimensions.
+
+One implementation serves them all. What the blocks in use differ in are constructor arguments; the names under which
+they keep their layers, and how they initialise them, are a `style`, so that their checkpoints load as they are.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from .. import ops, reference
+from ._common import (
+    CONV,
+    MAX_POOL,
+    POOL_WINDOW,
+    ConvNorm,
+    check_choice,
+    check_flags,
+    check_input,
+    check_temperature,
+    check_width,
+    make_norm,
+    positions_last_but_one,
+    zero_parameters,
+)
+from ._inputs import AttentionInputs
+
+#: Who computes the attention. "reference" holds the N x N map and differentiates twice.
+BACKENDS = {"fused": ops, "reference": reference}
+
+#: Attribute (and state dict) name of each layer, in the order in which the original registers its parameters.
+STYLES = {
+    "plain": {
+        "query": "conv_query", "key": "conv_key", "value": "conv_value", "mask": "conv_mask",
+        "out": "conv_out", "norm": "norm", "concat": "concat_project",
+    },
+    "official": {
+        "query": "conv_query", "key": "conv_key", "value": "conv_value",
+        "out": "conv_out", "norm": "out_bn", "mask": "conv_mask", "concat": "concat_project",
+    },
+    "mmseg": {
+        "value": "g", "out": "conv_out", "query": "theta", "key": "phi", "concat": "concat_project",
+        "mask": "conv_mask",
+    },
+}  # fmt: skip
+
+
+class Variant(NamedTuple):
+    """Which terms a block has: the pairwise one, whether whitened, and what gives the unary one its logits."""
+
+    pairwise: bool
+    whitened: bool
+    unary: str | None  # "mask": a convolution of its own. "shared_key": the mean query times the keys.
+
+
+VARIANTS = {
+    "nl": Variant(True, False, None),
+    "pairwise": Variant(True, True, None),
+    "unary": Variant(False, False, "mask"),
+    "dnl_shared_key": Variant(True, True, "shared_key"),
+    "dnl": Variant(True, True, "mask"),
+}
+
+#: Whitening by layers with running statistics, beside the names of dnl_ext.reference: is the norm affine.
+BATCH_NORM_WHITEN = {"bn": False, "bn_affine": True}
+WHITEN_NAMES = (*reference.WHITEN_NAMES[:-1], *BATCH_NORM_WHITEN, None)
+
+#: How a pairwise term weighs the values. The first two are softmaxes.
+MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
+
+
+def resolve_variant(variant, unary, whiten):
+    """The name of the variant and its whitening, from the three arguments that speak of them."""
+    check_choice("variant", variant, tuple(VARIANTS))
+    check_choice("unary", unary, (None, False, True))
+    check_choice("whiten", whiten, WHITEN_NAMES)
+    if unary is False and variant == "dnl":
+        variant = "pairwise"
+    if unary is not None and unary != (VARIANTS[variant].unary is not None):
+        raise ValueError(f"unary: expected what variant={variant!r} has, or None, got {unary}")
+    if not VARIANTS[variant].whitened:
+        if whiten not in ("channel", None):  # "channel" is the default
+            raise ValueError(f"whiten: expected None with variant={variant!r}, got {whiten!r}")
+        whiten = None
+    return variant, "channel" if whiten == "in_nostd" else whiten
+
+
+class AttentionBlock(nn.Module):
+    """x + norm(out(attention(x))); the arguments are those of DisentangledNonLocal2d. `dims`: spatial dimensions."""
+
+    dims: int
+
+    def __init__(
+        self, in_channels, inter_channels, value_channels, *, variant, mode, use_out, norm, learn_gamma, qk_bias,
+        value_bias, mask_bias, out_bias, use_scale, temperature, sub_sample, unary, whiten, style, backend,
+    ):  # fmt: skip
+        super().__init__()
+        self.in_channels = check_width("in_channels", in_channels)
+        self.inter_channels = (
+            max(in_channels // 2, 1) if inter_channels is None else check_width("inter_channels", inter_channels)
+        )
+        if value_channels is None:
+            value_channels = self.inter_channels if use_out else in_channels
+        self.value_channels = check_width("value_channels", value_channels)
+        if not use_out and value_channels != in_channels:
+            raise ValueError(
+                f"value_channels: expected in_channels ({in_channels}) without an out-projection, got {value_channels}"
+            )
+        check_flags(
+            use_out=use_out, learn_gamma=learn_gamma, use_scale=use_scale, qk_bias=qk_bias, value_bias=value_bias,
+            mask_bias=mask_bias,
+        )  # fmt: skip
+        self.variant, self.whiten = resolve_variant(variant, unary, whiten)
+        terms = VARIANTS[self.variant]
+        self.mode = check_choice("mode", mode, MODES)
+        self.use_scale = use_scale
+        if temperature is None:
+            temperature = 1.0 if variant == "nl" else 0.05
+        self.temperature = check_temperature(temperature)
+        self.sub_sample = check_choice("sub_sample", sub_sample, (None, "before", "after"))
+        self.style = check_choice("style", style, tuple(STYLES))
+        self.backend = check_choice("backend", backend, tuple(BACKENDS))
+        if style == "mmseg" and not use_out:
+            raise ValueError("use_out: expected True with style='mmseg', whose norm belongs to conv_out, got False")
+        if learn_gamma and not terms.pairwise:
+            raise ValueError("learn_gamma: expected False with variant='unary', which has no pairwise term, got True")
+
+        norm = make_norm(norm, self.dims, in_channels)
+        out_bias = norm is None if out_bias is None else check_choice("out_bias", out_bias, (None, False, True))
+
+        def conv(inputs, outputs, bias):
+            return CONV[self.dims](inputs, outputs, kernel_size=1, bias=bias)
+
+        embedded = terms.pairwise and mode != "gaussian"
+        width = self.inter_channels if embedded else in_channels
+        layers = {
+            "query": conv(in_channels, width, qk_bias) if embedded else None,
+            "key": conv(in_channels, width, qk_bias) if embedded else None,
+            "value": conv(in_channels, value_channels, value_bias),
+            "mask": conv(in_channels, 1, mask_bias) if terms.unary == "mask" else None,
+            "out": conv(value_channels, in_channels, out_bias) if use_out else None,
+            "norm": norm,
+            # mmcv's has two spatial dimensions, positions of query and key, whatever the block's.
+            "concat": ConvNorm(nn.Conv2d(2 * width, 1, 1, bias=False)) if mode == "concatenation" else None,
+        }
+        if style == "mmseg":
+            layers["out"] = ConvNorm(layers["out"], layers.pop("norm"))
+            for role in ("query", "key", "value"):
+                if layers[role] is None:
+                    continue
+                layers[role] = ConvNorm(layers[role])
+                if sub_sample == "after" and role != "query":
+                    layers[role] = nn.Sequential(layers[role])  # mmcv pools in the same Sequential: its key is `g.0`
+        for role, name in STYLES[style].items():
+            self.add_module(name, layers[role])
+        if self.whiten in BATCH_NORM_WHITEN:
+            for role in ("key", "query"):
+                self.add_module(f"{role}_{whiten}", nn.BatchNorm1d(width, affine=BATCH_NORM_WHITEN[whiten]))
+        self.pool = MAX_POOL[self.dims](POOL_WINDOW[self.dims]) if sub_sample else None
+        self.register_parameter("gamma", nn.Parameter(torch.zeros(1)) if learn_gamma else None)
+        self.reset_parameters()
+
+    def _layer(self, role):
+        name = STYLES[self.style].get(role)
+        return None if name is None else getattr(self, name)
+
+    def reset_parameters(self):
+        """Initialise as the block of this `style` does: see the class."""
+        for role in ("query", "key", "value", "mask", "out"):
+            layer = self._layer(role)
+            if layer is None or (self.style == "mmseg" and role == "mask"):
+                continue
+            for conv in layer.modules():
+                if isinstance(conv, tuple(CONV.values())):
+                    if self.style == "mmseg" and role == "out":
+                        nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                    else:
+                        nn.init.normal_(conv.weight, std=0.01)
+                    if conv.bias is not None:
+                        nn.init.zeros_(conv.bias)
+        if self._layer("concat") is not None:
+            nn.init.kaiming_normal_(self._layer("concat").conv.weight, mode="fan_out", nonlinearity="relu")
+        if self.gamma is not None:
+            nn.init.zeros_(self.gamma)
+        # A zero layer behind gamma = 0 with no unary term beside it would give neither of the two a gradient, ever.
+        if self.style != "official" and (self.gamma is None or VARIANTS[self.variant].unary is not None):
+            out, norm = self._out_and_norm()
+            zero_parameters(out if norm is None else norm)  # the block starts as the identity
+
+    def _out_and_norm(self):
+        """The out-projection and the norm behind it, or None."""
+        out = self._layer("out")
+        return (out.conv, out.norm) if isinstance(out, ConvNorm) else (out, self._layer("norm"))
+
+    def _scale(self):
+        if self.mode == "gaussian":
+            return 1.0
+        return 1.0 / ((math.sqrt(self.inter_channels) if self.use_scale else 1.0) * self.temperature)
+
+    def _embed(self, x):
+        """Query (B, Nq, C'), key (B, Nk, C'), value (B, Nk, Dv) and mask logits (B, Nk), or None, of an input.
+
+        Query and key are whitened where layers of the block do that, and else as the convolutions give them.
+        """
+        terms, source = VARIANTS[self.variant], self.pool(x) if self.sub_sample == "before" else x
+
+        def layer(role, y):
+            return self._layer(role)(y)
+
+        value = layer("value", source)
+        mask = layer("mask", source) if terms.unary == "mask" else None
+        if not terms.pairwise:
+            query = key = None
+        elif self.mode == "gaussian":
+            query, key = x.to(value.dtype), source.to(value.dtype)  # under autocast the value is narrower
+        else:
+            query, key = layer("query", x), layer("key", source)
+        if self.sub_sample == "after":
+            key, value, mask = (None if y is None else self.pool(y) for y in (key, value, mask))
+        value, mask = positions_last_but_one(value), None if mask is None else mask.flatten(1)
+        if not terms.pairwise:
+            return None, None, value, mask
+        query, key = positions_last_but_one(query), positions_last_but_one(key)
+        if terms.unary == "shared_key":
+            mask = BACKENDS[self.backend].shared_key_logits(query, key)
+        if self.whiten in BATCH_NORM_WHITEN:
+            query, key = (
+                getattr(self, f"{role}_{self.whiten}")(y.transpose(1, 2)).transpose(1, 2)
+                for role, y in (("query", query), ("key", key))
+            )
+        return query, key, value, mask
+
+    def attention_inputs(self, x):
+        """What the attention receives for an input, see :class:`AttentionInputs`; arguments as in :meth:`forward`.
+
+        Raises:
+            NotImplementedError: the pairwise term is no softmax (``mode``).
+        """
+        check_input(x, self.dims, self.in_channels, (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims])
+        if VARIANTS[self.variant].pairwise and self.mode not in ("embedded_gaussian", "gaussian"):
+            raise NotImplementedError(f"mode: expected 'embedded_gaussian' or 'gaussian', softmaxes, got {self.mode!r}")
+        query, key, value, mask = self._embed(x)
+        return AttentionInputs(
+            query, key, value, mask,
+            scale=self._scale(),
+            whiten=None if self.whiten in BATCH_NORM_WHITEN else self.whiten,
+            gain=1.0 if self.gamma is None else self.gamma,
+            query_shape=tuple(x.shape[2:]),
+            key_shape=tuple((x if self.pool is None else self.pool(x[:, :1])).shape[2:]),
+        )  # fmt: skip
+
+    def _pairwise(self, functional, query, key, value):
+        """The pairwise term (B, Nq, Dv)."""
+        whiten = None if self.whiten in BATCH_NORM_WHITEN else self.whiten
+        if self.mode in ("embedded_gaussian", "gaussian"):
+            return functional.pairwise_attention(query, key, value, scale=self._scale(), whiten=whiten)
+        query, key = functional.whiten(query, whiten), functional.whiten(key, whiten)
+        if self.mode == "dot_product":
+            return functional.dot_product_attention(query, key, value)
+        by_query, by_key = self._layer("concat").conv.weight.to(query.dtype).flatten().chunk(2)
+        return functional.concatenation_attention(query @ by_query, key @ by_key, value)
+
+    def _attend(self, query, key, value, mask_logits):
+        """gamma * sum_j P_ij v_j + sum_j u_j v_j: (B, Nq, Dv) from (B, Nq, C'), (B, Nk, C'), (B, Nk, Dv), (B, Nk).
+
+        Without a pairwise term, that is without query and key, (B, 1, Dv).
+        """
+        functional = BACKENDS[self.backend]
+        if query is None:
+            return functional.unary_attention(mask_logits, value).unsqueeze(-2)
+        if self.gamma is None and self.mode in ("embedded_gaussian", "gaussian"):
+            whiten = None if self.whiten in BATCH_NORM_WHITEN else self.whiten
+            return functional.disentangled_attention(query, key, value, mask_logits, scale=self._scale(), whiten=whiten)
+        pairwise = self._pairwise(functional, query, key, value)
+        # Under autocast a float32 gamma would widen the whole map.
+        gamma = None if self.gamma is None else self.gamma.to(pairwise.dtype)
+        if mask_logits is None:
+            return gamma * pairwise if gamma is not None else pairwise
+        unary = functional.unary_attention(mask_logits, value).unsqueeze(-2)
+        return unary + pairwise if gamma is None else torch.addcmul(unary, pairwise, gamma)
+
+    def forward(self, x):
+        """x + out(gamma * sum_j P_ij v_j + sum_j u_j v_j).
+
+        Args:
+            x: tensor (B, in_channels, *spatial), of the parameters' dtype or under autocast. B may be 0.
+
+        Returns:
+            Tensor of the shape, memory format and dtype of ``x`` (the wider dtype under autocast).
+
+        Raises:
+            TypeError: ``x`` is not a tensor.
+            ValueError: its number of dimensions, its channels or its spatial sizes do not fit.
+        """
+        check_input(x, self.dims, self.in_channels, (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims])
+        y = self._attend(*self._embed(x))
+        grid = x.shape[2:] if VARIANTS[self.variant].pairwise else (1,) * self.dims
+        y = y.transpose(1, 2).unflatten(2, grid)
+        out, norm = self._out_and_norm()
+        # One vector for every position is projected once; a norm sees it at each of them, as beside other terms.
+        if out is not None:
+            y = out(y)
+        if norm is not None:
+            y = norm(y.expand(*y.shape[:2], *x.shape[2:]))
+        return x + y  # x first: where the two differ in memory format, the sum takes that of x
+
+    def extra_repr(self):
+        parts = [f"{self.in_channels}, inter_channels={self.inter_channels}, value_channels={self.value_channels}"]
+        names = ("variant", "mode", "use_scale", "temperature", "whiten", "sub_sample")
+        parts += [f"{name}={getattr(self, name)!r}" for name in names]
+        parts += [f"learn_gamma={self.gamma is not None}", f"style={self.style!r}", f"backend={self.backend!r}"]
+        return ", ".join(parts)

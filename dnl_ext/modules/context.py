@@ -1,0 +1,194 @@
+"""Global context of 1, 2 and 3 spatial dimensions: one vector for all positions, pooled by the unary operator.
+
+See :class:`GlobalContext2d` (GCNet) and :class:`SimplifiedNonLocal2d`.
+"""
+
+from torch import nn
+
+from ._block import BACKENDS
+from ._common import CONV, check_choice, check_input, check_width, positions_last_but_one, zero_parameters
+from ._inputs import AttentionInputs
+
+
+class _Pooling(nn.Module):
+    """A block that pools its input with the softmax of ``conv_mask``, or evenly."""
+
+    dims: int
+
+    def _setup(self, in_channels, backend):
+        self.in_channels = check_width("in_channels", in_channels)
+        self.backend = check_choice("backend", backend, ("fused", "reference"))
+
+    def attention_inputs(self, x):
+        """The pooling as attention: one map for all positions, of the input itself. See :class:`AttentionInputs`."""
+        check_input(x, self.dims, self.in_channels, (1,) * self.dims)
+        mask = x.new_zeros(x.shape[0], x[0, 0].numel()) if self.conv_mask is None else self.conv_mask(x).flatten(1)
+        value, shape = positions_last_but_one(x), tuple(x.shape[2:])
+        return AttentionInputs(None, None, value, mask, 1.0, None, 1.0, query_shape=shape, key_shape=shape)
+
+    def _pool(self, x):
+        """sum_j softmax_j(conv_mask(x)) x_j, or the mean without a mask: (B, C, *spatial) to (B, C, 1, ...)."""
+        check_input(x, self.dims, self.in_channels, (1,) * self.dims)
+        if self.conv_mask is None:
+            return x.mean(tuple(range(2, x.dim())), keepdim=True)
+        mask = self.conv_mask(x).flatten(1)
+        value = positions_last_but_one(x).to(mask.dtype)  # under autocast the mask is narrower than x
+        context = BACKENDS[self.backend].unary_attention(mask, value)
+        return context.reshape(*context.shape, *(1,) * self.dims)
+
+
+class _GlobalContext(_Pooling):
+    """See :class:`GlobalContext2d`."""
+
+    def __init__(self, in_channels, ratio=0.25, pooling_type="att", fusion_types=("channel_add",), *, backend="fused"):
+        super().__init__()
+        self._setup(in_channels, backend)
+        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
+            raise ValueError(f"ratio: expected a number above 0, got {ratio!r}")
+        self.ratio, self.planes = ratio, max(int(in_channels * ratio), 1)
+        self.pooling_type = check_choice("pooling_type", pooling_type, ("att", "avg"))
+        if not isinstance(fusion_types, (list, tuple)) or not fusion_types:
+            raise ValueError(f"fusion_types: expected a list or tuple of at least one name, got {fusion_types!r}")
+        for name in fusion_types:
+            check_choice("fusion_types", name, ("channel_add", "channel_mul"))
+        self.fusion_types = tuple(fusion_types)
+        conv = CONV[self.dims]
+        self.conv_mask = conv(in_channels, 1, kernel_size=1) if pooling_type == "att" else None
+
+        def transform():
+            return nn.Sequential(
+                conv(in_channels, self.planes, kernel_size=1),
+                nn.LayerNorm([self.planes, *(1,) * self.dims]),
+                nn.ReLU(inplace=True),
+                conv(self.planes, in_channels, kernel_size=1),
+            )
+
+        self.channel_add_conv = transform() if "channel_add" in fusion_types else None
+        self.channel_mul_conv = transform() if "channel_mul" in fusion_types else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """``conv_mask`` Kaiming normal, the last convolution of each transform zero: x + 0, or x * sigmoid(0)."""
+        if self.conv_mask is not None:
+            nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
+            nn.init.zeros_(self.conv_mask.bias)
+        for transform in (self.channel_add_conv, self.channel_mul_conv):
+            if transform is not None:
+                zero_parameters(transform[-1])
+
+    def forward(self, x):
+        """x * sigmoid(mul(c)) + add(c) for the context c of x.
+
+        Args:
+            x: tensor (B, in_channels, *spatial). B may be 0.
+
+        Returns:
+            Tensor of the shape and memory format of ``x``.
+
+        Raises:
+            TypeError: ``x`` is not a tensor. ValueError: its dimensions or channels do not fit.
+        """
+        context, y = self._pool(x), x
+        if self.channel_mul_conv is not None:
+            y = y * self.channel_mul_conv(context).sigmoid()
+        if self.channel_add_conv is not None:
+            y = y + self.channel_add_conv(context)
+        return y
+
+    def extra_repr(self):
+        return (
+            f"{self.in_channels}, ratio={self.ratio}, pooling_type={self.pooling_type!r}, "
+            f"fusion_types={self.fusion_types!r}, backend={self.backend!r}"
+        )
+
+
+class GlobalContext1d(_GlobalContext):
+    """GCNet's block on (B, C, L); arguments as :class:`GlobalContext2d`."""
+
+    dims = 1
+
+
+class GlobalContext2d(_GlobalContext):
+    """GCNet's global context block on (B, C, H, W): x * sigmoid(mul(c)) + add(c), c = sum_j softmax_j(conv_mask x) x_j.
+
+    Args:
+        in_channels: channels of the input and the output.
+        ratio: the transforms ``add`` and ``mul`` (convolution, LayerNorm, ReLU, convolution) are
+            ``int(in_channels * ratio)`` wide, at least 1.
+        pooling_type: ``"att"``, or ``"avg"``: c is the mean, without ``conv_mask``.
+        fusion_types: ``"channel_add"``, ``"channel_mul"`` or both, in a list or tuple.
+        backend: ``"fused"``, or ``"reference"``: plain PyTorch.
+
+    State dict: mmcv's ContextBlock, ``conv_mask.*``, ``channel_add_conv.{0,1,3}.*``, ``channel_mul_conv.{0,1,3}.*``.
+
+    Raises:
+        ValueError: an option or width that does not fit.
+
+    Source: Cao et al., "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond", 2019, equation 5.
+    """
+
+    dims = 2
+
+
+class GlobalContext3d(_GlobalContext):
+    """GCNet's block on (B, C, T, H, W); arguments as :class:`GlobalContext2d`."""
+
+    dims = 3
+
+
+class _SimplifiedNonLocal(_Pooling):
+    """See :class:`SimplifiedNonLocal2d`."""
+
+    def __init__(self, in_channels, *, backend="fused"):
+        super().__init__()
+        self._setup(in_channels, backend)
+        conv = CONV[self.dims]
+        self.conv_value = conv(in_channels, in_channels, kernel_size=1, bias=False)
+        self.conv_mask = conv(in_channels, 1, kernel_size=1)
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """Weights normal with deviation 0.01, the bias zero."""
+        for conv in (self.conv_value, self.conv_mask):
+            nn.init.normal_(conv.weight, std=0.01)
+        nn.init.zeros_(self.conv_mask.bias)
+
+    def forward(self, x):
+        """x_i + conv_value(sum_j softmax_j(conv_mask x) x_j); see :class:`GlobalContext2d` for ``x`` and errors."""
+        return x + self.conv_value(self._pool(x))
+
+    def extra_repr(self):
+        return f"{self.in_channels}, backend={self.backend!r}"
+
+
+class SimplifiedNonLocal1d(_SimplifiedNonLocal):
+    """Simplified non-local block on (B, C, L); arguments as :class:`SimplifiedNonLocal2d`."""
+
+    dims = 1
+
+
+class SimplifiedNonLocal2d(_SimplifiedNonLocal):
+    """GCNet's simplified non-local block on (B, C, H, W): out_i = x_i + W_v sum_j softmax_j(conv_mask x) x_j.
+
+    The unary term of a DNL block alone. ``conv_value`` has no bias, so it may follow the pooling, where it costs C^2 in
+    place of N C^2.
+
+    Args:
+        in_channels: channels of the input and the output.
+        backend: ``"fused"``, or ``"reference"``: plain PyTorch.
+
+    State dict: ``conv_value.weight``, ``conv_mask.{weight,bias}``.
+
+    Raises:
+        ValueError: a width that does not fit.
+
+    Source: Cao et al., GCNet, equation 3; the names of the paper's segmentation code (Unary2d).
+    """
+
+    dims = 2
+
+
+class SimplifiedNonLocal3d(_SimplifiedNonLocal):
+    """Simplified non-local block on (B, C, T, H, W); arguments as :class:`SimplifiedNonLocal2d`."""
+
+    dims = 3

@@ -1,0 +1,224 @@
+"""Multi-head attention over tokens with disentangled terms. See :class:`DisentangledMultiheadAttention`."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .. import reference
+from ._block import BACKENDS
+from ._common import check_choice, check_flags, check_temperature, check_width
+
+
+class DisentangledMultiheadAttention(nn.Module):
+    """``nn.MultiheadAttention`` whose heads may whiten their pairwise term and add a unary one.
+
+    Head h of query i:  sum_j (P_ij + u_j) v_j,  P_ij = softmax_j(<q'_i, k'_j> / (sqrt(d) temperature)),
+    u_j = softmax_j(m_j), with m = ``mask_proj(key)``, one logit per head. Without the unary term and with
+    ``whiten=None`` it is ``nn.MultiheadAttention``.
+
+    Memory is linear in the sequence lengths with ``need_weights=False`` and without masks. Otherwise the L x S map of
+    every head is built, in plain PyTorch: ``need_weights=True`` (the default, as in torch) returns it anyway.
+
+    Args:
+        embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype: as there.
+        dropout: 0; anything else raises, since the fused attention has none.
+        add_bias_kv, add_zero_attn: False; anything else raises.
+        unary: the unary term and its ``mask_proj``, a linear layer of ``kdim`` inputs.
+        whiten: a name of :func:`dnl_ext.whiten` or None, for each head; means are over all positions of a sequence.
+        temperature: divides the logits.
+        backend: ``"fused"``, or ``"reference"``: plain PyTorch.
+
+    State dict: that of ``nn.MultiheadAttention``, and ``mask_proj.*`` with the unary term.
+
+    Raises:
+        ValueError: an option that does not fit. NotImplementedError: dropout, add_bias_kv, add_zero_attn.
+
+    Source: Vaswani et al., "Attention Is All You Need", 2017; the two terms are equation 10 of Yin et al., ECCV 2020.
+    """
+
+    # nn.TransformerEncoderLayer has a fast path in C++ that reads the parameters of its attention and never calls its
+    # forward; it does not take a module that says so.
+    _qkv_same_embed_dim = False
+
+    def __init__(
+        self, embed_dim, num_heads, dropout=0.0, bias=True, add_bias_kv=False, add_zero_attn=False, kdim=None,
+        vdim=None, batch_first=False, device=None, dtype=None, *, unary=True, whiten="channel", temperature=1.0,
+        backend="fused",
+    ):  # fmt: skip
+        super().__init__()
+        self.embed_dim, self.num_heads = check_width("embed_dim", embed_dim), check_width("num_heads", num_heads)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim: expected a multiple of num_heads ({num_heads}), got {embed_dim}")
+        self.head_dim = embed_dim // num_heads
+        self.kdim = embed_dim if kdim is None else check_width("kdim", kdim)
+        self.vdim = embed_dim if vdim is None else check_width("vdim", vdim)
+        check_flags(bias=bias, batch_first=batch_first, unary=unary)
+        for name, value in (("dropout", dropout), ("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
+            if value:
+                raise NotImplementedError(f"{name}: expected {type(value)(0)}, got {value}")
+        self.dropout, self.batch_first, self.unary = 0.0, batch_first, unary
+        self.whiten = check_choice("whiten", whiten, reference.WHITEN_NAMES)
+        self.temperature = check_temperature(temperature)
+        self.backend = check_choice("backend", backend, tuple(BACKENDS))
+
+        options = {"device": device, "dtype": dtype}
+        packed = self.kdim == self.vdim == embed_dim
+
+        def weight(rows, columns):
+            return nn.Parameter(torch.empty(rows, columns, **options))
+
+        # In the order of nn.MultiheadAttention, absent ones too.
+        self.register_parameter("q_proj_weight", None if packed else weight(embed_dim, embed_dim))
+        self.register_parameter("k_proj_weight", None if packed else weight(embed_dim, self.kdim))
+        self.register_parameter("v_proj_weight", None if packed else weight(embed_dim, self.vdim))
+        self.register_parameter("in_proj_weight", weight(3 * embed_dim, embed_dim) if packed else None)
+        self.register_parameter("in_proj_bias", nn.Parameter(torch.empty(3 * embed_dim, **options)) if bias else None)
+        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
+        self.mask_proj = nn.Linear(self.kdim, num_heads, **options) if unary else None
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        """As ``nn.MultiheadAttention``; ``mask_proj`` normal with deviation 0.01 and zero bias."""
+        for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            if getattr(self, name) is not None:
+                nn.init.xavier_uniform_(getattr(self, name))
+        self.out_proj.reset_parameters()
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+        if self.mask_proj is not None:
+            nn.init.normal_(self.mask_proj.weight, std=0.01)
+            nn.init.zeros_(self.mask_proj.bias)
+
+    def _heads(self, *inputs):
+        """Query, key and value (B, length, dim) projected, each (B, heads, length, head_dim): views."""
+        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        projected = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+        return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected]
+
+    def _map(self, query, key, mask_logits, key_padding_mask, attn_mask, scale):
+        """P_ij + u_j of every head, (B, heads, L, S)."""
+        functional = BACKENDS[self.backend]
+        if key_padding_mask is None and attn_mask is None:
+            pairwise = functional.pairwise_softmax(query, key, scale=scale, whiten=self.whiten)
+        else:
+            query, key = functional.whiten(query, self.whiten), functional.whiten(key, self.whiten)
+            logits = (query * scale) @ key.transpose(-2, -1)
+            for bias in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
+                logits = logits if bias is None else logits + bias
+            pairwise = torch.softmax(logits, -1)
+        if mask_logits is None:
+            return pairwise
+        if key_padding_mask is not None:
+            mask_logits = mask_logits + key_padding_mask[:, None]
+        return pairwise + functional.unary_softmax(mask_logits).unsqueeze(-2)
+
+    def forward(
+        self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
+        is_causal=False,
+    ):  # fmt: skip
+        """Attend; arguments and results as those of ``nn.MultiheadAttention``.
+
+        Args:
+            query: tensor (L, B, embed_dim), with ``batch_first`` (B, L, embed_dim), unbatched (L, embed_dim).
+            key, value: the same with S in place of L and kdim, vdim in place of embed_dim.
+            key_padding_mask: bool (B, S), True where a key is left out of both terms, or floats added to the logits;
+                None. Queries at padded positions still count in the mean that whitening subtracts; names of
+                ``whiten`` that would count padded keys (all but "channel", "spatial" and None) refuse it.
+            need_weights: return the weights P_ij + u_j too; their rows sum to 2 with a unary term.
+            attn_mask: bool (L, S) or (B * num_heads, L, S), True where a pair is left out, or floats added to the
+                logits; None with the unary term, whose weights are the same for every query.
+            average_attn_weights: average the weights over heads.
+            is_causal: a hint that ``attn_mask`` is causal, which is not needed here; it wants the mask, as in torch.
+
+        Returns:
+            Output of the shape of ``query``; weights (B, L, S), not averaged (B, heads, L, S), or None.
+
+        Raises:
+            TypeError: not a tensor. ValueError: a shape or mask that does not fit.
+        """
+        inputs = self._checked(query, key, value)
+        batched = query.dim() == 3
+        if not batched:
+            inputs = [x.unsqueeze(0) for x in inputs]
+        elif not self.batch_first:
+            inputs = [x.transpose(0, 1) for x in inputs]
+        if is_causal and attn_mask is None:
+            raise ValueError("attn_mask: expected a mask with is_causal=True, got None")
+        heads = self._heads(*inputs)
+        batch, length, source = inputs[0].shape[0], inputs[0].shape[1], inputs[1].shape[1]
+        padding, attn_mask = self._masks(key_padding_mask, attn_mask, heads[0].dtype, batch, length, source, batched)
+        mask_logits = None if self.mask_proj is None else self.mask_proj(inputs[1]).transpose(1, 2)
+        scale = 1.0 / (math.sqrt(self.head_dim) * self.temperature)
+
+        weights = None
+        if need_weights or padding is not None or attn_mask is not None:
+            weights = self._map(heads[0], heads[1], mask_logits, padding, attn_mask, scale)
+            output = weights @ heads[2]
+        else:
+            functional = BACKENDS[self.backend]
+            output = functional.disentangled_attention(*heads, mask_logits, scale=scale, whiten=self.whiten)
+        output = self.out_proj(output.transpose(1, 2).flatten(2))
+        if not batched:
+            output = output.squeeze(0)
+        elif not self.batch_first:
+            output = output.transpose(0, 1)
+        if not need_weights:
+            return output, None
+        weights = weights.mean(1) if average_attn_weights else weights
+        return output, weights if batched else weights.squeeze(0)
+
+    def _checked(self, query, key, value):
+        widths = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
+        for (name, width), x in zip(widths.items(), (query, key, value), strict=True):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+            if x.dim() not in (2, 3) or x.shape[-1] != width:
+                order = "(B, length, " if self.batch_first else "(length, B, "
+                raise ValueError(f"{name}: expected shape {order}{width}) or (length, {width}), got {tuple(x.shape)}")
+        batch = 0 if self.batch_first else 1
+        if key.dim() != query.dim() or (key.dim() == 3 and key.shape[batch] != query.shape[batch]):
+            raise ValueError(f"key: expected the batch of query {tuple(query.shape)}, got {tuple(key.shape)}")
+        if value.shape[:-1] != key.shape[:-1]:
+            raise ValueError(f"value: expected length and batch of key {tuple(key.shape)}, got {tuple(value.shape)}")
+        return query, key, value
+
+    def _masks(self, key_padding_mask, attn_mask, dtype, batch, length, source, batched):
+        """Both masks as what is added to the logits: (B, S) and (L, S) or (B, heads, L, S)."""
+        if key_padding_mask is not None:
+            shape = (batch, source) if batched else (source,)
+            key_padding_mask = self._additive("key_padding_mask", key_padding_mask, dtype, shape).view(batch, source)
+            if self.whiten not in ("channel", "in_nostd", "spatial", None):
+                raise ValueError(f"key_padding_mask: expected None with whiten={self.whiten!r}, got a mask")
+        if attn_mask is not None:
+            if self.unary:
+                raise ValueError("attn_mask: expected None with unary=True, whose weights know no query, got a mask")
+            shapes = (length, source), (batch * self.num_heads, length, source)
+            attn_mask = self._additive("attn_mask", attn_mask, dtype, *shapes)
+            if attn_mask.dim() == 3:
+                attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+        return key_padding_mask, attn_mask
+
+    @staticmethod
+    def _additive(name, mask, dtype, *shapes):
+        if not isinstance(mask, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(mask).__name__}")
+        if tuple(mask.shape) not in shapes:
+            raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
+        if mask.dtype == torch.bool:
+            return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+        if not mask.is_floating_point():
+            raise ValueError(f"{name}: expected bool or a float type, got {mask.dtype}")
+        return mask.to(dtype)
+
+    def extra_repr(self):
+        return (
+            f"{self.embed_dim}, {self.num_heads}, kdim={self.kdim}, vdim={self.vdim}, "
+            f"batch_first={self.batch_first}, unary={self.unary}, whiten={self.whiten!r}, "
+            f"temperature={self.temperature}, backend={self.backend!r}"
+        )

@@ -1,0 +1,136 @@
+"""Standard non-local blocks of 1, 2 and 3 spatial dimensions, as mmcv has them. See :class:`NonLocal2d`."""
+
+import functools
+
+from torch import nn
+
+from ._block import AttentionBlock
+from ._common import BATCH_NORM, CONV, check_choice, check_flags, check_width
+
+
+def norm_of_cfg(norm_cfg, dims):
+    """The ``norm`` argument of the blocks for an mmcv ``norm_cfg``: None, or a callable of the number of channels."""
+    if norm_cfg is None:
+        return None
+    if not isinstance(norm_cfg, dict) or "type" not in norm_cfg:
+        raise ValueError(f"norm_cfg: expected None or a dict with the key 'type', got {norm_cfg!r}")
+    options = dict(norm_cfg)
+    kind, requires_grad = options.pop("type"), options.pop("requires_grad", True)
+    instance = {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+    layers = {"BN": BATCH_NORM[dims], f"BN{dims}d": BATCH_NORM[dims], "SyncBN": nn.SyncBatchNorm, "IN": instance[dims]}
+    layers[f"IN{dims}d"] = instance[dims]
+    if kind == "GN":
+        if "num_groups" not in options:
+            raise ValueError(f"norm_cfg: expected the key 'num_groups' with type 'GN', got {norm_cfg!r}")
+        groups = options.pop("num_groups")
+        layer = functools.partial(nn.GroupNorm, groups)
+    elif kind in layers:
+        layer = layers[kind]
+    else:
+        raise ValueError(f"norm_cfg: expected type {', '.join(map(repr, [*layers, 'GN']))}, got {kind!r}")
+
+    def make(channels):
+        norm = layer(channels, **options)
+        return norm.requires_grad_(requires_grad)
+
+    return make
+
+
+def check_conv_cfg(conv_cfg, dims):
+    """Raise ValueError unless an mmcv ``conv_cfg`` asks for the plain convolution that the block has anyway."""
+    name = CONV[dims].__name__
+    if conv_cfg not in (None, {"type": name}):
+        raise ValueError(f"conv_cfg: expected None or {{'type': {name!r}}}, got {conv_cfg!r}")
+
+
+class _NonLocal(AttentionBlock):
+    """See :class:`NonLocal2d`."""
+
+    def __init__(
+        self,
+        in_channels,
+        sub_sample=False,
+        conv_cfg=None,
+        reduction=2,
+        use_scale=True,
+        norm_cfg=None,
+        mode="embedded_gaussian",
+        std=0.01,
+        zeros_init=True,
+        *,
+        backend="fused",
+    ):
+        check_conv_cfg(conv_cfg, self.dims)
+        check_choice("sub_sample", sub_sample, (False, True, "before", "after"))
+        check_flags(zeros_init=zeros_init)
+        if isinstance(std, bool) or not isinstance(std, (int, float)) or not std >= 0:
+            raise ValueError(f"std: expected a number of at least 0, got {std!r}")
+        self.std, self.zeros_init = std, zeros_init
+        check_width("in_channels", in_channels)
+        super().__init__(
+            in_channels, max(in_channels // check_width("reduction", reduction), 1), None, variant="nl", mode=mode,
+            use_out=True, norm=norm_of_cfg(norm_cfg, self.dims), learn_gamma=False, qk_bias=True, value_bias=True,
+            mask_bias=True, out_bias=None, use_scale=use_scale, temperature=1.0,
+            sub_sample={False: None, True: "after"}.get(sub_sample, sub_sample), unary=None, whiten=None,
+            style="mmseg", backend=backend,
+        )  # fmt: skip
+
+    def reset_parameters(self):
+        """As mmcv: theta, phi and g normal with deviation ``std``, the last layer zero or normal."""
+        super().reset_parameters()
+        out, norm = self._out_and_norm()
+        last = out if norm is None else norm
+        layers = [self._layer(role) for role in ("query", "key", "value")]
+        convs = [m for layer in layers if layer is not None for m in layer.modules() if hasattr(m, "weight")]
+        for layer in convs if self.zeros_init else [*convs, last]:
+            if layer.weight is not None:  # a norm may be without
+                nn.init.normal_(layer.weight, std=self.std)
+
+
+class NonLocal1d(_NonLocal):
+    """Non-local block on (B, C, L); arguments as :class:`NonLocal2d`."""
+
+    dims = 1
+
+
+class NonLocal2d(_NonLocal):
+    """Non-local block on (B, C, H, W), in memory linear in the number of positions N = H W, under mmcv's names.
+
+    out_i = x_i + norm(conv_out(sum_j A_ij g_j)), with theta, phi, g 1x1 convolutions of x and A_ij by ``mode``:
+
+    * ``"embedded_gaussian"``: softmax_j(<theta_i, phi_j> / sqrt(C')), C' = in_channels // reduction
+    * ``"gaussian"``: softmax_j <x_i, x_j>
+    * ``"dot_product"``: <theta_i, phi_j> / N, computed as theta (phi^T g) / N
+    * ``"concatenation"``: relu(w_theta . theta_i + w_phi . phi_j) / N, by sorting: trainable, and without an N x N map
+
+    Args:
+        in_channels: channels of the input and the output.
+        sub_sample: max-pool keys and values by 2 in H and W. True or ``"after"`` their convolutions, as mmcv, or
+            ``"before"`` them, as video-nonlocal-net and the paper's code.
+        conv_cfg: None or ``{"type": "Conv2d"}``; any other layer is refused.
+        reduction: C' = in_channels // reduction, at least 1.
+        use_scale: the 1 / sqrt(C') of ``"embedded_gaussian"``.
+        norm_cfg: of the norm after ``conv_out``: None, or a dict with ``type`` ``"BN"``, ``"BN2d"``, ``"SyncBN"``,
+            ``"IN"``, ``"IN2d"`` or ``"GN"`` (with ``num_groups``), ``requires_grad`` and arguments of the layer.
+        mode: above.
+        std, zeros_init: initialisation. g, theta and phi are normal with deviation ``std``; the norm after
+            ``conv_out``, or ``conv_out`` without one, is zero, so that the block starts as the identity, or normal.
+        backend: ``"fused"``, or ``"reference"``: plain PyTorch with the N x N map.
+
+    State dict: mmcv's, ``{g,theta,phi}.conv.*``, ``conv_out.conv.*``, ``conv_out.bn.*``,
+    ``concat_project.conv.weight``; with ``sub_sample`` ``g.0.conv.*`` and ``phi.0.conv.*``.
+
+    Raises:
+        ValueError: an option or width that does not fit.
+
+    Source: Wang et al., "Non-local Neural Networks", CVPR 2018; arguments and names of mmcv's NonLocal2d. There the
+    backward of ``"concatenation"`` raises, and float16 overflows.
+    """
+
+    dims = 2
+
+
+class NonLocal3d(_NonLocal):
+    """Non-local block on (B, C, T, H, W); arguments as :class:`NonLocal2d`. Sub-sampling leaves T alone."""
+
+    dims = 3

@@ -1,0 +1,115 @@
+"""Attention between detected objects, with weights from their boxes. See :class:`RelationModule`."""
+
+import math
+
+import torch
+from torch import nn
+
+from ._common import check_width
+
+#: Widths, heights and relative distances are at least this before their logarithm is taken.
+SMALLEST = 1e-3
+#: Wavelengths of the geometric embedding reach from 2 pi / 100 to 1000 times that.
+WAVE_LENGTH, POSITION_SCALE = 1000.0, 100.0
+
+
+def relative_geometry(boxes):
+    """What relates box m to box n, invariant under translation and scale: tensor (..., N, N, 4).
+
+    (log(|x_m - x_n| / w_m), log(|y_m - y_n| / h_m), log(w_n / w_m), log(h_n / h_m)), from boxes (..., N, 4) given as
+    (x1, y1, x2, y2); x and y are centres. Lengths are clamped from below at 0.001.
+    """
+    low, high = boxes[..., :2], boxes[..., 2:]
+    size, centre = (high - low).clamp(min=SMALLEST), (low + high) / 2
+    here, there = size.unsqueeze(-2), size.unsqueeze(-3)
+    distance = (centre.unsqueeze(-2) - centre.unsqueeze(-3)).abs() / here
+    return torch.cat([distance.clamp(min=SMALLEST).log(), (there / here).log()], -1)
+
+
+def sinusoidal(x, channels):
+    """Sines and cosines of each of the last dimension's 4 numbers at channels / 8 wavelengths: (..., channels)."""
+    steps = torch.arange(channels // 8, device=x.device, dtype=x.dtype) * (8.0 / channels)
+    angles = (POSITION_SCALE * x).unsqueeze(-1) / WAVE_LENGTH**steps
+    return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
+
+
+class RelationModule(nn.Module):
+    """Object relations: out_m = f_m + concat over relations r of sum_n w^r_mn W_v^r f_n.
+
+    w^r_mn = softmax_n(log(max(g^r_mn, eps)) + <W_q^r f_m, W_k^r f_n> / sqrt(key_channels)) with the geometric weight
+    g^r_mn = relu(W_g^r embedding of :func:`relative_geometry`).
+
+    Plain PyTorch that holds ``num_relations`` maps of N x N and one embedding of N x N x geometry_channels: there are
+    hundreds of objects in an image, and the geometric weight is different for every pair.
+
+    Args:
+        in_channels: channels of the features, a multiple of num_relations.
+        num_relations: relation heads; each gives in_channels / num_relations channels.
+        key_channels: width of query and key of each relation.
+        geometry_channels: width of the geometric embedding, a multiple of 8.
+        eps: smallest geometric weight.
+
+    Raises:
+        ValueError: a width that does not fit.
+
+    Source: Hu et al., "Relation Networks for Object Detection", CVPR 2018, equations 2 to 6.
+    """
+
+    def __init__(self, in_channels, num_relations=16, key_channels=64, geometry_channels=64, eps=1e-6):
+        super().__init__()
+        for name, width in (
+            ("in_channels", in_channels), ("num_relations", num_relations), ("key_channels", key_channels),
+            ("geometry_channels", geometry_channels),
+        ):  # fmt: skip
+            setattr(self, name, check_width(name, width))
+        if in_channels % num_relations:
+            raise ValueError(f"in_channels: expected a multiple of num_relations ({num_relations}), got {in_channels}")
+        if geometry_channels % 8:
+            raise ValueError(f"geometry_channels: expected a multiple of 8, got {geometry_channels}")
+        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
+            raise ValueError(f"eps: expected a finite number above 0, got {eps!r}")
+        self.eps = eps
+        self.query = nn.Linear(in_channels, num_relations * key_channels)
+        self.key = nn.Linear(in_channels, num_relations * key_channels)
+        self.value = nn.Linear(in_channels, in_channels)
+        self.geometry = nn.Linear(geometry_channels, num_relations)
+
+    def forward(self, features, boxes):
+        """Relate the objects of each image.
+
+        Args:
+            features: tensor (..., N, in_channels). boxes: tensor (..., N, 4), (x1, y1, x2, y2) in pixels.
+
+        Returns:
+            Tensor of the shape of ``features``.
+
+        Raises:
+            TypeError: not a tensor. ValueError: shapes that do not fit.
+        """
+        for name, x in (("features", features), ("boxes", boxes)):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if features.dim() < 2 or features.shape[-1] != self.in_channels:
+            raise ValueError(f"features: expected shape (..., N, {self.in_channels}), got {tuple(features.shape)}")
+        if boxes.shape != (*features.shape[:-1], 4):
+            raise ValueError(f"boxes: expected shape {(*features.shape[:-1], 4)}, got {tuple(boxes.shape)}")
+
+        def heads(layer):  # (..., relations, N, width)
+            return layer(features).unflatten(-1, (self.num_relations, -1)).transpose(-3, -2)
+
+        # In float32 at least: a bfloat16 angle of 100 x log has no digit left behind the point.
+        wide = torch.promote_types(boxes.dtype, torch.float32)
+        embedding = sinusoidal(relative_geometry(boxes.to(wide)), self.geometry_channels)
+        weight = self.geometry(embedding.to(self.geometry.weight.dtype)).relu().movedim(-1, -3)
+        query, key, value = heads(self.query), heads(self.key), heads(self.value)
+        logits = query @ key.transpose(-2, -1) / math.sqrt(self.key_channels)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits + weight.to(logits.dtype).clamp(min=self.eps).log()
+        relations = torch.softmax(logits, -1).to(value.dtype) @ value
+        return features + relations.transpose(-3, -2).flatten(-2)
+
+    def extra_repr(self):
+        return (
+            f"{self.in_channels}, num_relations={self.num_relations}, key_channels={self.key_channels}, "
+            f"geometry_channels={self.geometry_channels}, eps={self.eps}"
+        )

@@ -1,0 +1,97 @@
+"""Attention without a softmax, in work and memory linear in the number of positions: plain torch, any derivative.
+
+The non-local block's dot-product and concatenation modes multiply the values with a map that need not be built:
+(q k^T) v = q (k^T v), and a sum of relu(a_i + b_j) v_j over j is two running sums over the b_j in order of size. And
+the unary logits that share their keys with the pairwise term, which are one product with a mean.
+"""
+
+import torch
+
+from ._checks import check_alike, check_pairwise, check_query_key, check_tensor
+from ._common import accumulate_type
+
+
+def _without_autocast(x):
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+
+
+def shared_key_logits(query, key):
+    """m_j = <mean over i of q_i, k_j>: the unary logits of a block whose two terms share their keys.
+
+    Args:
+        query: tensor (..., Nq, Dqk). key: tensor (..., Nk, Dqk) of the same dtype, device and leading dimensions.
+
+    Returns:
+        Tensor (..., Nk) of the dtype of ``query``.
+
+    Raises:
+        TypeError: not a tensor. ValueError: shape, dtype or device that does not fit.
+
+    Source: Yin et al., ECCV 2020, equation 5 (the unary term of the split non-local block), unscaled, as in the paper's
+    code (``with_unary``).
+    """
+    check_query_key(query, key, 1.0, None)
+    mean = query.mean(-2, dtype=accumulate_type(query.dtype)).to(query.dtype)
+    return (key @ mean.unsqueeze(-1)).squeeze(-1)
+
+
+def dot_product_attention(query, key, value):
+    """y_i = sum_j <q_i, k_j> v_j / Nk, as q (k^T v) / Nk: O(N Dqk Dv), and nothing of size N x N.
+
+    Args:
+        query: tensor (..., Nq, Dqk). key: tensor (..., Nk, Dqk). value: tensor (..., Nk, Dv). One dtype and device;
+            bfloat16 and float16 are widened to float32, so that sums over positions neither round nor overflow.
+
+    Returns:
+        Tensor (..., Nq, Dv) of the dtype of ``query``.
+
+    Raises:
+        TypeError: not a tensor. ValueError: shape, dtype or device that does not fit.
+
+    Source: Wang et al., "Non-local Neural Networks", CVPR 2018, equation 4.
+    """
+    check_pairwise(query, key, value, None, 1.0, None)
+    wide = accumulate_type(query.dtype)
+    with _without_autocast(query):
+        context = key.to(wide).transpose(-2, -1) @ value.to(wide) / key.shape[-2]  # (..., Dqk, Dv)
+        return (query.to(wide) @ context).to(query.dtype)
+
+
+def concatenation_attention(query_logits, key_logits, value):
+    """y_i = sum_j relu(a_i + b_j) v_j / Nk, exact, in O(N log N + N Dv) time and O(N Dv) memory.
+
+    With the keys in descending order of b, those with a_i + b_j > 0 come first, r_i of them, and
+    y_i = (a_i V_r + W_r) / Nk with running sums V_r = sum of the first r v_j, W_r = sum of the first r b_j v_j. Its
+    derivatives are those of the sums; the order is piecewise constant.
+
+    Args:
+        query_logits: a, tensor (..., Nq). key_logits: b, tensor (..., Nk). value: tensor (..., Nk, Dv). One dtype and
+            device, Nk at least 1. The projections of query and key by the two halves of the concatenation's weight.
+
+    Returns:
+        Tensor (..., Nq, Dv) of the dtype of ``value``. The running sums are float64 whatever the inputs: a_i V + W
+        cancels where logits are large and their sums small.
+
+    Raises:
+        TypeError: not a tensor. ValueError: shape, dtype or device that does not fit.
+
+    Source: Wang et al., "Non-local Neural Networks", CVPR 2018, equation 5; as in mmcv, divided by Nk.
+    """
+    check_tensor("value", value, "(..., Nk, Dv)")
+    check_alike("key_logits", key_logits, "value", value, value.shape[:-1])
+    check_tensor("query_logits", query_logits, "(..., Nq)")
+    check_alike("query_logits", query_logits, "value", value, (*value.shape[:-2], query_logits.shape[-1]))
+    keys = value.shape[-2]
+    if keys == 0:
+        raise ValueError(f"value: expected at least one key, got shape {tuple(value.shape)}")
+    with _without_autocast(value):
+        a, v = query_logits.double(), value.double()
+        b, order = key_logits.double().sort(dim=-1, descending=True)
+        v = v.gather(-2, order.unsqueeze(-1).expand(v.shape))
+        first = v.new_zeros((*v.shape[:-2], 1, v.shape[-1]))
+        values = torch.cat([first, v.cumsum(-2)], -2)  # (..., Nk + 1, Dv): V_0 .. V_Nk
+        weighted = torch.cat([first, (b.unsqueeze(-1) * v).cumsum(-2)], -2)
+        count = torch.searchsorted((-b).detach().contiguous(), a.detach().contiguous())  # -b_j < a_i
+        count = count.unsqueeze(-1).expand(*count.shape, v.shape[-1])
+        y = a.unsqueeze(-1) * values.gather(-2, count) + weighted.gather(-2, count)
+        return (y / keys).to(value.dtype)

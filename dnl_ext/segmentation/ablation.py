@@ -1,0 +1,245 @@
+"""The talk's experiment: one block, its terms alone, multiplied and added, each trained several times and measured.
+
+Every run has a folder of its own below ``out``: its checkpoint while it trains, and ``result.json`` when it is done. A
+run with a result is not run again; one with a checkpoint goes on from there. So a stopped ablation continues where it
+was, and the same command with more seeds adds to it. The tables are written anew after every run.
+"""
+
+import contextlib
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..analysis import AttentionProbe
+from . import checkpoint
+from .config import FREE, TrainConfig
+from .context import PretextData
+from .diagnose import Samples
+from .errors import InputError
+from .recipes import RECIPES, VARIANTS
+from .trainer import CHECKPOINT, Listener, Trainer, open_data
+
+RESULT = "result.json"
+#: Queries per image whose rows are measured.
+QUERIES = 256
+#: Learning rate of the encoder's own training.
+PRETEXT_LR = 4e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: a variant of the block, its temperature (None: it has no pairwise logits), a seed."""
+
+    variant: str
+    temperature: float | None
+    seed: int
+
+    @property
+    def name(self):
+        """Of its folder."""
+        temperature = "" if self.temperature is None else f"-T{self.temperature:g}"
+        return f"{self.variant}{temperature}-seed{self.seed}"
+
+
+def plan(variants, temperatures, seeds):
+    """All runs, seed by seed; the unary term alone has no temperature and is trained once per seed."""
+    return [
+        Run(variant, temperature, seed)
+        for seed in seeds
+        for variant in variants
+        for temperature in ((None,) if variant == "unary" else temperatures)
+    ]
+
+
+class Ablation:
+    """All runs of an ablation.
+
+    Args:
+        out: folder. recipe: a key of ``RECIPES``.
+        overrides: settings of :class:`config.TrainConfig` in place of the recipe's.
+        variants, temperatures, seeds: what to train; None is all variants and the recipe's temperatures.
+        pretext: steps of the encoder's own training, in place of the recipe's.
+        images: validation images that the attention is measured on, in place of the recipe's.
+
+    Raises:
+        InputError: settings that cannot be used, or a folder that cannot be written.
+    """
+
+    def __init__(self, out, recipe="context", overrides=None, variants=None, temperatures=None, seeds=(0, 1, 2),
+                 pretext=None, images=None):  # fmt: skip
+        if recipe not in RECIPES:
+            raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe}")
+        self.out, self.recipe_name, self.recipe = Path(out), recipe, RECIPES[recipe]
+        self.base = TrainConfig(**{**self.recipe.settings, "layout": self.recipe.layout, **(overrides or {})})
+        if self.recipe.layout is not None and self.base.data is None:
+            raise InputError(f"--recipe {recipe} needs --data DIR in the {self.recipe.layout} layout")
+        if self.recipe.layout is None and self.base.data is not None:
+            named = ", ".join(name for name, entry in RECIPES.items() if entry.layout)
+            raise InputError(f"--data DIR needs a --recipe of its own: {named}")
+        for variant in variants or ():
+            if variant not in VARIANTS:
+                raise InputError(f"--variants must be among {', '.join(VARIANTS)}, got {variant}")
+        self.runs = plan(variants or VARIANTS, temperatures or self.recipe.temperatures, seeds)
+        if not self.runs:
+            raise InputError("--seeds: expected at least one")
+        self.pretext = self.recipe.pretext if pretext is None else pretext
+        self.images = self.recipe.images if images is None else images
+        self.results = {}
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to {self.out}: {error.strerror}") from None
+
+    def config(self, run):
+        """The :class:`TrainConfig` of a run."""
+        return dataclasses.replace(self.base, variant=run.variant, temperature=run.temperature, seed=run.seed)
+
+    def run(self, listener=None, on_result=None):
+        """Train and measure what has no result yet.
+
+        Args:
+            listener: ``listener(title, first step, steps)`` is a context that gives a :class:`trainer.Listener`.
+            on_result: called as ``on_result(run, result)`` for every run, also for those found done.
+
+        Returns:
+            {Run: result}.
+
+        Raises:
+            InputError: a folder whose runs have other settings. Interrupted: the running one is saved.
+        """
+        listener = listener or quiet
+        data = open_data(self.base)
+        for run in self.runs:  # found results first: another setting in one of them is an error before any training
+            found = self.read(run)
+            if found is not None:
+                self.results[run] = found
+        for number, run in enumerate(self.runs, 1):
+            if run not in self.results:
+                trainer = self.train(run, f"[{number}/{len(self.runs)}] {run.name}", data, listener)
+                self.results[run] = self.measure(run, trainer, data)
+                write_json(self.out / run.name / RESULT, self.results[run])
+            if on_result is not None:
+                on_result(run, self.results[run])
+        return self.results
+
+    def fingerprint(self, config):
+        """What must be equal for a result to count: the settings that make the run, the pretext, the measuring."""
+        settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+        settings |= {"crop": list(config.crop), "pretext": self.pretext, "images": self.images}
+        return settings
+
+    def read(self, run):
+        """A run's result where it is done, else None. Raises InputError for another run's."""
+        path = self.out / run.name / RESULT
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text())
+            settings = found["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is no result of dnl-ext ablate: remove it to run again") from None
+        wanted = self.fingerprint(self.config(run))
+        for key in sorted(wanted.keys() | settings.keys()):
+            if wanted.get(key) != settings.get(key):
+                raise InputError(
+                    f"{path} was made with {key} {settings.get(key)}, not {wanted.get(key)}: choose another --out"
+                )
+        return found
+
+    def trainer(self, config, folder, data):
+        """A :class:`Trainer` in a folder, which goes on where a checkpoint of the same settings lies there."""
+        path = folder / CHECKPOINT
+        state = checkpoint.load(path) if path.is_file() else None
+        if state is not None:
+            wanted = self.fingerprint(config)
+            saved = self.fingerprint(TrainConfig(**state["config"]))
+            different = sorted(key for key in wanted if wanted[key] != saved[key])
+            if different:
+                key = different[0]
+                raise InputError(f"{path} was made with {key} {saved[key]}, not {wanted[key]}: choose another --out")
+        return Trainer(config, folder, state=state, state_path=path, data=data)
+
+    def encoder(self, seed, listener):
+        """Weights of the encoder that all runs of a seed begin with, None without a pretext."""
+        if not self.pretext:
+            return None
+        config = dataclasses.replace(
+            self.base, variant="none", temperature=None, seed=seed, steps=self.pretext, lr=PRETEXT_LR
+        )
+        data = PretextData(self.base.crop, 8)
+        trainer = self.trainer(config, self.out / f"encoder-seed{seed}", data)
+        if trainer.step < config.steps or trainer.miou is None:
+            with listener(f"encoder, seed {seed}", trainer.step, config.steps) as progress:
+                trainer.run(progress)
+        return trainer.network.encoder.state_dict()
+
+    def train(self, run, title, data, listener):
+        """The finished :class:`Trainer` of a run."""
+        weights = self.encoder(run.seed, listener)
+        trainer = self.trainer(self.config(run), self.out / run.name, data)
+        if weights is not None and trainer.step == 0:
+            trainer.network.encoder.load_state_dict(weights)
+        with listener(title, trainer.step, trainer.config.steps) as progress:
+            trainer.run(progress)
+        return trainer
+
+    def measure(self, run, trainer, data):
+        """A run's result: mIoU, and the attention's figures over the first validation images."""
+        with AttentionProbe(trainer.network, QUERIES, seed=0) as probe:
+            probe.run(Samples(data, min(self.images, data.validation_size)), progress=False)
+        summary = probe.blocks["block"].summary()
+        return {
+            "run": dataclasses.asdict(run),
+            "settings": self.fingerprint(self.config(run)),
+            "miou": trainer.miou,
+            "seconds_per_step": trainer.seconds_per_step(),
+            "attention": {name: figure.value for name, figure in summary.items()},
+            "versions": {"dnl_ext": __version__, "torch": torch.__version__},
+        }
+
+
+def quiet(*_):
+    """A listener that says nothing."""
+    return contextlib.nullcontext(Listener())
+
+
+def write_json(path, content):
+    """Write a whole file or none."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def over_seeds(results):
+    """Mean and spread of every figure over the seeds of each (variant, temperature).
+
+    Args:
+        results: {Run: result}.
+
+    Returns:
+        {(variant, temperature): {figure: (mean, deviation over seeds, number of seeds)}}; the deviation of one is nan.
+    """
+    groups = {}
+    for run, result in results.items():
+        figures = {"miou": result["miou"], **result["attention"]}
+        groups.setdefault((run.variant, run.temperature), []).append(figures)
+    return {
+        key: {
+            name: spread([entry[name] for entry in entries if entry.get(name) is not None])
+            for name in dict.fromkeys(name for entry in entries for name in entry)
+        }
+        for key, entries in groups.items()
+    }
+
+
+def spread(values):
+    """(mean, deviation, number) of a list; nan for what it is too short for."""
+    mean = statistics.fmean(values) if values else float("nan")
+    return mean, statistics.stdev(values) if len(values) > 1 else float("nan"), len(values)

@@ -1,0 +1,148 @@
+"""The ablation's table and figure, from its results alone."""
+
+import math
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+from ..analysis.results import to_dict
+from .ablation import over_seeds, write_json
+from .errors import InputError
+from .recipes import VARIANT_NAMES, VARIANTS
+
+#: Columns of the talk's table: key of a figure, head, factor, and the figure of uniform attention.
+COLUMNS = (
+    ("miou", "mIoU, %", 100, None),
+    ("pairwise.own_class.mass", "pairwise on own class, %", 100, "pairwise.own_class.uniform"),
+    ("pairwise.own_class.correlation", "pairwise with regions, r", 100, None),
+    ("unary.boundaries.mass", "unary on boundaries, %", 100, "unary.boundaries.uniform"),
+    ("unary.boundaries.correlation", "unary with boundaries, r", 100, None),
+    ("total.jsd", "JSD of rows", 1, None),
+    ("total.cosine_distance", "cosine distance of rows", 1, None),
+    ("decomposition.unary_of_map", "unary share of logits", 1, None),
+)
+#: Those of them that the figure shows.
+SHOWN = ("miou", "pairwise.own_class.mass", "unary.boundaries.mass", "total.jsd")
+COLORS = ("#2e6f9e", "#d1495b", "#3c8d40", "#8d6a9f")
+
+
+def cell(value, factor):
+    """Mean ± deviation."""
+    if value is None or math.isnan(value[0]):
+        return "-"
+    mean, deviation, _ = value
+    digits = 1 if factor == 100 else 3
+    text = f"{factor * mean:.{digits}f}"
+    return text if math.isnan(deviation) else f"{text} ± {factor * deviation:.{digits}f}"
+
+
+def ordered(groups):
+    """(variant, temperature) in the order of the table."""
+    return sorted(groups, key=lambda key: (-(key[1] or 0), VARIANTS.index(key[0])) if key[1] else (1, 0))
+
+
+def table(groups):
+    """Lines of the Markdown table."""
+    head = ["variant", "T", "seeds", *(title.replace(", r", ", r x 100") for _, title, _, _ in COLUMNS)]
+    lines = [head, ["---"] * len(head)]
+    for key in ordered(groups):
+        figures, (variant, temperature) = groups[key], key
+        seeds = figures["miou"][2]
+        cells = [cell(figures.get(name), factor) for name, _, factor, _ in COLUMNS]
+        lines.append([VARIANT_NAMES[variant], f"{temperature:g}" if temperature else "-", str(seeds), *cells])
+    uniform = ["*uniform attention*", "", ""]
+    for name, _, factor, reference in COLUMNS:
+        values = [figures[reference][0] for figures in groups.values() if reference in figures]
+        flat = "" if name == "miou" or name.startswith("decomposition") else "0"
+        uniform.append(f"{factor * sum(values) / len(values):.1f}" if values else flat)
+    return [f"| {' | '.join(line)} |" for line in [*lines, uniform]]
+
+
+def write_report(ablation):
+    """Write ``table.md``, ``results.json`` and ``ablation.png`` into the ablation's folder.
+
+    Args:
+        ablation: an :class:`ablation.Ablation` with at least one result.
+
+    Raises:
+        InputError: a file cannot be written.
+    """
+    groups = over_seeds(ablation.results)
+    done, planned = len(ablation.results), len(ablation.runs)
+    config = ablation.base
+    lines = [
+        "# The terms of the non-local block, alone, multiplied and added",
+        "",
+        f"- Recipe {ablation.recipe_name}: {ablation.recipe.source}",
+        f"- {done} of {planned} runs done. {config.steps} steps of {config.batch_size} crops of "
+        f"{config.crop[0]} x {config.crop[1]} pixels, {config.optimizer} at {config.lr:g}"
+        + (f"; encoder first alone for {ablation.pretext} steps." if ablation.pretext else "."),
+        f"- Attention over {ablation.images} validation images. Mean ± deviation over seeds.",
+        "- Regions and boundaries are measured by the definitions of dnl_ext.analysis.consistency, which are not the "
+        "paper's; compare with uniform attention. JSD and cosine distance: 0 means that all queries look at the same "
+        "places. Columns r are correlations times 100.",
+        "",
+        *table(groups),
+        "",
+        "![Four of the columns](ablation.png)",
+        "",
+    ]
+    try:
+        (ablation.out / "table.md").write_text("\n".join(lines), encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {ablation.out / 'table.md'}: {error.strerror}") from None
+    entries = [
+        {"variant": variant, "temperature": temperature,
+         "figures": {name: {"mean": value[0], "deviation": value[1], "seeds": value[2]}
+                     for name, value in groups[variant, temperature].items()}}
+        for variant, temperature in ordered(groups)
+    ]  # fmt: skip
+    write_json(ablation.out / "results.json", to_dict({
+        "recipe": ablation.recipe_name, "source": ablation.recipe.source, "runs_done": done, "runs_planned": planned,
+        "means": entries, "runs": list(ablation.results.values()),
+    }))  # fmt: skip
+    draw(ablation.out / "ablation.png", ablation.results, groups)
+
+
+def draw(path, results, groups):
+    """Write the figure: one panel per shown column, a dot per seed, a bar at the mean, a line at uniform attention."""
+    temperatures = sorted({key[1] for key in groups if key[1]}, reverse=True)
+    variants = [variant for variant in VARIANTS if any(key[0] == variant for key in groups)]
+    columns = [column for column in COLUMNS if column[0] in SHOWN]
+    figure, axes = plt.subplots(1, len(columns), figsize=(4.1 * len(columns), 3.6), layout="constrained")
+    for axis, (name, title, factor, reference) in zip(axes, columns, strict=True):
+        for (variant, temperature), figures in groups.items():
+            mean = figures.get(name, (math.nan,))[0]
+            if math.isnan(mean):
+                continue
+            series = temperatures.index(temperature) if temperature else 0
+            offset = 0.0 if temperature is None else 0.32 * (series - (len(temperatures) - 1) / 2)
+            color = "#777777" if temperature is None else COLORS[series % len(COLORS)]
+            place = variants.index(variant) + offset
+            axis.bar(place, factor * mean, 0.28, color=color, alpha=0.35)
+            dots = [
+                factor * value for run, result in results.items()
+                if (run.variant, run.temperature) == (variant, temperature)
+                and (value := {"miou": result["miou"], **result["attention"]}.get(name)) is not None
+            ]  # fmt: skip
+            axis.plot([place] * len(dots), dots, "o", color=color, markersize=4)
+        flat = [figures[reference][0] for figures in groups.values() if reference in figures]
+        if flat:
+            axis.axhline(factor * sum(flat) / len(flat), color="black", linewidth=1, linestyle="--")
+        axis.set_title(title)
+        axis.set_xticks(range(len(variants)), [variant.replace("dnl_", "dnl\n") for variant in variants])
+        axis.set_xlim(-0.6, len(variants) - 0.4)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[n % len(COLORS)], alpha=0.5) for n in range(len(temperatures))]
+    labels = [f"temperature {temperature:g}" for temperature in temperatures]
+    handles.append(plt.Line2D([], [], color="black", linewidth=1, linestyle="--"))
+    figure.legend(handles, [*labels, "uniform attention"], loc="outside lower center", ncols=4, frameon=False)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    finally:
+        plt.close(figure)

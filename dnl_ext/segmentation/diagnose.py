@@ -1,0 +1,182 @@
+"""``dnl-ext diagnose``: measure the attention of trained networks over a data set, and write tables and pictures."""
+
+import base64
+import dataclasses
+import html
+import json
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..analysis import AttentionProbe
+from ..analysis.tables import as_markdown, sections
+from .errors import InputError
+from .figure import choose_queries, place_of
+from .maps import draw_maps, look
+from .trainer import open_data
+
+
+@dataclasses.dataclass
+class DiagnoseSettings:
+    """images: validation images to measure. queries: random queries per image. pictures: images to draw. seed: theirs.
+
+    ``data``, ``layout`` and ``classes`` as in :class:`config.TrainConfig`; ``data`` None is what the first checkpoint
+    was trained on.
+    """
+
+    data: str | None = None
+    layout: str | None = None
+    classes: int | None = None
+    images: int = 8
+    queries: int = 256
+    pictures: int = 2
+    seed: int = 0
+
+
+def diagnosis_data(config, settings):
+    """The data set to measure on. Raises InputError."""
+    if settings.data is not None:
+        given = {"data": settings.data, "layout": settings.layout, "classes": settings.classes}
+    elif settings.layout is not None or settings.classes is not None:
+        raise InputError("--layout and --classes belong to --data DIR")
+    else:
+        given = {}
+    return open_data(dataclasses.replace(config, val_images=settings.images, **given))
+
+
+def diagnose(networks, settings, out, progress=True):
+    """Measure and write ``report.md``, ``report.json``, ``report.html`` and the pictures into ``out``.
+
+    Args:
+        networks: {title: :class:`restore.Trained`}, of the same classes.
+        settings: a :class:`DiagnoseSettings`.
+        out: folder, made where it does not exist.
+        progress: show progress bars.
+
+    Returns:
+        list of :class:`analysis.tables.Section`, the tables.
+
+    Raises:
+        InputError: data that does not fit the networks, or a folder that cannot be written.
+    """
+    out = Path(out)
+    first = next(iter(networks.values()))
+    data = diagnosis_data(first.config, settings)
+    for title, trained in networks.items():
+        if tuple(trained.classes) != tuple(data.classes):
+            raise InputError(f"{title} has {len(trained.classes)} classes, the data {data.name} {len(data.classes)} "
+                             "or others: give --data")  # fmt: skip
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {out}: {error.strerror}") from None
+    count = min(settings.images, data.validation_size)
+    probes = {title: measure(trained, data, count, settings, progress) for title, trained in networks.items()}
+    tables = sections({title: probe.blocks["block"].summary() for title, probe in probes.items()})
+    pictures = [draw(out, networks, data, number) for number in range(min(settings.pictures, count))]
+    facts = {
+        "dnl_ext": __version__, "torch": torch.__version__, "data": data.name, "images": count,
+        "queries_per_image": settings.queries, "seed": settings.seed,
+    }  # fmt: skip
+    entries = {
+        title: {
+            "variant": trained.config.variant, "temperature": trained.network.block.temperature,
+            "step": trained.step, "miou": trained.miou, **probes[title].blocks["block"].to_dict(),
+        }
+        for title, trained in networks.items()
+    }  # fmt: skip
+    (out / "report.json").write_text(json.dumps({**facts, "networks": entries}, indent=1) + "\n")
+    (out / "report.md").write_text(as_report(tables, facts, entries, pictures), encoding="utf-8")
+    (out / "report.html").write_text(as_html(tables, facts, entries, [out / name for name in pictures]), "utf-8")
+    return tables
+
+
+def measure(trained, data, count, settings, progress):
+    """The :class:`AttentionProbe` of one network after ``count`` validation images."""
+    with AttentionProbe(trained.network, settings.queries, settings.seed) as probe:
+        probe.run(Samples(data, count), progress=progress)
+    if not probe.blocks:
+        raise InputError(f"the block cannot be analysed: {probe.skipped['block']}")
+    return probe
+
+
+class Samples:
+    """The first validation images of a data set as batches of one: images (1, 3, H, W), labels (1, H, W)."""
+
+    def __init__(self, data, count):
+        self.data, self.count = data, count
+
+    def __len__(self):
+        return self.count
+
+    def __iter__(self):
+        for number in range(self.count):
+            image, label = self.data.validation_sample(number)
+            yield image[None], label[None]
+
+
+def draw(out, networks, data, number):
+    """Draw a validation image with all networks; returns the file's name."""
+    image, label = data.validation_sample(number)
+    queries = [tuple(int(x) for x in place_of(query)) for query in choose_queries(label)]
+    height, width = label.shape
+    queries = [(min(x, width - 1), min(y, height - 1)) for x, y in queries]
+    rows = [look(trained, title, image, queries) for title, trained in networks.items()]
+    name = f"maps-{number}.png"
+    draw_maps(out / name, image, queries, rows, data.classes)
+    return name
+
+
+def intro(facts, entries):
+    """What was measured, in sentences."""
+    lines = [
+        f"{facts['images']} validation images of {facts['data']}, {facts['queries_per_image']} random queries each "
+        f"(seed {facts['seed']}). ± is the standard error over images. docs/analysis.md says what each figure is."
+    ]
+    for title, entry in entries.items():
+        miou = "" if entry["miou"] is None else f", mIoU {100 * entry['miou']:.1f} %"
+        lines.append(f"{title}: {entry['variant']}, temperature {entry['temperature']:g}, step {entry['step']}{miou}.")
+    return lines
+
+
+def as_report(tables, facts, entries, pictures):
+    """The report as Markdown text."""
+    parts = ["# Attention of trained networks", "", *(f"- {line}" for line in intro(facts, entries)), ""]
+    parts += [as_markdown(table) for table in tables]
+    parts += ["### Where queries look", ""] + [f"![Validation image {n}]({name})\n" for n, name in enumerate(pictures)]
+    return "\n".join(parts)
+
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
+table { border-collapse: collapse; margin: 0.5em 0 1.5em; }
+th, td { padding: 0.25em 0.9em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
+td:not(:first-child) { font-variant-numeric: tabular-nums; }
+td:last-child { color: #777; }
+h2 { font-size: 1.1em; margin-bottom: 0; }
+img { width: 100%; margin: 0.5em 0; }
+"""
+
+
+def as_html(tables, facts, entries, pictures):
+    """The report as one HTML page that needs no other file."""
+
+    def row(cells, tag):
+        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+    body = [f"<p>{html.escape(line)}</p>" for line in intro(facts, entries)]
+    for table in tables:
+        rows = "\n".join(row(line, "td") for line in table.rows)
+        body.append(f"<h2>{html.escape(table.title)}</h2>\n<table>{row(table.head, 'th')}\n{rows}</table>")
+    body.append("<h2>Where queries look</h2>")
+    for number, path in enumerate(pictures):
+        encoded = base64.b64encode(path.read_bytes()).decode()
+        body.append(f'<img alt="Validation image {number}" src="data:image/png;base64,{encoded}">')
+    title = "Attention of trained networks"
+    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{title}</h1>\n'
+        + "\n".join(body)
+        + ("\n</body></html>\n")
+    )

@@ -1,0 +1,50 @@
+"""Heat over a photograph, and query markers: what the attention pictures share."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.patheffects as effects
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from matplotlib.colors import PowerNorm
+from matplotlib.ticker import MaxNLocator
+
+HEAT = "inferno"
+#: One colour per query, easy to tell from the heat and from each other.
+QUERY_COLORS = ("#00e5ff", "#7cff00", "#ff5fd2", "#ffd400", "#ffffff", "#b388ff")
+
+
+def mark(axis, x, y, name, color, size=13):
+    """A ring and a letter at a pixel; ``size`` is the ring's diameter in points."""
+    for edge, width in (("black", size / 2.6), (color, size / 5.2)):
+        axis.plot(x, y, "o", markersize=size, markerfacecolor="none", markeredgecolor=edge, markeredgewidth=width)
+    axis.annotate(
+        name, (x, y), xytext=(0.75 * size, 0.55 * size), textcoords="offset points", color=color, fontsize=1.3 * size,
+        fontweight="bold", path_effects=[effects.withStroke(linewidth=size / 3.2, foreground="black")],
+        annotation_clip=False,
+    )  # fmt: skip
+
+
+def heat(figure, axis, image, weights, *, fontsize=9, label="x uniform"):
+    """An attention map over the darkened photograph, in multiples of uniform attention, with a colour bar.
+
+    Args:
+        image: float tensor (3, H, W) in 0 .. 1. weights: tensor (h, w) of sum 1.
+        fontsize: of the colour bar. label: its label.
+    """
+    times = weights.float() * weights.numel()
+    # The brightest half per cent share one colour: single tokens would leave the rest black.
+    top = max(2.0, float(torch.quantile(times.flatten(), 0.995)))
+    scale = PowerNorm(0.6, 0, top, clip=True)
+    strength = scale(F.interpolate(times[None, None], size=image.shape[1:], mode="bilinear")[0, 0].numpy()).data
+    axis.imshow(image.mean(0).numpy(), cmap="gray", vmin=0, vmax=1.6)
+    colors = plt.get_cmap(HEAT)(0.12 + 0.88 * strength)
+    colors[..., 3] = 0.25 + 0.7 * strength
+    axis.imshow(colors)
+    bar = figure.colorbar(plt.cm.ScalarMappable(scale, HEAT), ax=axis, fraction=0.024, pad=0.01, extend="max")
+    bar.set_label(label, fontsize=fontsize)
+    bar.ax.tick_params(labelsize=fontsize - 1)
+    bar.set_ticks([tick for tick in MaxNLocator(4).tick_values(0, top) if 0 <= tick <= top])
+    bar.minorticks_off()
