@@ -8,6 +8,7 @@
 #include "ops/pairwise/pairwise_forward_cuda.cuh"
 #include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
 #include "ops/unary/unary_cuda.cuh"
+#include "ops/whiten/standardise_cuda.cuh"
 #include "ops/whiten/whiten_cuda.cuh"
 
 namespace dnl {
@@ -41,6 +42,7 @@ void name_fused(NamingDevice& device) {
 template <class T>
 void name_all(NamingDevice& device) {
   whiten_cuda<T>(WhitenArgs{}, device);
+  standardise_cuda<T>(StandardiseArgs{}, device);
   softmax_cuda<T>(SoftmaxArgs{}, device);
   softmax_backward_cuda<T>(SoftmaxArgs{}, device);
   unary_forward_cuda<T>(UnaryArgs{}, device);

@@ -27,7 +27,7 @@ def program(gate, mode="plain", type=None):
         raise
 
 
-@pytest.mark.parametrize("gate", ["whiten", "unary"])
+@pytest.mark.parametrize("gate", ["whiten", "standardise", "unary"])
 def test_random_cases(gate):
     assert mutants.verdict(program(gate), 100, "all") is None
 

@@ -10,6 +10,7 @@
 #include "ops/pairwise/pairwise_forward_cuda.cuh"
 #include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
 #include "ops/unary/unary_cuda.cuh"
+#include "ops/whiten/standardise_cuda.cuh"
 
 namespace {
 
@@ -181,6 +182,27 @@ void elementwise(int64_t row) {
   near("add", row, "sum", out.data[at], 21, 1e-6);
 }
 
+// Whitening, its last tile and its last column sums of moments.
+void standardise(int64_t row) {
+  const Sparse<float> in((row + 1) * kColumns), out((row + 1) * kColumns), mean(kColumns), rstd(kColumns);
+  const int64_t positions = row + 1, at = positions * kColumns - 1;
+  in.data[at] = 7, mean.data[kColumns - 1] = 3, rstd.data[kColumns - 1] = 0.5f;
+  const auto x = dense(static_cast<const float*>(in.data), 1, positions, kColumns);
+  const Standardise<float> op{
+      x, {}, dense(out.data, 1, positions, kColumns), 1, positions, kColumns, 1, mean.data, nullptr, rstd.data};
+  const int64_t tasks = ceil_div_of(positions, kTileSlow) * ceil_div_of(kColumns, kTileFast);
+  launch_one(tasks - 1, tasks, &standardise_kernel<float, false>, op, tasks);
+  near("standardise", row, "out", out.data[at], 2, 1e-6);
+
+  using Moments = MomentSums<float, Moment::second>;
+  const int64_t splits = column_splits(positions), in_last = positions - (splits - 1) * kSplit;
+  const Sparse<double> partial(splits * kColumns);
+  const Moments moments{x, {}, mean.data, partial.data, 1, splits, positions, splits, kColumns, kSplit};
+  const int64_t sums = splits * ceil_div_of(kColumns, kWarp);
+  launch_one(sums - 1, sums, &row_sums_kernel<Moments, true>, moments, sums);
+  near("moments", row, "sum", partial.data[splits * kColumns - 1], 9.0 * (in_last - 1) + 16, 1e-12);
+}
+
 // Column sums of a map (dS over the queries): the last split of positions, both orders of walking.
 void column_sum(int64_t row) {
   const Sparse<float> map((row + 1) * kColumns);
@@ -298,6 +320,7 @@ int main(int argc, char** argv) {
                                     &elementwise,
                                     &column_sum,
                                     &fused_forward<__nv_bfloat16>,
+                                    &standardise,
                                     &far_softmax,
                                     &row_sum};
   const int64_t kinds = std::size(tests);

@@ -28,6 +28,7 @@ class Mutant:
 
 REDUCE, AFFINE, DEVICE = "core/cuda/reduce.cuh", "core/cuda/affine.cuh", "core/cuda/device.cuh"
 UNARY, SHARED = "ops/unary/unary_cuda.cuh", "ops/pairwise/pairwise_cuda.cuh"
+STANDARDISE = "ops/whiten/standardise_cuda.cuh"
 FORWARD, ROWS = "ops/pairwise/pairwise_forward_cuda.cuh", "ops/pairwise/pairwise_backward_rows_cuda.cuh"
 MAP, GRADIENTS = "ops/pairwise/pairwise_backward_map_cuda.cuh", "ops/pairwise/pairwise_gradients_cuda.cuh"
 BACKWARD = "ops/pairwise/pairwise_backward_cuda.cuh"
@@ -174,6 +175,82 @@ MUTANTS = [
         "sum[threadIdx.x / kWarp] = state.sum;\n  }",
         "unary",
         "order",
+    ),
+    # Whitening by any mean and deviation.
+    Mutant(
+        "standardise: statistics of another group",
+        STANDARDISE,
+        "const int64_t g = group + c * step;",
+        "const int64_t g = group;",
+        "standardise",
+    ),
+    Mutant(
+        "standardise: groups of the first batch element",
+        STANDARDISE,
+        "const int64_t group = b * op.channels / op.group,",
+        "const int64_t group = 0,",
+        "standardise",
+    ),
+    Mutant(
+        "standardise: positions beyond the last are summed",
+        STANDARDISE,
+        "if (i >= length) return 0;",
+        "",
+        "standardise",
+        "asan",
+    ),
+    Mutant(
+        "standardise: means of the first batch element in the moments",
+        STANDARDISE,
+        "mean + b * positions / group,",
+        "mean,",
+        "standardise",
+    ),
+    Mutant(
+        "standardise: the term of the result is missing",
+        STANDARDISE,
+        "if (y) value -= static_cast<A>(op.slope[g])",
+        "if (false) value -= static_cast<A>(op.slope[g])",
+        "standardise",
+    ),
+    Mutant(
+        "standardise: variance divided by n",
+        STANDARDISE,
+        "1.0 / (args.count() - 1);",
+        "1.0 / args.count();",
+        "standardise",
+    ),
+    Mutant(
+        "standardise: one element beyond a row",
+        STANDARDISE,
+        "if (f >= fast_count) continue;",
+        "if (f > fast_count) continue;",
+        "standardise",
+        "asan",
+    ),
+    Mutant(
+        "standardise: deviations of groups beyond the last",
+        STANDARDISE,
+        "if (index < count) rstd",
+        "rstd",
+        "standardise",
+        "asan",
+    ),
+    Mutant(
+        "standardise: blocks write the same rows",
+        STANDARDISE,
+        "s < slow + kTileSlow && s < slow_count",
+        "s < slow_count",
+        "standardise",
+        "tsan",
+        cases=100,
+    ),
+    Mutant(
+        "standardise: 32-bit index",
+        STANDARDISE,
+        "out[i * op.out.position + c * op.out.channel]",
+        "out[static_cast<int>(i * op.out.position + c * op.out.channel)]",
+        "overflow",
     ),
     # Softmax and pooling.
     Mutant(
