@@ -72,10 +72,9 @@ def cuobjdump():
 
 def short(names):
     """Readable names: without namespace, return type and arguments."""
-    readable = [
-        re.sub(r"^void |dnl::|\(anonymous namespace\)::|\([^()]*\)$", "", n) for n in ptxas_table.demangle(names)
-    ]
-    return [re.sub(r"\((int|bool)\)", "", re.sub(r"\(dnl::.*|\(double.*|\([A-Z].*", "", name)) for name in readable]
+    # Template arguments have casts, (bool)1 or (dnl::Moment)0; after those, the first parenthesis opens the arguments.
+    plain = [re.sub(r"\((?:dnl::)?\w+\)(?=[\w-])", "", name) for name in ptxas_table.demangle(names)]
+    return [re.sub(r"^void |dnl::|\(.*", "", name) for name in plain]
 
 
 def tensor_instructions(text):
@@ -177,12 +176,13 @@ def main():
             built[arch] = compile_arch(arch, options.nvcc, folder, arch in FUSED_ONLY)
             if not built[arch]:
                 raise SystemExit(f"cuda_budget: no kernel found for {arch}")
+            if options.write:  # after each: an end in between keeps what there is
+                old = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+                BUDGET.write_text(json.dumps({**old, **built}, indent=1, sort_keys=True) + "\n")
     print(table(built))
     if cuobjdump() is None:
         print("no cuobjdump here: HMMA were not counted")
     if options.write:
-        old = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-        BUDGET.write_text(json.dumps({**old, **built}, indent=1, sort_keys=True) + "\n")
         print(f"wrote {BUDGET}")
         return 0
     problems = worse(json.loads(BUDGET.read_text()), built)

@@ -82,7 +82,7 @@ def slices(count, at_once):
 def run_gates(context, outcome, mode, counts, seconds, at_once=100):
     """Random cases by family: `counts` maps a program to how many."""
     end = time.time() + seconds
-    programs = dict(
+    built = dict(
         zip(counts, each(context, lambda gate: programs.cached(programs.Program(gate, mode)), counts), strict=True)
     )
     work = [(gate, *part) for gate, count in counts.items() for part in slices(context.scaled(count), at_once)]
@@ -93,7 +93,7 @@ def run_gates(context, outcome, mode, counts, seconds, at_once=100):
         gate, first, count = item
         if time.time() > end:
             return 0, None
-        status, text = call([programs[gate], count, first], 600)
+        status, text = call([built[gate], count, first], 600)
         reached = re.search(r"(\d+) cases, (\d+) failed", text)
         if status or not reached:
             return int(reached[1]) if reached else 0, f"{gate} {mode} {first}+{count}: {text[-600:]}"

@@ -38,7 +38,8 @@ struct Draw {
   // Below one tile of anything, up to a few tiles, or (seldom) up to `most`.
   int64_t size(int64_t most) {
     const double kind = std::uniform_real_distribution<double>()(engine);
-    return kind < 0.5 ? upto(1, 12) : kind < 0.95 ? upto(13, std::min<int64_t>(most, 90)) : upto(1, most);
+    return kind < 0.5 ? upto(1, std::min<int64_t>(most, 12))
+                      : upto(1, kind < 0.95 ? std::min<int64_t>(most, 90) : most);
   }
 };
 
