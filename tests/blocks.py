@@ -17,15 +17,6 @@ backends = pytest.mark.parametrize("backend", ["reference", "fused"])
 dimensions = pytest.mark.parametrize("dims", [1, 2, 3])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These shapes are tiny: on a busy machine, waiting for a second thread takes ten times the work itself."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def scramble(module, seed=0):
     """Fill every parameter and running statistic, so that no term is zero and the softmax is not flat."""
     generator = torch.Generator().manual_seed(seed)

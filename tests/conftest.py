@@ -32,6 +32,18 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These shapes are small: on a busy machine, waiting for a second thread takes ten times the work itself.
+
+    A test of threads sets their number itself.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["cpu", "emulated", "cuda"])
 def device(request):
     """Runs a test of operators on CPU tensors by every route there is: see routes.py."""

@@ -14,7 +14,6 @@ import math
 import random
 
 import numpy as np
-import pytest
 import torch
 
 import dnl_ext
@@ -47,15 +46,6 @@ BAR = {"output": 2.0, "gradient": 3.0}
 #: float64 has no wider type to add in: a running sum of n terms is off by about sqrt(n) / 2 units, 10 for n = 400.
 ULPS = {torch.float64: 8.0, torch.float32: 2.0, torch.bfloat16: 2.0, torch.float16: 2.0}
 LONG_DOUBLE_IS_WIDER = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These shapes are small: on a busy machine, waiting for a second thread takes ten times the work itself."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

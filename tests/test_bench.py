@@ -19,13 +19,9 @@ SMALL = Options(shapes=((16, 32),), positions=(96,), dtypes=("fp32",), budget=0.
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One thread, a small roof and three rounds: figures that mean nothing, soon."""
+    """A small roof and three rounds: figures that mean nothing, soon."""
     monkeypatch.setattr(runner, "LEAST_SECONDS", 0.0)
     monkeypatch.setattr(timing, "roof_edge", lambda *_: 128)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bench(*arguments):

@@ -11,14 +11,6 @@ from dnl_ext.cli.app import app
 from dnl_ext.config import arch_cover, cuda_plan, parse_dtype, show_config
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def doctor(*arguments):
     return CliRunner().invoke(app, ["doctor", *arguments])
 

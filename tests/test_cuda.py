@@ -10,7 +10,6 @@ import helpers
 import pytest
 import routes
 import torch
-from helpers import one_thread  # noqa: F401
 from routes import HAS_GPU, OPERATORS, onto
 
 import dnl_ext

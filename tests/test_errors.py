@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import one_thread  # noqa: F401
+from helpers import ARGUMENTS
 
 import dnl_ext
 from dnl_ext import reference
@@ -28,19 +28,8 @@ def attention_inputs(dtype=torch.float32, device="cpu"):
 
 def public_calls(device="cpu"):
     inputs = attention_inputs(device=device)
-    pick = {name: {key: inputs[key] for key in names} for name, names in PUBLIC.items() if names != ("x",)}
+    pick = {name: {key: inputs[key] for key in names} for name, names in ARGUMENTS.items() if names != ("x",)}
     return {**pick, "mean_subtract": {"x": inputs["query"]}, "whiten": {"x": inputs["query"], "name": "ln"}}
-
-
-PUBLIC = {
-    "disentangled_attention": ("query", "key", "value", "mask_logits"),
-    "pairwise_attention": ("query", "key", "value"),
-    "unary_attention": ("mask_logits", "value"),
-    "mean_subtract": ("x",),
-    "whiten": ("x",),
-    "pairwise_softmax": ("query", "key"),
-    "unary_softmax": ("mask_logits",),
-}
 
 
 def raw_calls(device="cpu"):
@@ -78,8 +67,8 @@ def call(route, name, arguments):
         warnings.simplefilter("ignore")
         if route == "raw":
             return getattr(raw, name)(*arguments.values())
-        positional = [arguments[n] for n in PUBLIC[name]]
-        return getattr(dnl_ext, name)(*positional, **{n: x for n, x in arguments.items() if n not in PUBLIC[name]})
+        positional = [arguments[n] for n in ARGUMENTS[name]]
+        return getattr(dnl_ext, name)(*positional, **{n: x for n, x in arguments.items() if n not in ARGUMENTS[name]})
 
 
 CALLS = {"public": public_calls, "raw": raw_calls}

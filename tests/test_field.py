@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from blocks import BLOCKS, assert_same, dimensions, make_input, one_thread, scramble  # noqa: F401
+from blocks import BLOCKS, assert_same, dimensions, make_input, scramble
 from transcriptions import MmcvBlock, OfficialBlock
 
 import dnl_ext

@@ -11,7 +11,6 @@ import helpers
 import pytest
 import routes
 import torch
-from helpers import one_thread  # noqa: F401
 
 import dnl_ext
 

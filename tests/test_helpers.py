@@ -10,7 +10,6 @@ import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import one_thread  # noqa: F401
 
 import dnl_ext
 from dnl_ext import reference

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from helpers import one_thread  # noqa: F401
 from torch import nn
 
 import dnl_ext

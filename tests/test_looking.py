@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from PIL import Image
-from test_cli import assert_one_line, one_thread, run, start, train  # noqa: F401
+from test_cli import assert_one_line, run, start, train
 from test_data import MAKERS
 
 from dnl_ext.analysis import AttentionProbe

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from blocks import compiled, one_thread, scramble  # noqa: F401
+from blocks import compiled, scramble
 from torch import nn
 from transcriptions import _softmax, whitened
 

@@ -11,7 +11,6 @@ import math
 import helpers
 import pytest
 import torch
-from helpers import one_thread  # noqa: F401
 
 import dnl_ext
 from dnl_ext import disentangled_attention, pairwise_attention, pairwise_softmax, reference

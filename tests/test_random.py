@@ -10,7 +10,6 @@ import sys
 
 import helpers
 import pytest
-from helpers import one_thread  # noqa: F401
 
 from dnl_ext import _C
 

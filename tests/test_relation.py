@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from blocks import compiled, one_thread, scramble  # noqa: F401
+from blocks import compiled, scramble
 
 from dnl_ext import RelationModule
 from dnl_ext.modules.relation import relative_geometry

@@ -9,7 +9,6 @@ import math
 import helpers
 import pytest
 import torch
-from helpers import one_thread  # noqa: F401
 
 import dnl_ext
 from dnl_ext import reference, unary_attention, unary_softmax

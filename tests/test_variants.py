@@ -14,7 +14,6 @@ from blocks import (
     compiled,
     dimensions,
     make_input,
-    one_thread,  # noqa: F401
     run,
     scramble,
 )

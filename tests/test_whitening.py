@@ -20,7 +20,6 @@ from blocks import (
     make_input,
     scramble,
 )
-from helpers import one_thread  # noqa: F401
 from transcriptions import OfficialBlock, whitened
 
 import dnl_ext

@@ -168,17 +168,16 @@ void product(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, Panel
   }
 }
 
+// C = AB where `fresh`; else what is there stays: C = C + AB, or C = C * alpha + AB where alpha is given.
 template <class E>
-void product(Into into, int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
-             PanelResult<Acc<E>> c, const Acc<E>* alpha = nullptr) {
-  switch (into) {
-    case Into::store:
-      return product<E, Into::store>(rows, panels, depth, a, b, c);
-    case Into::add:
-      return product<E, Into::add>(rows, panels, depth, a, b, c);
-    case Into::rescale:
-      return product<E, Into::rescale>(rows, panels, depth, a, b, c, alpha);
-  }
+void accumulate(bool fresh, int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
+                PanelResult<Acc<E>> c, const Acc<E>* alpha = nullptr) {
+  if (fresh)
+    product<E, Into::store>(rows, panels, depth, a, b, c);
+  else if (alpha)
+    product<E, Into::rescale>(rows, panels, depth, a, b, c, alpha);
+  else
+    product<E, Into::add>(rows, panels, depth, a, b, c);
 }
 
 }  // namespace DNL_ISA

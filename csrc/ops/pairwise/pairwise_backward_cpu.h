@@ -239,7 +239,7 @@ struct PairwiseBackward {
     const int64_t range = (key % sharing + s) % sharing;
     const int64_t begin = query_blocks * range / sharing, end = query_blocks * (range + 1) / sharing;
     for (int64_t block = begin; block < end; ++block)
-      run_block(batch, place, block, count, panels, s == 0 && block == begin ? Into::store : Into::add, slot);
+      run_block(batch, place, block, count, panels, s == 0 && block == begin, slot);
     if (s == sharing - 1) write_tile(batch, first, count, slot);
   }
 
@@ -260,7 +260,7 @@ struct PairwiseBackward {
     std::fill(slot.column_sum, slot.column_sum + tile, A(0));
   }
 
-  void run_block(int64_t batch, int64_t place, int64_t block, int64_t keys, int64_t panels, Into into,
+  void run_block(int64_t batch, int64_t place, int64_t block, int64_t keys, int64_t panels, bool fresh,
                  const Slot& slot) {
     const int64_t first = block * kQueryBlock, rows = std::min(kQueryBlock, args.queries - first);
     const int64_t row = place * args.queries + first, column = (place * query_blocks + block) * kQueryBlock;
@@ -277,11 +277,12 @@ struct PairwiseBackward {
 
     const int64_t depth = round_up(rows, G);
     if (need_value)
-      product<E>(into, args.channels, panels, depth, grad_columns_from(batch, place, first),
-                 {probability(slot), kPanel}, {slot.grad_value, args.channels * L});
+      accumulate<E>(fresh, args.channels, panels, depth, grad_columns_from(batch, place, first),
+                    {probability(slot), kPanel}, {slot.grad_value, args.channels * L});
     if (slot.grad_key)
-      product<E>(into, args.width, panels, depth, {query_columns + column * args.width, kQueryBlock, kQueryBlock, 0},
-                 {grad_pairs(slot), kPanel}, {slot.grad_key, args.width * L});
+      accumulate<E>(fresh, args.width, panels, depth,
+                    {query_columns + column * args.width, kQueryBlock, kQueryBlock, 0}, {grad_pairs(slot), kPanel},
+                    {slot.grad_key, args.width * L});
     if (grad_query)
       product<E, Into::add>(rows, width_panels, round_up(keys, G), {grad_row_operand(slot), L, L, kPanel},
                             {slot.key_columns, round_up(tile, G) * L},

@@ -9,6 +9,9 @@
 //   dQ += dS K'                      library product into a buffer of its own, then added
 //   dq = scale (dQ - its mean over queries)       once all keys have passed
 //
+// The first three lines are one kernel on the fused path (pairwise_fused_backward_cuda.cuh), which writes only P' and
+// dS'.
+//
 // The sum over queries uses dS as rounded, which is what makes the correction exact. Only dQ (queries x width) is held
 // in float over the whole call. Traded away: adding dQ costs a pass over it per chunk, because the product that adds to
 // its output is not reachable through the stable ABI.

@@ -123,9 +123,9 @@ struct PairwiseForward {
                                 {slot.query + p * panel_depth * L, 0}, {slot.logits + p * kKeyBlock * L, 0});
         softmax_step(slot, p, rows, bias ? bias + place * args.keys + key : nullptr);
       }
-      product<E>(block == 0 ? Into::store : Into::rescale, args.channels, panels, round_up(rows, G),
-                 {value_rows + (place * key_blocks + block) * args.channels * kKeyBlock, kKeyBlock, kKeyBlock, 0},
-                 {probability(slot), kKeyBlock * L}, {slot.output, args.channels * L}, slot.alpha);
+      accumulate<E>(block == 0, args.channels, panels, round_up(rows, G),
+                    {value_rows + (place * key_blocks + block) * args.channels * kKeyBlock, kKeyBlock, kKeyBlock, 0},
+                    {probability(slot), kKeyBlock * L}, {slot.output, args.channels * L}, slot.alpha);
     }
     write(batch, first, count, slot);
   }
