@@ -106,7 +106,7 @@ def run_gates(context, outcome, mode, counts, seconds, at_once=100):
 
 
 def cpu_program(mode):
-    """tests/cpp/test_cpu_kernels.cpp, built in `mode`."""
+    """tests/cpp/test_cpu_kernels.cpp, built in `mode` by g++, whose pragmas choose the kernels' instruction sets."""
     folder = ROOT / "build/gates"
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted((ROOT / "csrc/core/cpu").glob("*.cpp"))
@@ -116,7 +116,7 @@ def cpu_program(mode):
     )
     if not out.exists() or out.stat().st_mtime < newest:
         flags = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w", "-pthread")
-        command = [*programs.MODES[mode], "-std=c++17", *flags, f"-I{ROOT}/csrc", f"-I{ROOT}/tests/cpp"]
+        command = ["g++", *programs.MODES[mode][1:], "-std=c++17", *flags, f"-I{ROOT}/csrc", f"-I{ROOT}/tests/cpp"]
         subprocess.run([*command, ROOT / "tests/cpp/test_cpu_kernels.cpp", *sources, "-o", out], check=True)
     return out
 
@@ -143,7 +143,7 @@ def bounds(context, outcome, seconds):
 def races(context, outcome, seconds):
     run_gates(context, outcome, "tsan", RACES, seconds, 20)
     run_cpu_kernels(context, outcome, "tsan", 100, 600)
-    outcome.note += f"; {programs.MODES['tsan'][0]}"
+    outcome.note += f"; {programs.MODES['tsan'][0]}, CPU kernels g++"
 
 
 def overflow(context, outcome, seconds):
