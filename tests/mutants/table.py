@@ -159,7 +159,7 @@ MUTANTS = [
     Mutant("dS: 32-bit index", MAP, "row = task * step.pitch;", "row = static_cast<int>(task * step.pitch);",
            "overflow"),
     Mutant("dS: Delta left out", MAP, "dp.value[u], d.value[u])", "dp.value[u], A(0))", "chain", type=BF16),
-    Mutant("dS: Delta of a row without the residual", BACKWARD, "if (offset) y -= offset[c];", "", "chain", type=BF16),
+    Mutant("dS: Delta without the offset", BACKWARD, "if (offset) y -= offset[c];", "", "chain", type=BF16),
     Mutant("gradient scale: the next element overwrites what is read", BACKWARD,
            "__syncthreads();  // before the next element overwrites `most`", "", "chain", "tsan", F16, cases=60),
     # Row backward of float and double.
@@ -179,7 +179,7 @@ MUTANTS = [
     Mutant("dq: its mean is left in", GRADIENTS, "      write.beta = -1;\n", "      write.beta = 0;\n", "chain"),
     Mutant("dk: the term of the query mean is missing", GRADIENTS, "write.beta = in.mean_term;", "write.beta = 0;",
            "chain", type=BF16),
-    Mutant("dk: unary sums of the wrong batch element", GRADIENTS, "in.query_mean + b * args.width", "in.query_mean",
+    Mutant("dk: query mean of the wrong batch element", GRADIENTS, "in.query_mean + b * args.width", "in.query_mean",
            "chain", type=BF16),
     Mutant("dv: pooled gradient of the wrong batch element", GRADIENTS, "unary.grad_pooled + b * args.channels",
            "unary.grad_pooled", "chain"),
