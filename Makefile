@@ -24,15 +24,19 @@ MM := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc dnl_ext -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py pyproject.toml
 
-.PHONY: help demo test test-slow test-integrations bench lint format host-test cuda-build dist clean
+.PHONY: help demo test test-slow test-integrations prove bench lint format host-test cuda-build cuda-budget gpu-check \
+  dist clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 	@echo "  make test-slow   the long form of the suites"
 	@echo "  make test-integrations  mmsegmentation, mmdetection, mmaction2, torchvision and timm, in .venv-integrations"
+	@echo "  make prove       all that is proven of the kernels without a GPU, with counts: 40 minutes on two cores"
 	@echo "  make bench       time and memory against every peer that runs here"
 	@echo "  make host-test   the kernels without torch or Python, under CMake and CTest"
 	@echo "  make cuda-build  build the CUDA extension (no GPU needed) and check that it loads"
+	@echo "  make cuda-budget rewrite the budget of registers, spills and tensor-core instructions (tests/cuda_budget.json)"
+	@echo "  make gpu-check   on a machine with a GPU: build, test, sanitize and time, in 8 minutes"
 	@echo "  make dist        sdist and wheel, the wheel built from the sdist"
 	@echo "  make lint        formatting and lint;  make format  mends what it can"
 
@@ -67,6 +71,9 @@ $(MM)/.installed:
 test-integrations: $(VENV)/.built $(MM)/.installed
 	$(MM)/bin/python -m pytest -q tests/test_integrations_*.py
 
+prove: $(VENV)/.built
+	$(BIN)/python tests/prove.py $(PROVE_FLAGS)
+
 bench: $(VENV)/.built
 	$(BIN)/python -m dnl_ext bench
 
@@ -86,18 +93,31 @@ format: $(VENV)/.built
 	$(BIN)/ruff format .
 	find csrc tests -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format -i
 
-# In a tree of its own: an extension built in place for one torch would shadow the other's.
-cuda-build:
+.venv-cuda/.torch:
 	@test -n "$(CUDA_HOME)" || { echo "no CUDA toolkit found: set CUDA_HOME" >&2; exit 3; }
-	test -e .venv-cuda/.torch || { $(PYTHON) -m venv .venv-cuda && \
-	  $(CUDA_BIN)/python $(PIP) --upgrade pip "setuptools>=77" wheel ninja numpy && \
-	  $(CUDA_BIN)/python $(PIP) $(TORCH_CUDA) && touch .venv-cuda/.torch; }
+	$(PYTHON) -m venv .venv-cuda
+	$(CUDA_BIN)/python $(PIP) --upgrade pip "setuptools>=77" wheel ninja numpy
+	$(CUDA_BIN)/python $(PIP) $(TORCH_CUDA)
+	touch $@
+
+# In a tree of its own: an extension built in place for one torch would shadow the other's.
+cuda-build: .venv-cuda/.torch
+	@test -n "$(CUDA_HOME)" || { echo "no CUDA toolkit found: set CUDA_HOME" >&2; exit 3; }
 	mkdir -p build/cuda
 	CUDA_HOME=$(CUDA_HOME) FORCE_CUDA=1 $(CUDA_BIN)/python -m pip wheel -v --no-deps --no-build-isolation \
 	  --wheel-dir build/cuda . > build/cuda/build.log 2>&1 || { tail -40 build/cuda/build.log; exit 1; }
 	$(CUDA_BIN)/python tests/ptxas_table.py build/cuda/build.log
 	$(CUDA_BIN)/python $(PIP) --no-deps --force-reinstall build/cuda/dnl_ext-*.whl
 	cd build/cuda && ../../$(CUDA_BIN)/python ../../tests/check_cuda_build.py
+	$(CUDA_BIN)/python tests/cuda_budget.py --nvcc $(CUDA_HOME)/bin/nvcc
+
+cuda-budget: .venv-cuda/.torch
+	@test -n "$(CUDA_HOME)" || { echo "no CUDA toolkit found: set CUDA_HOME" >&2; exit 3; }
+	$(CUDA_BIN)/python tests/cuda_budget.py --write --nvcc $(CUDA_HOME)/bin/nvcc
+
+# Uses a python that has torch for the GPU (PYTHON), and builds in place.
+gpu-check:
+	PYTHON=$(PYTHON) benchmarks/gpu_session.sh $(GPU_FLAGS)
 
 dist: $(VENV)/.built
 	$(BIN)/python -m build --no-isolation --outdir dist .

@@ -9,6 +9,8 @@ from dnl_ext import _C
 
 OPERATORS = [
     "mean_subtract",
+    "whiten_forward",
+    "whiten_backward",
     "softmax",
     "softmax_backward",
     "unary_forward",

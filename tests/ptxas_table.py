@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import NamedTuple
 
 ENTRY = re.compile(r"Compiling entry function '(\S+)' for '(sm_\w+)'")
 SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
@@ -23,17 +24,26 @@ def demangle(names):
     return subprocess.run([tool], input="\n".join(names), text=True, capture_output=True).stdout.splitlines()
 
 
+class Row(NamedTuple):
+    kernel: str  # mangled
+    arch: str
+    registers: int
+    stack: int  # bytes of a thread, as are spills
+    spill: int
+    shared: int  # bytes of a block
+
+
 def parse(lines):
-    """Rows (kernel, arch, registers, spill bytes, shared bytes) in the order of the log."""
-    rows, kernel, spill = [], None, 0
+    """Rows in the order of the log."""
+    rows, kernel, stack, spill = [], None, 0, 0
     for line in lines:
         if match := ENTRY.search(line):
-            kernel, spill = match.groups(), 0
+            kernel, stack, spill = match.groups(), 0, 0
         elif match := SPILLS.search(line):
-            spill = int(match[2]) + int(match[3])
+            stack, spill = int(match[1]), int(match[2]) + int(match[3])
         elif kernel and (match := USED.search(line)):
             shared = SHARED.search(line)
-            rows.append((*kernel, int(match[1]), spill, int(shared[1]) if shared else 0))
+            rows.append(Row(*kernel, int(match[1]), stack, spill, int(shared[1]) if shared else 0))
             kernel = None
     return rows
 
@@ -43,11 +53,11 @@ def main():
         rows = parse(log)
     if not rows:
         sys.exit(f"{sys.argv[1]}: no kernel found; was it built with -Xptxas=-v?")
-    names = [re.sub(r"^void |dnl::|\(.*", "", name) for name in demangle([row[0] for row in rows])]
+    names = [re.sub(r"^void |dnl::|\(.*", "", name) for name in demangle([row.kernel for row in rows])]
     print(f"{'kernel':60} {'arch':8} {'registers':>9} {'spill bytes':>11} {'shared bytes':>12}")
-    for name, (_, arch, registers, spill, shared) in zip(names, rows, strict=True):
+    for name, (_, arch, registers, _, spill, shared) in zip(names, rows, strict=True):
         print(f"{name:60} {arch:8} {registers:9} {spill:11} {shared:12}")
-    print(f"{len(rows)} kernels, {sum(row[3] > 0 for row in rows)} with spills")
+    print(f"{len(rows)} kernels, {sum(row.spill > 0 for row in rows)} with spills")
 
 
 if __name__ == "__main__":

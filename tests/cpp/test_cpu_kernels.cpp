@@ -3,6 +3,7 @@
 // Run it under the sanitizers too (CMakeLists.txt): buffers have their exact size, and threads are real.
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -285,9 +286,30 @@ void test_softmax(const CpuKernels& kernels, int64_t columns) {
   CHECK(columns == 1 || error(values(dx), gradient) < 1e-5, "%s softmax backward of %ld", kernels.name, (long)columns);
 }
 
+// Random cases FIRST .. FIRST + COUNT - 1: a case is drawn from its number alone.
+int random_cases(int64_t count, int64_t first) {
+  for (int64_t number = first; number < first + count; ++number) {
+    generator.seed(static_cast<unsigned>(number + 1));
+    const auto upto = [](int64_t least, int64_t most) {
+      return std::uniform_int_distribution<int64_t>(least, most)(generator);
+    };
+    const auto size = [&] { return upto(0, 2) ? upto(1, 40) : upto(1, 150); };
+    const Shape shape{upto(1, 4), size(), size(), size(), size()};
+    const DType dtype = upto(0, 1) ? DType::f32 : DType::bf16;
+    const bool first_channel = upto(0, 1), whiten = upto(0, 1);
+    const int thread_count = static_cast<int>(upto(1, 3));
+    for (const CpuKernels* kernels : dnl::all_cpu_kernels())
+      if (kernels->supported()) test_pairwise(*kernels, shape, dtype, first_channel, whiten, thread_count);
+  }
+  std::printf("%ld cases\n", static_cast<long>(count));
+  return report();
+}
+
 }  // namespace
 
-int main() {
+// Without arguments, the fixed cases; with COUNT [FIRST], random ones.
+int main(int argc, char** argv) {
+  if (argc > 1) return random_cases(std::atoll(argv[1]), argc > 2 ? std::atoll(argv[2]) : 0);
   const Shape shapes[] = {{1, 1, 1, 1, 1},       {2, 65, 63, 5, 7},   {1, 200, 390, 33, 17}, {3, 7, 500, 16, 70},
                           {1, 400, 129, 130, 9}, {5, 20, 20, 3, 129}, {1, 5, 1, 2, 3},       {1, 1, 9, 4, 4}};
   for (const CpuKernels* kernels : dnl::all_cpu_kernels()) {

@@ -1,0 +1,60 @@
+// Random cases of pairwise attention by the fused kernels: forward with every tile, slice and split that a plan can
+// have, backward by the fused map, or both by one after the other.
+#include "pairwise.h"
+
+#ifndef GATE_FUSED
+#define GATE_FUSED 3
+#endif
+
+#include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
+
+namespace {
+
+// The plan of one of several GPUs, or one that cuts channels and keys where no GPU would.
+template <class T>
+ForwardPlan any_plan(gates::Draw& draw, const PairwiseArgs& args) {
+  const PairwiseShape shape = shape_of<T>(args);
+  const int capability = draw.of({80, 86, 90});
+  const int bytes = draw.of({shared_bytes_of(capability), 48 << 10});
+  ForwardPlan plan = plan_fused_forward(shape, Gpu{capability, static_cast<int>(draw.of({1, 4, 108})), bytes});
+  if (plan.slices == 0) plan = plan_fused_forward(shape, Gpu{90, 132, shared_bytes_of(90)});
+  if (draw.chance(0.3)) {
+    const int64_t tiles = ceil_div_of(args.keys, kForwardTiles[plan.tile].keys);
+    plan.splits = static_cast<int>(draw.upto(1, std::min<int64_t>(tiles, kMaxSplits)));
+  }
+  return plan;
+}
+
+template <class T>
+void test(gates::Draw& draw) {
+  if constexpr (kHalf<T>) {
+    gates::PairwiseCase t =
+        gates::kSanitized ? gates::any_pairwise(draw, 150, 40, 150) : gates::any_pairwise(draw, 300, 150, 700);
+    if (t.channels > 150) t.queries = std::min<int64_t>(t.queries, 70), t.keys = std::min<int64_t>(t.keys, 100);
+    gates::PairwiseProblem<T> problem(t);
+    const int what = GATE_FUSED;
+    if (what & 1)
+      pairwise_fused_forward_cuda<T>(problem.args, problem.device, any_plan<T>(draw, problem.args));
+    else
+      pairwise_forward_cuda<T>(problem.args, problem.device, t.limits);
+    problem.want_gradients();
+    if (what & 2) pairwise_backward_cuda<T>(problem.args, problem.device, t.limits, true);
+    problem.compare(true, what & 2);
+  }
+}
+
+}  // namespace
+
+// -DGATE_FUSED=1: forward, 2: backward, 3 (the default): both.
+int main(int argc, char** argv) {
+  return gates::run(argc, argv, [](gates::Draw& draw) {
+#ifdef GATE_TYPE
+    test<GATE_TYPE>(draw);
+#else
+    if (draw.chance(0.5))
+      test<__nv_bfloat16>(draw);
+    else
+      test<__half>(draw);
+#endif
+  });
+}

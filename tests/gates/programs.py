@@ -1,0 +1,79 @@
+"""Builds the programs of this folder, plainly and under sanitizers.
+
+python tests/gates/programs.py GATE [MODE] [--type TYPE]     prints the path of the program
+"""
+
+import hashlib
+import pathlib
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+ROOT = pathlib.Path(__file__).parents[2]
+CLANG = next((n for n in ("clang++", *(f"clang++-{v}" for v in range(22, 13, -1))) if shutil.which(n)), None)
+
+# g++ sees misaligned vectors that clang++ lets pass; clang++'s ThreadSanitizer knows fibers and static shared memory.
+# g++'s does not say where static shared memory lies: it stands in, and what it reports there is not to be trusted.
+MODES = {
+    "plain": ("g++", "-O1"),
+    "fast": ("g++", "-O2"),
+    "asan": ("g++", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "tsan": (CLANG or "g++", "-O1", "-g", "-fsanitize=thread"),
+}
+ENVIRONMENT = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
+FUSED = {"fused": 3, "fused_forward": 1, "fused_backward": 2}  # GATE_FUSED of fused.cpp
+
+
+@dataclass(frozen=True)
+class Program:
+    gate: str
+    mode: str = "plain"
+    type: str | None = None  # element type; None: all of them
+
+
+class BuildError(RuntimeError):
+    pass
+
+
+def command(program, csrc, out):
+    """The compiler's command line for `program` over the sources in the folder `csrc`."""
+    source = ROOT / "tests/gates" / ("fused.cpp" if program.gate in FUSED else f"{program.gate}.cpp")
+    defines = [f"-DGATE_TYPE={program.type}"] if program.type else []
+    if program.gate in FUSED:
+        defines.append(f"-DGATE_FUSED={FUSED[program.gate]}")
+    includes = [f"-I{csrc}", *(f"-I{ROOT / 'tests' / name}" for name in ("emulator", "cpp", "gates"))]
+    return [*MODES[program.mode], "-std=c++17", "-w", *defines, *includes, str(source), "-o", str(out)]
+
+
+def build(program, csrc, out, timeout=600):
+    done = subprocess.run(command(program, csrc, out), capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise BuildError(done.stderr)
+    return out
+
+
+def cached(program, folder=ROOT / "build/gates"):
+    """The program for the sources as they are, built if they have changed."""
+    key = hashlib.sha256(repr(command(program, ROOT / "csrc", "out")).encode())
+    for name in ("csrc", "tests/emulator", "tests/cpp", "tests/gates"):
+        for path in sorted((ROOT / name).rglob("*")):
+            if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
+                key.update(path.read_bytes())
+    out = folder / f"{program.gate}-{program.mode}-{program.type or 'all'}-{key.hexdigest()[:12]}"
+    if not out.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob(f"{program.gate}-{program.mode}-{program.type or 'all'}-*"):
+            old.unlink()
+        build(program, ROOT / "csrc", out)
+    return out
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("gate")
+    parser.add_argument("mode", nargs="?", default="plain", choices=MODES)
+    parser.add_argument("--type")
+    options = parser.parse_args()
+    print(cached(Program(options.gate, options.mode, options.type)))
