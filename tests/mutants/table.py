@@ -30,6 +30,7 @@ REDUCE, AFFINE, DEVICE = "core/cuda/reduce.cuh", "core/cuda/affine.cuh", "core/c
 UNARY, SHARED = "ops/unary/unary_cuda.cuh", "ops/pairwise/pairwise_cuda.cuh"
 STANDARDISE = "ops/whiten/standardise_cuda.cuh"
 FORWARD, ROWS = "ops/pairwise/pairwise_forward_cuda.cuh", "ops/pairwise/pairwise_backward_rows_cuda.cuh"
+ROW = "ops/pairwise/pairwise_row_cuda.cuh"
 MAP, GRADIENTS = "ops/pairwise/pairwise_backward_map_cuda.cuh", "ops/pairwise/pairwise_gradients_cuda.cuh"
 BACKWARD = "ops/pairwise/pairwise_backward_cuda.cuh"
 TILE, FUSED = "ops/pairwise/pairwise_fused_tile_cuda.cuh", "ops/pairwise/pairwise_fused_forward_cuda.cuh"
@@ -139,9 +140,9 @@ MUTANTS = [
     Mutant("operands: a row that is not aligned is taken as it lies", SHARED,
            "x.position >= channels && x.position % kAlign == 0", "x.position >= channels", "chain", type=BF16),
     # Softmax of a row of the map.
-    Mutant("map softmax: columns beyond the last", FORWARD,
-           "quad * kQuad + u < step.columns ? in.value[u] * step.scale + (more.value[u] - off) : lowest;",
-           "in.value[u] * step.scale + (more.value[u] - off);", "chain"),
+    Mutant("row logits: columns beyond the last", ROW,
+           "quad * kQuad + u < columns ? in.value[u] * scale + (more.value[u] - off) : kLowest;",
+           "in.value[u] * scale + (more.value[u] - off);", "chain"),
     Mutant("map softmax: 32-bit index", FORWARD, "step.logits + task * step.pitch",
            "step.logits + static_cast<int>(task * step.pitch)", "overflow"),
     Mutant("map softmax: two sums share their scratch", FORWARD, "block_sum(stored, scratch[2])",

@@ -15,6 +15,7 @@
 #pragma once
 
 #include "ops/pairwise/pairwise_gradients_cuda.cuh"
+#include "ops/pairwise/pairwise_row_cuda.cuh"
 
 namespace dnl {
 
@@ -30,35 +31,20 @@ struct SoftmaxRowStep {
 template <class A>
 __global__ void __launch_bounds__(kThreads) pairwise_row_backward_kernel(SoftmaxRowStep<A> step, int64_t tasks) {
   __shared__ A scratch[3][kWarps];
-  const A lowest = -std::numeric_limits<A>::infinity();
   const int64_t quads = ceil_div_of(step.columns, kQuad);
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const A* bias = step.bias.data ? step.bias.element(task / step.rows) : nullptr;
     A* map = step.map + task * step.pitch;
     A* grad = step.grad ? step.grad + task * step.pitch : nullptr;
 
-    // Beyond the last column the buffers hold anything: -inf in its place there.
-    const auto logits = [&](int64_t quad, A off, A(&x)[kQuad]) {
-      const Quad<A> in = load_quad(map, quad);
-      Quad<A> more{};
-      if (bias) more = load_quad(bias, quad);
-      for (int u = 0; u < kQuad; ++u)
-        x[u] = quad * kQuad + u < step.columns ? in.value[u] * step.scale + (more.value[u] - off) : lowest;
-    };
-
-    A most = lowest;
-    for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
-      A x[kQuad];
-      logits(quad, 0, x);
-      for (int u = 0; u < kQuad; ++u) most = x[u] > most ? x[u] : most;
-    }
-    most = block_max(most, scratch[0]);
-    const A off = most == lowest ? A(0) : most;  // -inf less -inf would be NaN
+    const RowLogits<A> logits{map, step.bias.data ? step.bias.element(task / step.rows) : nullptr, step.columns,
+                              step.scale};
+    const A most = logits.most(scratch[0]);
+    const A off = most == logits.kLowest ? A(0) : most;  // -inf less -inf would be NaN
     A sum = 0, dot = 0;
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
       Quad<A> dp{}, out;
-      logits(quad, off, x);
+      logits.load(quad, off, x);
       if (grad) dp = load_quad(grad, quad);
       for (int u = 0; u < kQuad; ++u) {
         out.value[u] = exp_of(x[u]);

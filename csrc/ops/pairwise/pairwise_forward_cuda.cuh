@@ -12,6 +12,7 @@
 #pragma once
 
 #include "ops/pairwise/pairwise_cuda.cuh"
+#include "ops/pairwise/pairwise_row_cuda.cuh"
 
 namespace dnl {
 
@@ -31,37 +32,20 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) pairwise_softmax_kernel(SoftmaxStep<T> step, int64_t tasks) {
   using A = AccOf<T>;
   __shared__ A scratch[3][kWarps];
-  const A lowest = -std::numeric_limits<A>::infinity();
   const int64_t quads = ceil_div_of(step.columns, kQuad);
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t b = task / step.rows, i = task % step.rows;
-    const A* s = step.logits + task * step.pitch;
-    const A* bias = step.bias.data ? step.bias.element(b) : nullptr;
+    const RowLogits<A> logits{step.logits + task * step.pitch, step.bias.data ? step.bias.element(b) : nullptr,
+                              step.columns, step.scale};
     T* p = step.probability + task * step.pitch;
 
-    // Logits of a quad less `off`, in one rounding where there is no bias; -inf beyond the last column, where the
-    // buffer holds anything.
-    const auto logits = [&](int64_t quad, A off, A(&x)[kQuad]) {
-      const Quad<A> in = load_quad(s, quad);
-      Quad<A> more{};
-      if (bias) more = load_quad(bias, quad);
-      for (int u = 0; u < kQuad; ++u)
-        x[u] = quad * kQuad + u < step.columns ? in.value[u] * step.scale + (more.value[u] - off) : lowest;
-    };
-
-    A most = lowest;
-    for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
-      A x[kQuad];
-      logits(quad, 0, x);
-      for (int u = 0; u < kQuad; ++u) most = x[u] > most ? x[u] : most;
-    }
-    most = block_max(most, scratch[0]);
-    const A off = most == lowest ? A(0) : most;  // -inf less -inf would be NaN
+    const A most = logits.most(scratch[0]);
+    const A off = most == logits.kLowest ? A(0) : most;  // -inf less -inf would be NaN
     A sum = 0, stored = 0;
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
       Quad<T> out;
-      logits(quad, off, x);
+      logits.load(quad, off, x);
       for (int u = 0; u < kQuad; ++u) {
         const A value = exp_of(x[u]);
         sum += value;
