@@ -51,7 +51,8 @@ def _(query, key, value, mask_logits, scale, whiten, save_residual):
     has_residual = save_residual and query.dtype.itemsize == 2
     residual = empty_like_layout(query, output.shape) if has_residual else query.new_empty((*lead, 0))
     if mask_logits is None:
-        return output, softmax_stats, residual, query.new_empty((*lead, 0), dtype=dtype), query.new_empty((*lead, 0), dtype=dtype)
+        absent = query.new_empty((*lead, 0), dtype=dtype)
+        return output, softmax_stats, residual, absent, torch.empty_like(absent)
     pooled = value.new_empty((*lead, value.shape[-1]), dtype=dtype)
     return output, softmax_stats, residual, pooled, value.new_empty(lead, dtype=dtype)
 
