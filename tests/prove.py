@@ -159,11 +159,12 @@ def mutants(context, outcome, seconds):
     path.parent.mkdir(exist_ok=True)
     path.unlink(missing_ok=True)
     command = [sys.executable, ROOT / "tests/mutants/run.py", "--json", path, "--jobs", context.jobs]
-    status, text = call([*command, *(["--short"] if context.scale < 1 else [])], seconds)
+    command += ["--seconds", seconds, *(["--short"] if context.scale < 1 else [])]
+    status, text = call(command, seconds + 300)
     results = json.loads(path.read_text()) if path.exists() else []
     outcome.count = sum(r["passes"] for r in results if "gate" in r)
     outcome.failures = [f"{r['name']}: {r.get('error') or r['found'] or 'missed'}" for r in results if not r["passes"]]
-    if status and not outcome.failures:
+    if status and not outcome.failures and not outcome.count:
         outcome.failures = [text[-600:]]
     outcome.note = f"{sum('gate' not in r for r in results)} checks of the original"
 
