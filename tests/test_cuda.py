@@ -51,7 +51,7 @@ def failures(seeds, route=lambda op: getattr(dnl_ext, op), **draw):
     messages = []
     for seed in seeds:
         case = cases.random_case(seed, **draw)
-        failed = [error for error in accuracy.measure(case, route(case.op)) if not error.passes]
+        failed = accuracy.failures(case, route(case.op))
         if failed:
             messages.append(f"{case}\n  " + "\n  ".join(map(str, failed)))
     return messages
