@@ -101,6 +101,13 @@ def check_input(x, dims, channels, window):
         raise ValueError(f"input: expected spatial sizes of at least {tuple(window)}, got shape {tuple(x.shape)}")
 
 
+def per_position(layer, x):
+    """layer(x) for a layer of 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off."""
+    if x.shape[2]:
+        return layer(x)
+    return layer(x.new_zeros((*x.shape[:2], 1, *x.shape[3:]))).narrow(2, 0, 0)
+
+
 def positions_last_but_one(x):
     """(B, C, *spatial) as (B, N, C): a view of a contiguous or channels-last tensor, which the operators read."""
     return x.flatten(2).transpose(1, 2)
