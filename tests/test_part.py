@@ -1,7 +1,7 @@
 """Attention over parts of the keys, merged: what sharding is made of, in a group of one process, by every route.
 
-A group of one with small blocks takes every step but the messages: means, partial softmaxes, their merge, the backward of
-parts with the statistics of whole rows.
+A group of one with small blocks takes every step but the messages: means, partial softmaxes, their merge, the backward
+of parts with the statistics of whole rows.
 """
 
 import dataclasses

@@ -1,7 +1,9 @@
-"""Positions sharded over processes: equal to one process, in any split, by either exchange; errors in place of hangs."""
+"""Positions sharded over processes: equal to one process in any split, by either exchange; errors, not hangs."""
 
+import functools
 import itertools
 import os
+import re
 import signal
 import time
 from datetime import timedelta
@@ -15,6 +17,7 @@ import dnl_ext
 from dnl_ext import distributed
 from dnl_ext.distributed import _exchange
 
+run = functools.partial(processes.run, timeout=400)
 TOLERANCE = 1e-12  # of the norm of a result in float64
 D, C = 5, 6
 
@@ -89,19 +92,19 @@ class TestEqualToOneProcess:
             for mask in (True, False)
             for options in (OPTIONS if split is SPLITS[world_size][0] else OPTIONS[::3])
         ]
-        parts = processes.run(sharded_results, world_size, cases)
+        parts = run(sharded_results, world_size, cases)
         for i, (queries, keys, mask, options) in enumerate(cases):
             whole = whole_results(queries, keys, mask, **options)
             assert_equal([part[i] for part in parts], whole, (queries, keys, mask, options))
 
     def test_one_process(self):
-        (part,) = processes.run(sharded_results, 1, [((9,), (7,), True, options) for options in OPTIONS])
+        (part,) = run(sharded_results, 1, [((9,), (7,), True, options) for options in OPTIONS])
         for options, result in zip(OPTIONS, part, strict=True):
             assert_equal([result], whole_results((9,), (7,), True, **options), options)
 
     def test_repeats_bit_for_bit(self):
         case = (*SPLITS[3][0], True, {"exchange": "ring", "block": 4})
-        for part in processes.run(sharded_results, 3, [case, case]):
+        for part in run(sharded_results, 3, [case, case]):
             assert all(torch.equal(x, y) for x, y in zip(*part, strict=True))
 
     def test_functions_of_their_own(self):
@@ -111,7 +114,7 @@ class TestEqualToOneProcess:
         pooled, logits = dnl_ext.unary_attention(m, v), dnl_ext.shared_key_logits(q, k)
         spatial = dnl_ext.disentangled_attention(q, k, v, m, whiten="spatial")
         (pooled.sin().sum() * 3 + logits.sin().sum() + spatial.sin().sum()).backward()
-        parts = processes.run(other_functions, 3, queries, keys)
+        parts = run(other_functions, 3, queries, keys)
         for part in parts:
             torch.testing.assert_close(part[0], pooled.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(torch.cat([part[1] for part in parts], -1), logits.detach(), rtol=1e-12, atol=1e-12)
@@ -164,7 +167,10 @@ def wrong_calls(rank, world_size):
 class TestErrors:
     def test_one_wrong_rank_makes_all_raise(self):
         expected = [
-            (("RuntimeError", "rank 1 .* value: expected the dtype of query"), ("ValueError", "value: expected the dtype")),
+            (
+                ("RuntimeError", "rank 1 .* value: expected the dtype of query"),
+                ("ValueError", "value: expected the dtype"),
+            ),
             (("RuntimeError", "rank 1 .* key: expected a torch.Tensor"), ("TypeError", "key: expected a torch.Tensor")),
             (("ValueError", "mask_logits: expected the same on all ranks, got True on 0, False on 1"),) * 2,
             (("ValueError", "gradients wanted: expected the same"),) * 2,
@@ -175,22 +181,15 @@ class TestErrors:
             (("ValueError", "key: expected at least one key on some rank"),) * 2,
             (("TypeError", "group: expected a ProcessGroup"),) * 2,
         ]
-        ranks = processes.run(wrong_calls, 2)
+        ranks = run(wrong_calls, 2)
         for rank, raised in enumerate(ranks):
             for (kind, message), want in zip(raised, expected, strict=True):
-                assert kind == want[rank][0]
-                assert pytest.raises(Exception, match=want[rank][1]) and _matches(want[rank][1], message)
+                assert kind == want[rank][0] and re.search(want[rank][1], message), (rank, kind, message)
 
     def test_no_group(self):
         q = torch.zeros(1, 2, 3)
         with pytest.raises(RuntimeError, match="group: expected an initialised process group"):
             distributed.disentangled_attention(q, q, q)
-
-
-def _matches(pattern, text):
-    import re
-
-    return re.search(pattern, text) is not None
 
 
 SECONDS = 4
@@ -232,12 +231,12 @@ class TestLostRank:
     def test_a_rank_that_dies(self, tmp_path, monkeypatch, backward):
         monkeypatch.setattr(processes, "SETTLE", 3 * SECONDS)  # the others get the time to fail by themselves
         with pytest.raises(processes.RankError, match=r"rank 1 of 4 died with exit code -9"):
-            processes.run(lose_rank_one, 4, tmp_path, backward, "die")
+            run(lose_rank_one, 4, tmp_path, backward, "die")
         self.assert_all_raised(tmp_path)
 
     def test_a_rank_that_stops(self, tmp_path):
         """Its connections stay open; only the time-out of the group tells."""
-        processes.run(lose_rank_one, 3, tmp_path, True, "stop")
+        run(lose_rank_one, 3, tmp_path, True, "stop")
         self.assert_all_raised(tmp_path, ranks=(0, 2))
 
     def assert_all_raised(self, folder, ranks=(0, 2, 3)):
@@ -262,6 +261,8 @@ def on_nccl(rank, world_size, cases):
 )
 def test_nccl():
     cases = [(*split, True, options) for split in SPLITS[2] for options in OPTIONS]
-    parts = processes.run(on_nccl, 2, cases, backend="nccl")
+    parts = run(on_nccl, 2, cases, backend="nccl")
     for i, (queries, keys, mask, options) in enumerate(cases):
-        assert_equal([part[i] for part in parts], whole_results(queries, keys, mask, **options), (queries, keys, options))
+        assert_equal(
+            [part[i] for part in parts], whole_results(queries, keys, mask, **options), (queries, keys, options)
+        )

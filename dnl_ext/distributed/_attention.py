@@ -4,15 +4,16 @@ The mathematics is that of one process (csrc/ops/pairwise/pairwise.h), cut as fo
 
     means       of query, key and value over all ranks: one all-gather of (R, 2 Dqk + Dv) sums in float64
     unary       softmax and pooled values of each rank's own keys, merged: u_j = exp(m_j - lse), pooled = sum_j u_j v_j
-    pairwise    for each block of keys that comes by (_exchange.py): the softmax over this block alone, with its shift s_r
-                and factor f_r, merged by  w_r = 2^(s_r - s) / f_r,  y = sum_r w_r y_r / sum_r w_r,  s the largest of them
-    backward    Delta_i = <dy_i, y_i> once; then for each block that comes by, P with the statistics of whole rows, dq added
-                where it is and dk, dv to the sums that travel; G = sum_i dy_i and the mean of dq over all ranks
+    pairwise    for each block of keys that comes by (_exchange.py): the softmax over this block alone, with its shift
+                s_r and factor f_r, merged by  w_r = 2^(s_r - s) / f_r,  y = sum_r w_r y_r / sum_r w_r,  s the largest
+                of them
+    backward    Delta_i = <dy_i, y_i> once; then for each block that comes by, P with the statistics of whole rows, dq
+                added where it is and dk, dv to the sums that travel; G = sum_i dy_i and the mean of dq over all ranks
 
-Centring is done here and not in the operator, whose means would be those of a block (dnl_ext/ops/part.py): query and key
-with whitening; in float32 and float64 keys and values always, as in one process, where it costs nothing and keeps large
-offsets out of the products. 16-bit queries and keys are rounded again when they are centred, as in plain PyTorch and unlike
-in one process. Delta of 16-bit inputs needs what rounding took from y, which is kept beside it, 16 bits too.
+Centring is done here and not in the operator, whose means would be those of a block (dnl_ext/ops/part.py): query and
+key with whitening; in float32 and float64 keys and values always, as in one process, where it costs nothing and keeps
+large offsets out of the products. 16-bit queries and keys are rounded again when they are centred, as in plain PyTorch
+and unlike in one process. Delta of 16-bit inputs needs what rounding took from y, which is kept beside it, 16 bits too.
 
 Blocks of queries bound what an operator needs beside its results; centred copies live as long as a block.
 """
@@ -85,7 +86,7 @@ class Means:
 
 
 class Rows:
-    """The running softmax of a rank's queries over the keys that came by: y (..., Nq, Dv), maximum and sum of every row."""
+    """The running softmax of a rank's queries: y (..., Nq, Dv) so far, and the maximum and the sum of every row."""
 
     def __init__(self, query, channels):
         wide = accumulate_type(query.dtype)
@@ -150,8 +151,11 @@ class UnaryGradients:
     def mask(self):
         return self.map * (self.dot - self.mean)
 
-    def value(self, begin, end):
-        return self.map[..., begin:end, None] * self.grad_pooled.unsqueeze(-2)
+    def add_value(self, total, begin, end):
+        """Add dv of the keys from begin to end to `total` (..., end - begin, Dv)."""
+        return total.addcmul_(
+            self.map[..., begin:end, None].to(total.dtype), self.grad_pooled.unsqueeze(-2).to(total.dtype)
+        )
 
 
 class ShardedAttention(Function):
@@ -192,8 +196,8 @@ class ShardedAttention(Function):
 
 
 def _backward(
-    grad_output, query, key, value, mask_logits, output, residual, stats, offset, mask_lse, means, shards, scale, centre,
-    needs,
+    grad_output, query, key, value, mask_logits, output, residual, stats, offset, mask_lse, means, shards, scale,
+    centre, needs,
 ):  # fmt: skip
     need_query, need_key, need_value, need_mask = needs
     wide = accumulate_type(query.dtype)
@@ -219,14 +223,16 @@ def _backward(
             if need_query:
                 grad_query[..., here, :] += dq
             share = [x.to(wide) if need else None for x, need in zip(share, needs[1:3], strict=True)]
-            total = share if total is None else [x if x is None else x.add_(y) for x, y in zip(total, share, strict=True)]
+            total = (
+                share if total is None else [x if x is None else x.add_(y) for x, y in zip(total, share, strict=True)]
+            )
         return total and [keys[..., :0].to(wide) if x is None else x for x in total]
 
     def deliver(begin, end, key_sum, value_sum):
         if need_key:
             grad_key[..., begin:end, :] = key_sum
         if need_value:
-            grad_value[..., begin:end, :] = value_sum if unary is None else value_sum + unary.value(begin, end)
+            grad_value[..., begin:end, :] = value_sum if unary is None else unary.add_value(value_sum, begin, end)
 
     pack, widths = means.pack(key, value), (key.shape[-1], value.shape[-1])
     if need_key or need_value:
@@ -258,7 +264,7 @@ def _delta(grad_output, output, residual, offset):
 
 
 class ShardedUnary(Function):
-    """sum_j u_j v_j with j over all ranks' keys, on every rank; the gradient is that of the sum of all ranks' losses."""
+    """sum_j u_j v_j with j over all ranks' keys, on every rank; the loss is the sum of all ranks' losses."""
 
     @staticmethod
     def forward(ctx, mask_logits, value, shards):
@@ -277,9 +283,8 @@ def _unary_backward(grad_pooled, mask_logits, value, lse, shards, needs):
     unary.set_total(shards.total(unary.sums()))
     grad_value = None
     if needs[1]:
-        grad_value = empty_like_layout(value, value.shape)
-        for begin, end in ranges(value.shape[-2]):
-            grad_value[..., begin:end, :] = unary.value(begin, end)
+        grad_value = empty_like_layout(value, value.shape, accumulate_type(value.dtype)).zero_()
+        grad_value = unary.add_value(grad_value, 0, value.shape[-2]).to(value.dtype)
     return unary.mask().to(mask_logits.dtype) if needs[0] else None, grad_value
 
 

@@ -9,14 +9,14 @@ what they have while it travels on to the next rank; after R steps every rank ha
     rank 2     [2]   1    0    3
     rank 3     [3]   2    1    0
 
-In the backward the sum of a block's gradients travels one step behind it, each rank adding its share, and arrives at the
-owner after R steps: the order of the sum is that of the ring, so results repeat bit for bit. Two buffers of a block, and
-in the backward two of its gradients: what a rank holds of others' is a block, not a shard. An empty block is not sent,
-which both ends know from the sizes.
+In the backward the sum of a block's gradients travels one step behind it, each rank adding its share, and arrives at
+the owner after R steps: the order of the sum is that of the ring, so results repeat bit for bit. Two buffers of a
+block, and in the backward two of its gradients: what a rank holds of others' is a block, not a shard. An empty block
+is not sent, which both ends know from the sizes.
 
 Gather. Every rank gets all keys and values by one all-gather, padded to the largest shard, and gradients go back by one
-all-to-all, whose parts are added in the order of the ranks. The same bytes in two messages, but every rank holds all keys,
-values and their gradients: for small ones.
+all-to-all, whose parts are added in the order of the ranks. The same bytes in two messages, but every rank holds all
+keys, values and their gradients: for small ones.
 """
 
 import torch
@@ -27,7 +27,7 @@ KEYS, GRADIENTS = 1, 2
 
 
 class Block:
-    """A pair of dense tensors (..., n, widths[0]) and (..., n, widths[1]) side by side in one buffer, to be sent as one.
+    """A pair of dense tensors (..., n, widths[0]) and (..., n, widths[1]) in one buffer, to be sent as one.
 
     Their number of positions n may differ from use to use.
     """
@@ -47,7 +47,7 @@ class Block:
 
 
 def _pass_on(shards, tag, outgoing, incoming):
-    """Start to send a flat buffer to the next rank and to receive one from the rank before; empty ones do not travel."""
+    """Start to send a flat buffer to the next rank and to receive one from the rank before; empty ones stay."""
     peers = (dist.isend, outgoing, shards.rank + 1), (dist.irecv, incoming, shards.rank - 1)
     operations = [
         dist.P2POp(operation, x, dist.get_global_rank(shards.group, peer % shards.world), shards.group, tag)

@@ -1,13 +1,15 @@
-"""What the ranks of a group agree on before they compute together: sizes of all shards, and the same call on every rank.
+"""What the ranks of a group agree on before they compute: sizes of all shards, and the same call on every rank.
 
 A wrong call on one rank must not leave the others waiting in a collective. So every rank tells the others that it is
-content, how many positions it has, and a checksum of all that must be equal; where something is wrong, all of them raise,
-and say which rank and what. That costs one all-gather of four integers; on a GPU the host waits for it.
+content, how many positions it has, and a checksum of all that must be equal; where something is wrong, all of them
+raise, and say which rank and what. That costs one all-gather of four integers; on a GPU the host waits for it.
 
 Sums over ranks are all-gathers, added up in the order of the ranks: every rank gets the same bits, in every run,
-whatever algorithm the backend would choose for an all-reduce. They are small: means and a few numbers per batch element.
+whatever algorithm the backend would choose for an all-reduce. They are small: means and a few numbers per batch
+element.
 """
 
+import itertools
 import struct
 import zlib
 
@@ -76,7 +78,7 @@ class Shards:
         """[begin, end) of this rank's blocks of queries."""
         count = -(-self.queries[self.rank] // self.block)
         bounds = [self.queries[self.rank] * i // max(count, 1) for i in range(count + 1)]
-        return list(zip(bounds[:-1], bounds[1:], strict=True))
+        return list(itertools.pairwise(bounds))
 
     def gathered(self, x):
         """x of every rank, equal shapes: (world, *x.shape)."""
@@ -127,7 +129,9 @@ def agree(group, device, sizes, common, error):
     for name, value in everyone[0][0].items():
         for rank, (other, _) in enumerate(everyone):
             if other.get(name) != value:
-                raise ValueError(f"{name}: expected the same on all ranks, got {value!r} on 0, {other.get(name)!r} on {rank}")
+                raise ValueError(
+                    f"{name}: expected the same on all ranks, got {value!r} on 0, {other.get(name)!r} on {rank}"
+                )
     raise AssertionError("ranks differ in nothing that they told each other")
 
 

@@ -51,9 +51,9 @@ def shard_positions(module, group=None):
     """Make the blocks in a module take slabs of a feature map that is sharded by rows over the ranks of a group.
 
     Afterwards each rank calls the module with its own rows, (B, C, rows, W) in two dimensions, (B, C, frames, H, W) in
-    three, (B, C, length) in one, in any split, also with no rows at all, and gets its rows of the block's output. B, C and
-    W are the same on all ranks. Parameters stay as they are: same values on all ranks, and gradients that are each rank's
-    share, to be summed over the ranks (the loss being the sum of the ranks' losses)::
+    three, (B, C, length) in one, in any split, also with no rows at all, and gets its rows of the block's output. B, C
+    and W are the same on all ranks. Parameters stay as they are: same values on all ranks, and gradients that are each
+    rank's share, to be summed over the ranks (the loss being the sum of the ranks' losses)::
 
         for parameter in module.parameters():
             torch.distributed.all_reduce(parameter.grad, group=group)
@@ -63,9 +63,9 @@ def shard_positions(module, group=None):
     norm with statistics over positions in evaluation too (GroupNorm, InstanceNorm) is refused.
 
     Args:
-        module: a block such as :class:`dnl_ext.DisentangledNonLocal2d`, or any module with such blocks in it, for instance
-            after :func:`dnl_ext.integrations.convert`. Other layers are not looked at: convolutions wider than one row
-            need their neighbours' rows, which is the caller's business.
+        module: a block such as :class:`dnl_ext.DisentangledNonLocal2d`, or any module with such blocks in it, for
+            instance after :func:`dnl_ext.integrations.convert`. Other layers are not looked at: convolutions wider
+            than one row need their neighbours' rows, which is the caller's business.
         group: ProcessGroup or 1-d DeviceMesh, None is the default group.
 
     Returns:
@@ -73,7 +73,8 @@ def shard_positions(module, group=None):
 
     Raises:
         ValueError: there is no block in it. NotImplementedError: a block that mixes positions in a way that does not
-        shard: modes without a softmax, ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None, norms.
+        shard: modes without a softmax, ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None,
+            norms.
     """
     group = process_group(group)
     blocks = [(name, block) for name, block in module.named_modules() if isinstance(block, AttentionBlock)]

@@ -28,7 +28,7 @@ def _check_query_key(query, key):
 
 
 def _check_attention(query, key, value, mask_logits, scale, whiten, exchange, block):
-    """What `dnl_ext.disentangled_attention` asks, except for keys, of which a shard may have none. Returns the scale."""
+    """What `dnl_ext.disentangled_attention` asks, except for keys, of which a shard may have none."""
     _check_query_key(query, key)
     check_tensor("value", value, "(..., Nk, Dv)")
     check_alike("value", value, "query", query, (*key.shape[:-1], value.shape[-1]))
@@ -42,7 +42,6 @@ def _check_attention(query, key, value, mask_logits, scale, whiten, exchange, bl
         raise ValueError(f"exchange: expected 'ring', 'gather' or None, got {exchange!r}")
     if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
         raise ValueError(f"block: expected a positive int or None, got {block!r}")
-    return scale
 
 
 def _gradients_wanted(*inputs):
@@ -67,13 +66,14 @@ def disentangled_attention(
     """:func:`dnl_ext.disentangled_attention` of all ranks' positions, for this rank's queries.
 
     Args:
-        query: tensor (..., Nq, Dqk), this rank's queries. Nq and Nk may differ from each other and from rank to rank, and
-            be 0; leading dimensions, widths, dtype, options and which inputs require a gradient are the same on all ranks.
+        query: tensor (..., Nq, Dqk), this rank's queries. Nq and Nk may differ from each other and from rank to rank,
+            and be 0; leading dimensions, widths, dtype, options and which inputs require a gradient are the same on
+            all ranks.
         key: tensor (..., Nk, Dqk), this rank's keys. value: tensor (..., Nk, Dv).
         mask_logits: tensor (..., Nk), or None.
         group: ProcessGroup or 1-d DeviceMesh over which positions are sharded; None is the default group.
-        scale: as there. whiten: ``"channel"``, with the means of all ranks' positions, ``"spatial"`` or None. The others
-            raise.
+        scale: as there. whiten: ``"channel"``, with the means of all ranks' positions, ``"spatial"`` or None. The
+            others raise.
         exchange: how keys and values travel, ``"ring"`` or ``"gather"``; None gathers where all ranks' keys and values
             take at most 8 MiB. See `docs/scaling.md`.
         block: positions of a shard that travel and are computed at a time; None is a quarter of the largest shard, but
@@ -84,8 +84,8 @@ def disentangled_attention(
 
     Raises:
         ValueError, on all ranks: the ranks' calls do not fit together, or no rank has a key.
-        RuntimeError: another rank's arguments were wrong (there, what :func:`dnl_ext.disentangled_attention` raises), or
-            a rank did not answer in time.
+        RuntimeError: another rank's arguments were wrong (there, what :func:`dnl_ext.disentangled_attention` raises),
+            or a rank did not answer in time.
         NotImplementedError: second derivatives.
 
     Source: Yin et al., ECCV 2020, equation 10; partial softmaxes are merged as in Milakov and Gimelshein, "Online

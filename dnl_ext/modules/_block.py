@@ -174,7 +174,9 @@ class AttentionBlock(nn.Module):
             window = (0, *window[1:])  # a slab may have no rows
         check_input(x, self.dims, self.in_channels, window)
         norm = self._out_and_norm()[1]
-        if self.sharded is not None and norm is not None and norm.training and not isinstance(norm, nn.SyncBatchNorm):
+        if self.sharded is None or norm is None or isinstance(norm, nn.SyncBatchNorm):
+            return
+        if norm.training or norm.running_mean is None:
             raise RuntimeError(
                 "norm: expected evaluation mode or a SyncBatchNorm with sharded positions, got a "
                 f"{type(norm).__name__} in training, whose statistics would be those of a slab"

@@ -102,7 +102,7 @@ def check_input(x, dims, channels, window):
 
 
 def per_position(layer, x):
-    """layer(x) for a layer of 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off."""
+    """layer(x) for 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off again."""
     if x.shape[2]:
         return layer(x)
     return layer(x.new_zeros((*x.shape[:2], 1, *x.shape[3:]))).narrow(2, 0, 0)

@@ -1,11 +1,11 @@
 """Attention over a part of the keys: what :mod:`dnl_ext.distributed` is made of. Not a public function.
 
-``torch.ops.dnl_ext.pairwise_part_forward(query, key, value, scale, save_residual)`` gives, for keys that are some of those
-that a row of P sums over, the softmax over these alone: output (..., Nq, Dv), softmax_stats (..., Nq, 2) in the accumulate
-type, residual as in ``pairwise_forward``. ``pairwise_part_backward(grad_output, query, key, value, softmax_stats, delta,
-scale, need_query, need_key, need_value)`` takes the statistics of whole rows and Delta_i = <dy_i, y_i> (..., Nq) with whole
-rows' y, and gives this part's share of the gradients. Neither centres anything: sums over a part of a row of dS are not
-zero, so a caller who centres must do it with means over everything.
+``torch.ops.dnl_ext.pairwise_part_forward(query, key, value, scale, save_residual)`` gives, for keys that are some of
+those that a row of P sums over, the softmax over these alone: output (..., Nq, Dv), softmax_stats (..., Nq, 2) in the
+accumulate type, residual as in ``pairwise_forward``. ``pairwise_part_backward(grad_output, query, key, value,
+softmax_stats, delta, scale, need_query, need_key, need_value)`` takes the statistics of whole rows and Delta_i =
+<dy_i, y_i> (..., Nq) with whole rows' y, and gives this part's share of the gradients. Neither centres anything: sums
+over a part of a row of dS are not zero, so a caller who centres must do it with means over everything.
 """
 
 import torch
