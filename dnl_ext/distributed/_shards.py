@@ -20,8 +20,9 @@ import torch.distributed as dist
 BLOCKS_PER_SHARD = 4
 #: Bounds of a block, in positions: below, products no longer fill a machine; above, only memory would grow.
 LEAST_BLOCK, MOST_BLOCK = 1024, 16_384
-#: Gathered keys and values of up to this many bytes are gathered at once: then the number of messages is what counts.
-GATHER_BYTES = 8 * 2**20
+#: Where the largest shard of keys and values has at most this many bytes, they are gathered at once: a ring's messages
+#: would be so small that their number, and not their size, is what they cost.
+GATHER_BYTES = 2**20
 
 EXCHANGES = ("ring", "gather")
 
@@ -62,7 +63,7 @@ class Shards:
         self.group, self.rank, self.world = group, dist.get_rank(group), dist.get_world_size(group)
         self.queries, self.keys = ([size[i] for size in sizes] for i in (0, 1))
         if exchange is None:
-            exchange = "gather" if sum(self.keys) * bytes_per_key <= GATHER_BYTES else "ring"
+            exchange = "gather" if max(self.keys) * bytes_per_key <= GATHER_BYTES else "ring"
         self.exchange = exchange
         if block is None:
             largest = max(*self.queries, *self.keys)

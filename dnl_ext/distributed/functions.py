@@ -74,8 +74,8 @@ def disentangled_attention(
         group: ProcessGroup or 1-d DeviceMesh over which positions are sharded; None is the default group.
         scale: as there. whiten: ``"channel"``, with the means of all ranks' positions, ``"spatial"`` or None. The
             others raise.
-        exchange: how keys and values travel, ``"ring"`` or ``"gather"``; None gathers where all ranks' keys and values
-            take at most 8 MiB. See `docs/scaling.md`.
+        exchange: how keys and values travel, ``"ring"`` or ``"gather"``; None gathers where no rank's keys and values
+            take more than 1 MiB. See `docs/scaling.md`.
         block: positions of a shard that travel and are computed at a time; None is a quarter of the largest shard, but
             from 1024 to 16,384.
 
