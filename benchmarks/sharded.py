@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 4 benchmarks/sharded.py --positions 16384 --widths 256,512 --dtype float32
 
-On CPUs the group is gloo's, on GPUs NCCL's, one GPU a rank. Rank 0 prints a line for each exchange, and with --alone one
-for the operator on all positions in one process: seconds of the slowest rank, the best of the repetitions, and for the
+On CPUs the group is gloo's, on GPUs NCCL's, one GPU a rank. Rank 0 prints a line for each exchange, with --alone one
+for the operator on all positions in one process too: seconds of the slowest rank, the best of the repetitions; for the
 ring what rank 0 sent in one call, as counted where it is sent.
 """
 

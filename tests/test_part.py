@@ -9,7 +9,8 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import DTYPES, check, make_case, random_case
+from accuracy import check
+from cases import DTYPES, make_case, random_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dnl_ext
@@ -41,7 +42,7 @@ def small_case(seed, dtype, whiten):
 
 
 class TestAccuracy:
-    """The bar of the project, helpers.py: 2 and 3 times the error of plain PyTorch in the same dtype."""
+    """The bar of the project, accuracy.py: 2 and 3 times the error of plain PyTorch in the same dtype."""
 
     @pytest.mark.parametrize("whiten", ["channel", None])
     @pytest.mark.parametrize("dtype", DTYPES)
