@@ -107,6 +107,14 @@ class TestEqualToOneProcess:
         for part in run(sharded_results, 3, [case, case]):
             assert all(torch.equal(x, y) for x, y in zip(*part, strict=True))
 
+    def test_messages_are_as_many_and_as_large_as_documented(self):
+        """docs/scaling.md, with 24 positions on 3 ranks in 3 blocks each; 2 batch elements."""
+        ranks, blocks, channels = 3, 3, 2 * (D + C) * 8
+        sent = 24 * channels * (ranks - 1) // ranks
+        forward = (blocks * (ranks - 1), sent)
+        backward = (blocks * (ranks - 1) + blocks * ranks, sent + 24 * channels)
+        assert run(messages_sent, ranks) == [(forward, backward)] * ranks
+
     def test_functions_of_their_own(self):
         queries, keys = SPLITS[3][1]
         q, k, v, m, _ = make(sum(queries), sum(keys), True)
@@ -121,6 +129,25 @@ class TestEqualToOneProcess:
         for i, x in enumerate((q, k, v, m)):
             joined = torch.cat([part[2][i] for part in parts], -1 if x is m else -2)
             torch.testing.assert_close(joined, x.grad, rtol=1e-11, atol=1e-12)
+
+
+def messages_sent(rank, world_size):
+    """(number, bytes) of a ring's messages in the forward and in the backward."""
+    sent, pass_on = [], _exchange._pass_on
+
+    def counted(shards, tag, outgoing, incoming):
+        sent.append(outgoing.numel() * outgoing.element_size())
+        return pass_on(shards, tag, outgoing, incoming)
+
+    _exchange._pass_on = counted
+    try:
+        inputs, dy = shard_all(rank, (8, 8, 8), (8, 8, 8), *make(24, 24, True))
+        y = distributed.disentangled_attention(*inputs, exchange="ring", block=3)
+        forward, sent[:] = (len(sent), sum(sent)), []
+        y.backward(dy)
+        return forward, (len(sent), sum(sent))
+    finally:
+        _exchange._pass_on = pass_on
 
 
 def other_functions(rank, world_size, queries, keys):

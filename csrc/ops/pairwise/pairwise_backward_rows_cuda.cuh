@@ -22,13 +22,13 @@ namespace dnl {
 
 template <class A>
 struct SoftmaxRowStep {
-  A* map;               // (group, rows, pitch): S, becomes P
-  A* grad;              // (group, rows, pitch): dP, becomes dS; or null: only P is wanted
-  Rows<const A> bias;   // (group, columns), or null
-  Rows<const A> stats;  // (group, rows, 2) of whole rows, where the columns are a part of them; or null
-  Rows<const A> delta;  // (group, rows), likewise
+  A* map;              // (group, rows, pitch): S, becomes P
+  A* grad;             // (group, rows, pitch): dP, becomes dS; or null: only P is wanted
+  Rows<const A> bias;  // (group, columns), or null
   int64_t rows, columns, pitch;
   A scale;
+  Rows<const A> stats{};  // (group, rows, 2) of whole rows, where the columns are a part of them; or null
+  Rows<const A> delta{};  // (group, rows), likewise
 };
 
 template <class A>
@@ -136,9 +136,15 @@ struct PairwiseBackwardRows {
       const Matrix<T> s = dense(logits, group, rows, pitch), ds = dense(grad, group, rows, pitch);
       device.product(q, k.transposed(), s, group, rows, args.keys, args.width);
       if (need_grad) device.product(dy, in.value.from(b, 0).transposed(), ds, group, rows, args.keys, args.channels);
-      const SoftmaxRowStep<T> step{
-          logits, grad,    in.bias.from(b, 0), stats.from(b, 2 * first), delta.from(b, first), rows, args.keys,
-          pitch,  in.scale};
+      const SoftmaxRowStep<T> step{logits,
+                                   grad,
+                                   in.bias.from(b, 0),
+                                   rows,
+                                   args.keys,
+                                   pitch,
+                                   in.scale,
+                                   stats.from(b, 2 * first),
+                                   delta.from(b, first)};
       device.launch(&pairwise_row_backward_kernel<T>, group * rows, step, group * rows);
 
       if (out.value.data) {
