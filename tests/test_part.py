@@ -46,8 +46,8 @@ class TestAccuracy:
 
     @pytest.mark.parametrize("whiten", ["channel", None])
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_random_cases(self, device, dtype, whiten):
-        for seed in range(2 if device == "emulated" else 4):
+    def test_random_cases(self, dtype, whiten):
+        for seed in range(4):
             check(small_case(seed, dtype, whiten), in_blocks(block=1 + 7 * seed))
 
     @pytest.mark.slow
@@ -56,11 +56,25 @@ class TestAccuracy:
         for seed in range(100, 300):
             check(small_case(seed, dtype, ("channel", None)[seed % 2]), in_blocks(block=1 + seed % 50))
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dtype", DTYPES)
+    def test_random_cases_by_every_route(self, device, dtype):
+        for seed in range(50, 54):
+            check(small_case(seed, dtype, ("channel", None)[seed % 2]), in_blocks(block=10 + seed))
+
     @pytest.mark.parametrize("mean", [0.0, 10.0, 30.0])
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_hot_logits_and_large_means(self, device, dtype, mean):
         case = make_case(nq=70, nk=90, dtype=dtype, mean=mean, options={"scale": 1.25})
         check(case, in_blocks(block=23))
+
+
+    @pytest.mark.parametrize("mean", [0.0, 30.0])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_the_fused_path(self, emulated, monkeypatch, dtype, mean):
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fused")
+        case = make_case(nq=70, nk=90, dtype=dtype, mean=mean, options={"scale": 1.25})
+        check(case, in_blocks(block=40))
 
 
 class TestMerge:
