@@ -17,6 +17,8 @@ OPERATORS = [
     "unary_backward",
     "pairwise_forward",
     "pairwise_backward",
+    "pairwise_part_forward",
+    "pairwise_part_backward",
 ]
 
 missing = [

@@ -22,7 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 OPERATORS = (
     *("mean_subtract", "whiten_forward", "whiten_backward"),
     *("softmax", "softmax_backward", "unary_forward", "unary_backward"),
-    *("pairwise_forward", "pairwise_backward"),
+    *("pairwise_forward", "pairwise_backward", "pairwise_part_forward", "pairwise_part_backward"),
 )
 HAS_GPU = torch.cuda.is_available() and dnl_ext._C.build_info()["cuda"]
 

@@ -22,6 +22,7 @@ from ._common import (
     check_temperature,
     check_width,
     make_norm,
+    per_position,
     positions_last_but_one,
     zero_parameters,
 )
@@ -91,6 +92,8 @@ class AttentionBlock(nn.Module):
     """x + norm(out(attention(x))); the arguments are those of DisentangledNonLocal2d. `dims`: spatial dimensions."""
 
     dims: int
+    #: The functions of a block whose input is one rank's slab, see :func:`dnl_ext.distributed.shard_positions`.
+    sharded = None
 
     def __init__(
         self, in_channels, inter_channels, value_channels, *, variant, mode, use_out, norm, learn_gamma, qk_bias,
@@ -162,6 +165,23 @@ class AttentionBlock(nn.Module):
         self.register_parameter("gamma", nn.Parameter(torch.zeros(1)) if learn_gamma else None)
         self.reset_parameters()
 
+    def _functions(self):
+        return BACKENDS[self.backend] if self.sharded is None else self.sharded
+
+    def _check_input(self, x):
+        window = (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims]
+        if self.sharded is not None:
+            window = (0, *window[1:])  # a slab may have no rows
+        check_input(x, self.dims, self.in_channels, window)
+        norm = self._out_and_norm()[1]
+        if self.sharded is None or norm is None or isinstance(norm, nn.SyncBatchNorm):
+            return
+        if norm.training or norm.running_mean is None:
+            raise RuntimeError(
+                "norm: expected evaluation mode or a SyncBatchNorm with sharded positions, got a "
+                f"{type(norm).__name__} in training, whose statistics would be those of a slab"
+            )
+
     def _layer(self, role):
         name = STYLES[self.style].get(role)
         return None if name is None else getattr(self, name)
@@ -207,7 +227,7 @@ class AttentionBlock(nn.Module):
         terms, source = VARIANTS[self.variant], self.pool(x) if self.sub_sample == "before" else x
 
         def layer(role, y):
-            return self._layer(role)(y)
+            return per_position(self._layer(role), y)
 
         value = layer("value", source)
         mask = layer("mask", source) if terms.unary == "mask" else None
@@ -224,7 +244,7 @@ class AttentionBlock(nn.Module):
             return None, None, value, mask
         query, key = positions_last_but_one(query), positions_last_but_one(key)
         if terms.unary == "shared_key":
-            mask = BACKENDS[self.backend].shared_key_logits(query, key)
+            mask = self._functions().shared_key_logits(query, key)
         if self.whiten in BATCH_NORM_WHITEN:
             query, key = (
                 getattr(self, f"{role}_{self.whiten}")(y.transpose(1, 2)).transpose(1, 2)
@@ -238,7 +258,7 @@ class AttentionBlock(nn.Module):
         Raises:
             NotImplementedError: the pairwise term is no softmax (``mode``).
         """
-        check_input(x, self.dims, self.in_channels, (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims])
+        self._check_input(x)
         if VARIANTS[self.variant].pairwise and self.mode not in ("embedded_gaussian", "gaussian"):
             raise NotImplementedError(f"mode: expected 'embedded_gaussian' or 'gaussian', softmaxes, got {self.mode!r}")
         query, key, value, mask = self._embed(x)
@@ -267,7 +287,7 @@ class AttentionBlock(nn.Module):
 
         Without a pairwise term, that is without query and key, (B, 1, Dv).
         """
-        functional = BACKENDS[self.backend]
+        functional = self._functions()
         if query is None:
             return functional.unary_attention(mask_logits, value).unsqueeze(-2)
         if self.gamma is None and self.mode in ("embedded_gaussian", "gaussian"):
@@ -294,14 +314,14 @@ class AttentionBlock(nn.Module):
             TypeError: ``x`` is not a tensor.
             ValueError: its number of dimensions, its channels or its spatial sizes do not fit.
         """
-        check_input(x, self.dims, self.in_channels, (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims])
+        self._check_input(x)
         y = self._attend(*self._embed(x))
         grid = x.shape[2:] if VARIANTS[self.variant].pairwise else (1,) * self.dims
         y = y.transpose(1, 2).unflatten(2, grid)
         out, norm = self._out_and_norm()
         # One vector for every position is projected once; a norm sees it at each of them, as beside other terms.
         if out is not None:
-            y = out(y)
+            y = per_position(out, y)
         if norm is not None:
             y = norm(y.expand(*y.shape[:2], *x.shape[2:]))
         return x + y  # x first: where the two differ in memory format, the sum takes that of x

@@ -101,6 +101,14 @@ def check_input(x, dims, channels, window):
         raise ValueError(f"input: expected spatial sizes of at least {tuple(window)}, got shape {tuple(x.shape)}")
 
 
+def per_position(layer, x):
+    """layer(x) for 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off again."""
+    if x.shape[2]:
+        return layer(x)
+    row = x.new_zeros((*x.shape[:2], 1, *x.shape[3:]))
+    return layer(torch.cat((x, row), 2)).narrow(2, 0, 0)  # of x and not of zeros alone: the backward must pass here
+
+
 def positions_last_but_one(x):
     """(B, C, *spatial) as (B, N, C): a view of a contiguous or channels-last tensor, which the operators read."""
     return x.flatten(2).transpose(1, 2)

@@ -3,7 +3,7 @@
 import torch
 from torch.autograd import Function
 
-from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, parse_scale
+from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, is_dtensor, parse_scale
 from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
 from .unary import Softmax
 from .whiten import whiten as _whiten
@@ -104,7 +104,7 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
         whiten: ``"channel"`` (the paper's, per-channel mean over positions), None (a standard non-local block), or
             another name of :func:`whiten`, which then is applied to query and key first. ``"channel"`` happens inside.
 
-    All tensors share dtype, device and leading dimensions.
+    All tensors share dtype, device and leading dimensions. DTensors: see :mod:`dnl_ext.distributed`.
 
     Returns:
         Tensor (..., Nq, Dv) of the dtype and dimension order of ``query``: channel-first in, channel-first out.
@@ -118,6 +118,12 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
     check_tensor("query", query, "(..., Nq, Dqk)")
     scale = parse_scale(query, scale)
     check_pairwise(query, key, value, mask_logits, scale, whiten)
+    if is_dtensor(query):
+        from ..distributed import dtensor
+
+        sharded = dtensor.disentangled_attention(query, key, value, mask_logits, scale, whiten)
+        if sharded is not None:
+            return sharded
     query, key, whiten = _whitened(query, key, whiten)
     inputs = [x for x in (query, key, value, mask_logits) if x is not None]
     # A 16-bit output alone is too coarse for the backward; what its rounding lost is kept only if there may be one.

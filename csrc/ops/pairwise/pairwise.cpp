@@ -13,6 +13,24 @@ static Tensor workspace_of(const Tensor& like, size_t bytes) {
   return empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
 }
 
+static void run_forward(const PairwiseCall& call, const Tensor& query) {
+  if (call.empty()) return;
+  const Executor executor = torch_threads();
+  const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_forward_workspace(call.args, executor));
+  cpu_kernels().pairwise_forward(call.args, workspace.data_ptr(), executor);
+}
+
+static void run_backward(PairwiseCall& call, const Tensor& query) {
+  if (call.args.batches && call.args.queries == 0) {
+    for (Tensor* grad : {&call.grad_query, &call.grad_key, &call.grad_value, &call.grad_mask})
+      torch::stable::zero_(*grad);
+  } else if (call.args.batches) {
+    const Executor executor = torch_threads();
+    const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_backward_workspace(call.args, executor));
+    cpu_kernels().pairwise_backward(call.args, workspace.data_ptr(), executor);
+  }
+}
+
 PairwiseForwardResult pairwise_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
                                            const std::optional<Tensor>& mask_logits, double scale,
                                            const std::optional<std::string>& whiten, bool save_residual) {
@@ -21,11 +39,7 @@ PairwiseForwardResult pairwise_forward_cpu(const Tensor& query, const Tensor& ke
     const auto [pooled, mask_lse] = unary_forward_cpu(*mask_logits, value);
     call.set_unary(pooled, mask_lse);
   }
-  if (!call.empty()) {
-    const Executor executor = torch_threads();
-    const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_forward_workspace(call.args, executor));
-    cpu_kernels().pairwise_forward(call.args, workspace.data_ptr(), executor);
-  }
+  run_forward(call, query);
   return {call.output, call.stats, call.residual, call.pooled, call.mask_lse};
 }
 
@@ -37,15 +51,24 @@ PairwiseBackwardResult pairwise_backward_cpu(const Tensor& grad_output, const Te
                                              bool need_value, bool need_mask) {
   PairwiseCall call(grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse,
                     scale, whiten, need_query, need_key, need_value, need_mask);
-  if (call.args.batches && call.args.queries == 0) {
-    for (Tensor* grad : {&call.grad_query, &call.grad_key, &call.grad_value, &call.grad_mask})
-      torch::stable::zero_(*grad);
-  } else if (call.args.batches) {
-    const Executor executor = torch_threads();
-    const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_backward_workspace(call.args, executor));
-    cpu_kernels().pairwise_backward(call.args, workspace.data_ptr(), executor);
-  }
+  run_backward(call, query);
   return {call.grad_query, call.grad_key, call.grad_value, call.grad_mask};
+}
+
+PairwiseCall::PartForward pairwise_part_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                    double scale, bool save_residual) {
+  PairwiseCall call(query, key, value, scale, save_residual);
+  run_forward(call, query);
+  return {call.output, call.stats, call.residual};
+}
+
+PairwiseCall::PartBackward pairwise_part_backward_cpu(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                                      const Tensor& value, const Tensor& softmax_stats,
+                                                      const Tensor& delta, double scale, bool need_query, bool need_key,
+                                                      bool need_value) {
+  PairwiseCall call(grad_output, query, key, value, softmax_stats, delta, scale, need_query, need_key, need_value);
+  run_backward(call, query);
+  return {call.grad_query, call.grad_key, call.grad_value};
 }
 
 }  // namespace dnl
@@ -61,9 +84,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
       "bool need_key, "
       "bool need_value, bool need_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
       "grad_mask_logits)");
+  m.def(
+      "pairwise_part_forward(Tensor query, Tensor key, Tensor value, float scale, bool save_residual) -> (Tensor "
+      "output, Tensor softmax_stats, Tensor residual)");
+  m.def(
+      "pairwise_part_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor softmax_stats, Tensor "
+      "delta, float scale, bool need_query, bool need_key, bool need_value) -> (Tensor grad_query, Tensor grad_key, "
+      "Tensor grad_value)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
   m.impl("pairwise_forward", TORCH_BOX(&dnl::pairwise_forward_cpu));
   m.impl("pairwise_backward", TORCH_BOX(&dnl::pairwise_backward_cpu));
+  m.impl("pairwise_part_forward", TORCH_BOX(&dnl::pairwise_part_forward_cpu));
+  m.impl("pairwise_part_backward", TORCH_BOX(&dnl::pairwise_part_backward_cpu));
 }

@@ -9,6 +9,11 @@
 // The backward makes P again from a row's shift and factor: P_ij = 2^(log2(e) S_ij - shift_i) factor_i.
 // A 16-bit output has lost what Delta needs when values share a large mean; `residual` keeps it for the backward.
 // `pooled` = sum_j u_j v_j and u = softmax(m) come from ops/unary; without mask logits they are absent.
+//
+// A *part* has some of the keys that a row of P sums over (dnl_ext/distributed): the forward gives the softmax over
+// these alone, with its statistics; the backward takes the statistics of whole rows and their Delta. Sums over a part
+// of a row of dS are not zero, so centring keys or values by means of their own would be wrong: a part is used as it
+// comes.
 #pragma once
 
 #include "core/types.h"
@@ -28,11 +33,13 @@ struct PairwiseArgs {
   int64_t batches, queries, keys, width, channels;
   double scale;
   bool whiten;
+  bool part = false;  // the keys are some of those of a row; whiten is false
 
   // Backward only. A gradient with data = nullptr is not wanted.
   View grad_output;                // (batches, queries, channels)
   View mask;                       // (batches, keys), data = nullptr without the unary term
   const void* mask_lse = nullptr;  // (batches)
+  const void* delta = nullptr;     // (batches, queries), of a part: <dy_i, y_i> with whole rows
   View grad_query, grad_key, grad_value, grad_mask;
 };
 

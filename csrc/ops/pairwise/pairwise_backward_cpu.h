@@ -200,7 +200,10 @@ struct PairwiseBackward {
 
     const A* stats = static_cast<const A*>(args.stats) + (batch * args.queries + first) * 2;
     for (int64_t i = 0; i < count; ++i) shift[row + i] = stats[2 * i], factor[row + i] = stats[2 * i + 1];
-    if (need_logits) compute_delta(batch, first, count, delta + row);
+    if (need_logits && args.delta)
+      std::copy_n(static_cast<const A*>(args.delta) + batch * args.queries + first, count, delta + row);
+    else if (need_logits)
+      compute_delta(batch, first, count, delta + row);
     if (grad_query)
       for (int64_t p = 0; p < width_panels; ++p) {
         A* out = grad_query + ((place * width_panels + p) * args.queries + first) * L;

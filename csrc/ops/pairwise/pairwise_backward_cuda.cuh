@@ -158,6 +158,16 @@ struct PairwiseBackwardChain {
     if (!need_logits) return;
 
     delta = {device.template allocate<A>(args.batches * pitch), pitch};
+    if constexpr (kScaledGradient<T>) gradient_scale(grad);
+    if (args.delta) {
+      const A* given = static_cast<const A*>(args.delta);
+      affine(device, Affine<A, A>{{given, single_batch(args.batches, args.queries), 1, 1},
+                                  {delta.data, single_batch(args.batches, pitch), 1, 1},
+                                  args.batches,
+                                  args.queries,
+                                  1});
+      return;
+    }
     const DeltaOp<T> op{grad,
                         matrix_of<const T>("output", args.output, args.batches),
                         matrix_of<const T>("residual", args.residual, args.batches),
@@ -167,7 +177,6 @@ struct PairwiseBackwardChain {
                         args.channels,
                         delta};
     row_sums(device, op, position_is_fast(grad, args.queries, args.channels));
-    if constexpr (kScaledGradient<T>) gradient_scale(grad);
   }
 
   void gradient_scale(const Matrix<const T>& grad) {

@@ -7,7 +7,7 @@
 // Centring. In float and double, operands are centred while they are packed. bfloat16 operands are multiplied as they
 // are, exactly, in float accumulators; the query mean enters as a bias per key, -<mu_q, k_j>, because rounding centred
 // values again would lose what the inputs still had. Values are centred like keys: rows of P sum to one, so their mean
-// can be added at the end, and Delta and dO V^T lose the same multiple of it.
+// can be added at the end, and Delta and dO V^T lose the same multiple of it. A part (pairwise.h) is not centred.
 #pragma once
 
 #include <atomic>
@@ -36,8 +36,8 @@ inline Source<Src> by_channel(const View& x, int64_t batch, int64_t first, const
 template <class E>
 constexpr bool kRawProducts = Block<E>::kGroup > 1;
 
-// Keys are centred with or without whitening: that adds a constant to each row of logits and nothing to dQ.
-// Per-channel means of query and key (batches, width) and value (batches, channels), or null where not centred.
+// Keys of whole rows are centred with or without whitening: that adds a constant to each row of logits and nothing to
+// dQ. Per-channel means of query and key (batches, width) and value (batches, channels), or null where not centred.
 template <class Src, class E>
 struct Means {
   Acc<Src>* query = nullptr;
@@ -45,6 +45,7 @@ struct Means {
   Acc<Src>* value = nullptr;
 
   Means(const PairwiseArgs& args, Arena& arena) {
+    if (args.part) return;
     if (!kRawProducts<E>) value = arena.take<Acc<Src>>(args.batches * args.channels);
     key = arena.take<Acc<Src>>(args.batches * args.width);
     if (!args.whiten) return;
@@ -61,6 +62,7 @@ struct Means {
       all_column_sums<Src>(args.value, args.batches, args.keys, args.channels, nullptr, 0, args.keys, value, executor);
       only_finite(value, args.batches * args.channels);
     }
+    if (!key) return;
     all_column_sums<Src>(args.key, args.batches, args.keys, args.width, nullptr, 0, args.keys, key, executor);
     if (!query) only_finite(key, args.batches * args.width);
     if (query)

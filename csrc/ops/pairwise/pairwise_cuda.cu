@@ -12,36 +12,21 @@ using PairwiseBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 std::tuple<Tensor, Tensor> unary_forward_on_cuda(const Tensor& mask_logits, const Tensor& value);
 
-PairwiseForwardResult pairwise_forward_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
-                                               const std::optional<Tensor>& mask_logits, double scale,
-                                               const std::optional<std::string>& whiten, bool save_residual) {
-  PairwiseCall call(query, key, value, mask_logits, scale, whiten, save_residual);
-  if (mask_logits) {
-    const auto [pooled, mask_lse] = unary_forward_on_cuda(*mask_logits, value);
-    call.set_unary(pooled, mask_lse);
-  }
-  if (!call.empty()) {
-    CudaDevice device(query);
-    for (const Tensor& x : {query, key, value}) device.know(x);
-    dispatch_element(call.args.dtype, [&](auto type) {
-      using T = decltype(type);
-      const PairwisePlan plan = plan_pairwise(shape_of<T>(call.args), device.gpu(), requested_cuda_path(), false);
-      if constexpr (kHalf<T>)
-        if (plan.fused) return pairwise_fused_forward_cuda<T>(call.args, device, plan.forward);
-      pairwise_forward_cuda<T>(call.args, device);
-    });
-  }
-  return {call.output, call.stats, call.residual, call.pooled, call.mask_lse};
+static void run_forward(const PairwiseCall& call, const Tensor& query, const Tensor& key, const Tensor& value) {
+  if (call.empty()) return;
+  CudaDevice device(query);
+  for (const Tensor& x : {query, key, value}) device.know(x);
+  dispatch_element(call.args.dtype, [&](auto type) {
+    using T = decltype(type);
+    const PairwisePlan plan = plan_pairwise(shape_of<T>(call.args), device.gpu(), requested_cuda_path(), false);
+    if constexpr (kHalf<T>)
+      if (plan.fused) return pairwise_fused_forward_cuda<T>(call.args, device, plan.forward);
+    pairwise_forward_cuda<T>(call.args, device);
+  });
 }
 
-PairwiseBackwardResult pairwise_backward_on_cuda(const Tensor& grad_output, const Tensor& query, const Tensor& key,
-                                                 const Tensor& value, const std::optional<Tensor>& mask_logits,
-                                                 const Tensor& output, const Tensor& softmax_stats,
-                                                 const Tensor& residual, const Tensor& pooled, const Tensor& mask_lse,
-                                                 double scale, const std::optional<std::string>& whiten,
-                                                 bool need_query, bool need_key, bool need_value, bool need_mask) {
-  PairwiseCall call(grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse,
-                    scale, whiten, need_query, need_key, need_value, need_mask);
+static void run_backward(PairwiseCall& call, const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                         const Tensor& value) {
   if (call.args.batches && call.args.queries == 0) {
     for (Tensor* grad : {&call.grad_query, &call.grad_key, &call.grad_value, &call.grad_mask})
       torch::stable::zero_(*grad);
@@ -54,7 +39,47 @@ PairwiseBackwardResult pairwise_backward_on_cuda(const Tensor& grad_output, cons
       pairwise_backward_cuda<T>(call.args, device, {}, plan.fused);
     });
   }
+}
+
+PairwiseForwardResult pairwise_forward_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
+                                               const std::optional<Tensor>& mask_logits, double scale,
+                                               const std::optional<std::string>& whiten, bool save_residual) {
+  PairwiseCall call(query, key, value, mask_logits, scale, whiten, save_residual);
+  if (mask_logits) {
+    const auto [pooled, mask_lse] = unary_forward_on_cuda(*mask_logits, value);
+    call.set_unary(pooled, mask_lse);
+  }
+  run_forward(call, query, key, value);
+  return {call.output, call.stats, call.residual, call.pooled, call.mask_lse};
+}
+
+PairwiseBackwardResult pairwise_backward_on_cuda(const Tensor& grad_output, const Tensor& query, const Tensor& key,
+                                                 const Tensor& value, const std::optional<Tensor>& mask_logits,
+                                                 const Tensor& output, const Tensor& softmax_stats,
+                                                 const Tensor& residual, const Tensor& pooled, const Tensor& mask_lse,
+                                                 double scale, const std::optional<std::string>& whiten,
+                                                 bool need_query, bool need_key, bool need_value, bool need_mask) {
+  PairwiseCall call(grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse,
+                    scale, whiten, need_query, need_key, need_value, need_mask);
+  run_backward(call, grad_output, query, key, value);
   return {call.grad_query, call.grad_key, call.grad_value, call.grad_mask};
+}
+
+PairwiseCall::PartForward pairwise_part_forward_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                        double scale, bool save_residual) {
+  PairwiseCall call(query, key, value, scale, save_residual);
+  run_forward(call, query, key, value);
+  return {call.output, call.stats, call.residual};
+}
+
+PairwiseCall::PartBackward pairwise_part_backward_on_cuda(const Tensor& grad_output, const Tensor& query,
+                                                          const Tensor& key, const Tensor& value,
+                                                          const Tensor& softmax_stats, const Tensor& delta,
+                                                          double scale, bool need_query, bool need_key,
+                                                          bool need_value) {
+  PairwiseCall call(grad_output, query, key, value, softmax_stats, delta, scale, need_query, need_key, need_value);
+  run_backward(call, grad_output, query, key, value);
+  return {call.grad_query, call.grad_key, call.grad_value};
 }
 
 }  // namespace dnl
@@ -62,4 +87,6 @@ PairwiseBackwardResult pairwise_backward_on_cuda(const Tensor& grad_output, cons
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CUDA, m) {
   m.impl("pairwise_forward", TORCH_BOX(&dnl::pairwise_forward_on_cuda));
   m.impl("pairwise_backward", TORCH_BOX(&dnl::pairwise_backward_on_cuda));
+  m.impl("pairwise_part_forward", TORCH_BOX(&dnl::pairwise_part_forward_on_cuda));
+  m.impl("pairwise_part_backward", TORCH_BOX(&dnl::pairwise_part_backward_on_cuda));
 }

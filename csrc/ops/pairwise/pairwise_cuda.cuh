@@ -14,7 +14,8 @@
 // costs that the backward multiplies anew. Halves are multiplied as they are; whitening takes the query mean off by the
 // same bias and the same term with the other sign. Where dS multiplies keys they are centred in every type (a rounded
 // copy for halves), because rows of dS sum to zero only up to rounding. Float and double values are centred too: rows
-// of P sum to one, so their mean is added at the end, and Delta and dO V^T lose the same multiple of it.
+// of P sum to one, so their mean is added at the end, and Delta and dO V^T lose the same multiple of it. A part
+// (pairwise.h) is not centred.
 //
 // `Device` is how the chain reaches the machine: allocate<T>(count), launch(kernel, tasks, arguments...) and
 // product(a, b, c, batches, m, n, k). The operators pass core/cuda/launch.h, the host test its own.
@@ -118,14 +119,16 @@ struct PairwiseOperands {
   static constexpr bool kCentred = !kHalf<T>;
   const int mean_term;            // what the query mean is multiplied by where it enters apart: -1, 0 or 1
   const A* query_mean = nullptr;  // (batches, width), or null where nothing needs it
-  const A* key_mean;              // (batches, width)
+  const A* key_mean = nullptr;    // (batches, width), or null where nothing is centred
   const A* offset;                // (batches, channels): mean of values where they are centred, plus pooled; or null
   Matrix<const T> query, key, value;
   Rows<const A> bias;  // (batches, keys), or null
   A scale;
 
   PairwiseOperands(const PairwiseArgs& args, Device& device, Placement placement = Placement::products)
-      : mean_term(kCentred ? !args.whiten : -int(args.whiten)),
+      : mean_term(args.part  ? 0
+                  : kCentred ? !args.whiten
+                             : -int(args.whiten)),
         offset(static_cast<const A*>(args.pooled)),
         scale(static_cast<A>(args.scale)) {
     const auto q = matrix_of<const T>("query", args.query, args.batches);
@@ -133,9 +136,11 @@ struct PairwiseOperands {
     const auto v = matrix_of<const T>("value", args.value, args.batches);
     const A* value_mean = nullptr;
     // Without whitening a query or key that is not finite spoils its own logits only, as it would uncentred.
-    if (kCentred || args.whiten) query_mean = means(device, q, args.batches, args.queries, args.width, !args.whiten);
-    key_mean = means(device, k, args.batches, args.keys, args.width, !args.whiten);
-    if (kCentred && args.channels) {
+    if (!args.part) {
+      if (kCentred || args.whiten) query_mean = means(device, q, args.batches, args.queries, args.width, !args.whiten);
+      key_mean = means(device, k, args.batches, args.keys, args.width, !args.whiten);
+    }
+    if (kCentred && args.channels && !args.part) {
       value_mean = means(device, v, args.batches, args.keys, args.channels, true);
       offset = sum_of(device, value_mean, offset, args.batches, args.channels);
     }

@@ -47,6 +47,9 @@ inline Tensor absent(const Tensor& like, ScalarType type) {
 }
 
 struct PairwiseCall {
+  using PartForward = std::tuple<Tensor, Tensor, Tensor>;
+  using PartBackward = std::tuple<Tensor, Tensor, Tensor>;
+
   Tensor output, stats, residual, pooled, mask_lse;
   Tensor grad_query, grad_key, grad_value, grad_mask;
   PairwiseArgs args{};
@@ -136,6 +139,25 @@ struct PairwiseCall {
     if (need_mask) args.grad_mask = view(grad_mask_, grad_mask, 1);
   }
 
+  // Forward where the keys are a part of those of a row (pairwise.h).
+  PairwiseCall(const Tensor& query, const Tensor& key, const Tensor& value, double scale, bool save_residual)
+      : PairwiseCall(query, key, value, std::nullopt, scale, std::nullopt, save_residual) {
+    args.part = true;
+  }
+
+  // Backward of a part. The output is not read: what stands in its place has its type and shape.
+  PairwiseCall(const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
+               const Tensor& row_stats, const Tensor& delta, double scale, bool need_query, bool need_key,
+               bool need_value)
+      : PairwiseCall(grad_output, query, key, value, std::nullopt, grad_output, row_stats,
+                     absent(query, query.scalar_type()), row_stats, row_stats, scale, std::nullopt, need_query,
+                     need_key, need_value, false) {
+    check_saved("delta", delta, "query", query, leading(query, 1));
+    delta_ = torch::stable::contiguous(delta);
+    args.part = true;
+    args.delta = delta_.data_ptr();
+  }
+
   // Nothing to compute in the forward. (The backward of no queries still has zeros to write.)
   bool empty() const { return args.batches == 0 || args.queries == 0; }
 
@@ -163,6 +185,7 @@ struct PairwiseCall {
     args.scale = args.whiten && args.queries == 1 ? 0 : scale;
   }
 
+  Tensor delta_ = stats;
   Operand query_, key_, value_, output_, residual_, grad_output_, mask_, grad_query_, grad_key_, grad_value_,
       grad_mask_;
 };

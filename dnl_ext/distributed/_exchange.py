@@ -1,0 +1,170 @@
+"""How keys and values reach every rank's queries, and their gradients the way back: round a ring, or gathered at once.
+
+Ring. A shard of keys is cut into `turns` blocks. In turn t all ranks start with block t of their own, and R times use
+what they have while it travels on to the next rank; after R steps every rank has seen block t of every shard:
+
+    step        0    1    2    3        rank r holds the block of rank (r - step) mod R
+    rank 0     [0]   3    2    1   ->   gradients of block [1] go on to their owner
+    rank 1     [1]   0    3    2
+    rank 2     [2]   1    0    3
+    rank 3     [3]   2    1    0
+
+In the backward the sum of a block's gradients travels one step behind it, each rank adding its share, and arrives at
+the owner after R steps: the order of the sum is that of the ring, so results repeat bit for bit. Two buffers of a
+block, and in the backward two of its gradients: what a rank holds of others' is a block, not a shard. An empty block
+is not sent, which both ends know from the sizes.
+
+Gather. Every rank gets all keys and values by one all-gather, padded to the largest shard, and gradients go back by one
+all-to-all, whose parts are added in the order of the ranks. The same bytes in two messages, but every rank holds all
+keys, values and their gradients: for small ones.
+"""
+
+import torch
+import torch.distributed as dist
+
+#: Tags that tell keys from gradients on backends that match messages by tag.
+KEYS, GRADIENTS = 1, 2
+
+
+class Block:
+    """A pair of dense tensors (..., n, widths[0]) and (..., n, widths[1]) in one buffer, to be sent as one.
+
+    Their number of positions n may differ from use to use.
+    """
+
+    def __init__(self, lead, widths, most, like, dtype=None):
+        self.lead, self.widths, self.count = tuple(lead), widths, lead.numel()
+        self.buffer = like.new_empty(self.count * most * sum(widths), dtype=dtype)
+
+    def flat(self, positions):
+        return self.buffer[: self.count * positions * sum(self.widths)]
+
+    def pair(self, positions):
+        first, second = self.widths
+        split = self.count * positions * first
+        flat = self.flat(positions)
+        return flat[:split].view(*self.lead, positions, first), flat[split:].view(*self.lead, positions, second)
+
+
+def _pass_on(shards, tag, outgoing, incoming):
+    """Start to send a flat buffer to the next rank and to receive one from the rank before; empty ones stay."""
+    peers = (dist.isend, outgoing, shards.rank + 1), (dist.irecv, incoming, shards.rank - 1)
+    operations = [
+        dist.P2POp(operation, x, dist.get_global_rank(shards.group, peer % shards.world), shards.group, tag)
+        for operation, x, peer in peers
+        if x.numel()
+    ]
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
+def _wait(requests):
+    for request in requests:
+        request.wait()
+
+
+def _length(shards, rank, turn):
+    begin, end = shards.key_range(rank % shards.world, turn)
+    return end - begin
+
+
+def _most(shards):
+    return max(_length(shards, rank, turn) for rank in range(shards.world) for turn in range(shards.turns))
+
+
+def blocks(shards, widths, like, pack):
+    """Keys and values of all ranks, one block after the other, as pairs ((..., n, Dqk), (..., n, Dv)).
+
+    Args:
+        shards: a Shards. widths: (Dqk, Dv). like: a tensor (..., n, any) with the leading dimensions, dtype and device.
+        pack: function (begin, end, key, value) that fills the pair with this rank's own positions from begin to end.
+    """
+    lead = like.shape[:-2]
+    if shards.exchange == "gather":
+        yield _gather(shards, widths, like, pack)
+        return
+    here, there = (Block(lead, widths, _most(shards), like) for _ in range(2))
+    for turn in range(shards.turns):
+        pack(*shards.key_range(shards.rank, turn), *here.pair(_length(shards, shards.rank, turn)))
+        for step in range(shards.world):
+            owner = shards.rank - step
+            length, coming = (_length(shards, rank, turn) for rank in (owner, owner - 1))
+            last = step == shards.world - 1
+            requests = [] if last else _pass_on(shards, KEYS, here.flat(length), there.flat(coming))
+            if length:
+                yield here.pair(length)
+            _wait(requests)
+            here, there = there, here
+
+
+def blocks_and_back(shards, widths, grad_widths, like, dtype, pack, work, deliver):
+    """The same, and the sums over ranks of a pair of gradients of every block back to the block's owner.
+
+    Args:
+        shards, widths, like, pack: as in `blocks`.
+        grad_widths: widths of the pair of gradients, 0 for one that is not wanted. dtype: the type of their sums.
+        work: function (key, value) that returns this rank's share, a pair ((..., n, *), (..., n, *)), or None for zero.
+        deliver: function (begin, end, *gradients) that takes the sums for this rank's positions from begin to end.
+    """
+    if shards.exchange == "gather":
+        return _gather_and_back(shards, widths, grad_widths, like, dtype, pack, work, deliver)
+    lead, most = like.shape[:-2], _most(shards)
+    here, there = (Block(lead, widths, most, like) for _ in range(2))
+    sums, coming_sums = (Block(lead, grad_widths, most, like, dtype) for _ in range(2))
+    for turn in range(shards.turns):
+        pack(*shards.key_range(shards.rank, turn), *here.pair(_length(shards, shards.rank, turn)))
+        arriving = []
+        for step in range(shards.world):
+            owner = shards.rank - step
+            length, coming = (_length(shards, rank, turn) for rank in (owner, owner - 1))
+            last = step == shards.world - 1
+            requests = [] if last else _pass_on(shards, KEYS, here.flat(length), there.flat(coming))
+            share = work(*here.pair(length)) if length else None
+            _wait(arriving)
+            if step == 0:
+                sums.flat(length).zero_()
+            if share is not None:
+                for total, part in zip(sums.pair(length), share, strict=True):
+                    total.add_(part)
+            if shards.world > 1:
+                arriving = _pass_on(shards, GRADIENTS, sums.flat(length), coming_sums.flat(coming))
+                sums, coming_sums = coming_sums, sums
+            _wait(requests)
+            here, there = there, here
+        _wait(arriving)
+        deliver(*shards.key_range(shards.rank, turn), *sums.pair(_length(shards, shards.rank, turn)))
+
+
+def _gather(shards, widths, like, pack):
+    block = Block(like.shape[:-2], widths, max(shards.keys), like)
+    pack(0, shards.keys[shards.rank], *block.pair(shards.keys[shards.rank]))
+    pairs = []
+    for length, buffer in zip(shards.keys, shards.gathered(block.buffer), strict=True):
+        block.buffer = buffer
+        pairs.append(block.pair(length))
+    return tuple(torch.cat(parts, dim=-2) for parts in zip(*pairs, strict=True))
+
+
+def _gather_and_back(shards, widths, grad_widths, like, dtype, pack, work, deliver):
+    lead = like.shape[:-2]
+    share = work(*_gather(shards, widths, like, pack))
+    per_key = lead.numel() * sum(grad_widths)
+    outgoing = like.new_zeros(per_key * sum(shards.keys), dtype=dtype)
+    mine = shards.keys[shards.rank]
+    if share is not None:
+        parts = zip(outgoing.split([per_key * n for n in shards.keys]), shards.keys, strict=True)
+        begin = 0
+        for buffer, length in parts:
+            block = Block(lead, grad_widths, 0, like, dtype)
+            block.buffer = buffer
+            for to, part in zip(block.pair(length), share, strict=True):
+                to.copy_(part[..., begin : begin + length, :])
+            begin += length
+    incoming = outgoing.new_empty(shards.world * per_key * mine)
+    if shards.world > 1:
+        splits = [per_key * mine] * shards.world, [per_key * n for n in shards.keys]
+        dist.all_to_all_single(incoming, outgoing, *splits, group=shards.group)
+    else:
+        incoming = outgoing
+    total = Block(lead, grad_widths, 0, like, dtype)
+    total.buffer = incoming.view(shards.world, -1).sum(0)
+    deliver(0, mine, *total.pair(mine))

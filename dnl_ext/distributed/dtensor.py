@@ -1,0 +1,100 @@
+"""DTensors: how the operators act on them, registered when this module is imported.
+
+It is imported by the first DTensor that a function of :mod:`dnl_ext` sees; whoever calls ``torch.ops.dnl_ext.*`` on
+DTensors imports it. `import dnl_ext` alone does not load torch.distributed.tensor, which takes seconds.
+
+- Sharded over leading dimensions (batch, heads): every operator acts on each shard, forward and backward, no messages.
+- Sharded over positions: `disentangled_attention` and `pairwise_attention` go to dnl_ext.distributed.functions, over
+  the mesh dimension that shards them; the other functions gather positions first.
+- Sharded over channels, or Partial: gathered, or summed, first.
+"""
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
+from torch.distributed.tensor.experimental import register_sharding
+
+from ..ops._checks import is_dtensor
+from ..ops._common import empty_like_layout, ops
+from . import functions
+
+
+def _shared_dims(name, first, arguments):
+    """Dimensions over which an operator is the same computation many times; `first` is its first tensor."""
+    if name == "mean_subtract":
+        return [dim for dim in range(first.ndim) if dim != arguments[1] % first.ndim]
+    if name in ("softmax", "softmax_backward", "unary_forward"):  # (..., N); unary: mask_logits (..., Nk)
+        return range(first.ndim - 1)
+    if name == "unary_backward":  # grad_pooled (..., Dv)
+        return range(first.ndim - 1)
+    if name in ("whiten_forward", "whiten_backward"):
+        whitening, apart, _ = arguments[-3:]
+        return range(apart if whitening in ("fln", "fln_nostd") else first.ndim - 2)
+    return range(first.ndim - 2)
+
+
+def _rule(name, results):
+    def rule(*arguments):
+        def placements(placement):
+            tensors = [placement if hasattr(x, "placements") else None for x in arguments]
+            return [placement] * results, tensors
+
+        shared = _shared_dims(name, arguments[0], arguments)
+        return [placements(Replicate()), *(placements(Shard(dim)) for dim in shared)]
+
+    return rule
+
+
+def _register():
+    propagator = DTensor._op_dispatcher.sharding_propagator
+    for name in dir(ops):
+        overload = getattr(getattr(ops, name), "default", None)
+        if overload is None:
+            continue
+        schema = overload._schema
+        register_sharding(overload)(_rule(name, len(schema.returns)))
+        # register_sharding leaves floats, strings and flags out of the key under which it remembers what it found; here
+        # they decide over shapes.
+        static = next((i for i, x in enumerate(schema.arguments) if "Tensor" not in str(x.type)), 100)
+        info = RuntimeSchemaInfo(static, needs_pytree=True)
+        propagator.register_op_strategy(overload, propagator.op_strategy_funcs[overload], info)
+
+
+def disentangled_attention(query, key, value, mask_logits, scale, whiten):
+    """:func:`dnl_ext.disentangled_attention` of DTensors of which one is sharded over positions; None if none is.
+
+    Raises:
+        TypeError: a plain tensor beside a DTensor. ValueError: different meshes, or positions over several dimensions
+            of one.
+    """
+    inputs = [("query", query, -2), ("key", key, -2), ("value", value, -2), ("mask_logits", mask_logits, -1)]
+    inputs = [(name, x, dim % x.dim()) for name, x, dim in inputs if x is not None]
+    sharding = {
+        i for _, x, dim in inputs if is_dtensor(x) for i, place in enumerate(x.placements) if place.is_shard(dim)
+    }
+    if not sharding:
+        return None
+    for name, x, _ in inputs:
+        if not is_dtensor(x):
+            raise TypeError(f"{name}: expected a DTensor beside others, got {type(x).__name__}")
+        if x.device_mesh != query.device_mesh:
+            raise ValueError(f"{name}: expected the mesh of query ({query.device_mesh}), got {x.device_mesh}")
+    if len(sharding) > 1:
+        raise ValueError(
+            f"query, key, value: expected positions sharded over one mesh dimension, got {sorted(sharding)}"
+        )
+    (over,) = sharding
+    mesh, lead = query.device_mesh, query.dim() - 2
+
+    def placements(positions):
+        keep = [place if place.is_shard() and place.dim < lead else Replicate() for place in query.placements]
+        return [Shard(positions) if i == over else place for i, place in enumerate(keep)]
+
+    local = [x.redistribute(placements=placements(dim)).to_local() for _, x, dim in inputs]
+    output = functions.disentangled_attention(*local, group=mesh.get_group(over), scale=scale, whiten=whiten)
+    shape = torch.Size((*query.shape[:-1], value.shape[-1]))
+    stride = empty_like_layout(torch.empty_strided(query.shape, query.stride(), device="meta"), shape).stride()
+    return DTensor.from_local(output, mesh, placements(lead), run_check=False, shape=shape, stride=stride)
+
+
+_register()

@@ -1,0 +1,170 @@
+"""The attention functions on one rank's shard of the positions: checks, agreement of all ranks, call."""
+
+import torch
+
+from ..ops._checks import check_alike, check_tensor, parse_scale
+from ..ops.whiten import whiten as _whiten
+from ..reference import check_whiten_name
+from ._attention import ShardedAttention, ShardedMean, ShardedUnary
+from ._shards import EXCHANGES, Shards, agree, exact, process_group
+
+#: Whitenings whose statistics are taken over all ranks here, or over one position alone.
+WHITEN_NAMES = ("channel", "in_nostd", "spatial", None)
+REFUSED = (TypeError, ValueError, NotImplementedError)
+
+
+def check_positions_whiten(whiten):
+    check_whiten_name(whiten)
+    if whiten not in WHITEN_NAMES:
+        raise ValueError(f"whiten: expected 'channel', 'spatial' or None over sharded positions, got {whiten!r}")
+
+
+def _check_query_key(query, key):
+    check_tensor("query", query, "(..., Nq, Dqk)")
+    check_tensor("key", key, "(..., Nk, Dqk)")
+    check_alike("key", key, "query", query, (*query.shape[:-2], key.shape[-2], query.shape[-1]))
+    if query.shape[-1] == 0:
+        raise ValueError(f"query: expected at least one channel, got shape {tuple(query.shape)}")
+
+
+def _check_attention(query, key, value, mask_logits, scale, whiten, exchange, block):
+    """What `dnl_ext.disentangled_attention` asks, except for keys, of which a shard may have none."""
+    _check_query_key(query, key)
+    check_tensor("value", value, "(..., Nk, Dv)")
+    check_alike("value", value, "query", query, (*key.shape[:-1], value.shape[-1]))
+    if mask_logits is not None:
+        check_alike("mask_logits", mask_logits, "query", query, key.shape[:-1])
+    scale = parse_scale(query, scale)
+    if not abs(scale) < float("inf"):
+        raise ValueError(f"scale: expected a finite number, got {scale}")
+    check_positions_whiten(whiten)
+    if exchange is not None and exchange not in EXCHANGES:
+        raise ValueError(f"exchange: expected 'ring', 'gather' or None, got {exchange!r}")
+    if block is not None and (isinstance(block, bool) or not isinstance(block, int) or block < 1):
+        raise ValueError(f"block: expected a positive int or None, got {block!r}")
+
+
+def _gradients_wanted(*inputs):
+    """Which inputs want a gradient: all ranks must agree on that, since they compute gradients together."""
+    return tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in inputs)
+
+
+def _agree(group, like, check, describe):
+    """Sizes of all shards. `check()` raises where this rank's call is wrong; `describe()` gives (sizes, common)."""
+    error, sizes, common = None, (0, 0), {}
+    try:
+        check()
+        sizes, common = describe()
+    except REFUSED as caught:
+        error = caught
+    return agree(group, like.device if isinstance(like, torch.Tensor) else "cpu", sizes, common, error)
+
+
+def disentangled_attention(
+    query, key, value, mask_logits=None, *, group=None, scale=None, whiten="channel", exchange=None, block=None
+):
+    """:func:`dnl_ext.disentangled_attention` of all ranks' positions, for this rank's queries.
+
+    Args:
+        query: tensor (..., Nq, Dqk), this rank's queries. Nq and Nk may differ from each other and from rank to rank,
+            and be 0; leading dimensions, widths, dtype, options and which inputs require a gradient are the same on
+            all ranks.
+        key: tensor (..., Nk, Dqk), this rank's keys. value: tensor (..., Nk, Dv).
+        mask_logits: tensor (..., Nk), or None.
+        group: ProcessGroup or 1-d DeviceMesh over which positions are sharded; None is the default group.
+        scale: as there. whiten: ``"channel"``, with the means of all ranks' positions, ``"spatial"`` or None. The
+            others raise.
+        exchange: how keys and values travel, ``"ring"`` or ``"gather"``; None gathers where no rank's keys and values
+            take more than 1 MiB. See `docs/scaling.md`.
+        block: positions of a shard that travel and are computed at a time; None is a quarter of the largest shard, but
+            from 1024 to 16,384.
+
+    Returns:
+        Tensor (..., Nq, Dv) of the dtype and dimension order of ``query``.
+
+    Raises:
+        ValueError, on all ranks: the ranks' calls do not fit together, or no rank has a key.
+        RuntimeError: another rank's arguments were wrong (there, what :func:`dnl_ext.disentangled_attention` raises),
+            or a rank did not answer in time.
+        NotImplementedError: second derivatives.
+
+    Source: Yin et al., ECCV 2020, equation 10; partial softmaxes are merged as in Milakov and Gimelshein, "Online
+    normalizer calculation for softmax", 2018, and keys go round a ring as in Liu et al., "Ring Attention", 2023.
+    """
+    group = process_group(group)
+
+    def describe():
+        return (query.shape[-2], key.shape[-2]), {
+            "leading dimensions": tuple(query.shape[:-2]), "dtype": query.dtype, "query channels": query.shape[-1],
+            "value channels": value.shape[-1], "mask_logits": mask_logits is not None,
+            "scale": exact(parse_scale(query, scale)), "whiten": whiten, "exchange": exchange, "block": block,
+            "gradients wanted": _gradients_wanted(query, key, value, mask_logits),
+        }  # fmt: skip
+
+    def check():
+        _check_attention(query, key, value, mask_logits, scale, whiten, exchange, block)
+
+    sizes = _agree(group, query, check, describe)
+    if not sum(keys for _, keys in sizes):
+        raise ValueError("key: expected at least one key on some rank, got none on any")
+    bytes_per_key = query.shape[:-2].numel() * (key.shape[-1] + value.shape[-1]) * query.dtype.itemsize
+    shards = Shards(group, sizes, exchange, block, bytes_per_key)
+    if whiten == "spatial":
+        query, key = _whiten(query, "spatial"), _whiten(key, "spatial")
+    keep = any(_gradients_wanted(query, key, value, mask_logits))
+    centre = whiten in ("channel", "in_nostd")
+    return ShardedAttention.apply(query, key, value, mask_logits, shards, parse_scale(query, scale), centre, keep)
+
+
+def pairwise_attention(query, key, value, **options):
+    """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``, same options and errors."""
+    return disentangled_attention(query, key, value, **options)
+
+
+def unary_attention(mask_logits, value, *, group=None):
+    """:func:`dnl_ext.unary_attention` of all ranks' positions: (..., Dv), the same on every rank.
+
+    Args:
+        mask_logits: tensor (..., Nk), this rank's; Nk may differ from rank to rank and be 0.
+        value: tensor (..., Nk, Dv).
+        group: as in :func:`disentangled_attention`, and so are the errors.
+    """
+    group = process_group(group)
+
+    def check():
+        check_tensor("value", value, "(..., Nk, Dv)")
+        check_alike("mask_logits", mask_logits, "value", value, value.shape[:-1])
+
+    def describe():
+        return (0, value.shape[-2]), {
+            "leading dimensions": tuple(value.shape[:-2]), "dtype": value.dtype, "value channels": value.shape[-1],
+            "gradients wanted": _gradients_wanted(mask_logits, value),
+        }  # fmt: skip
+
+    sizes = _agree(group, value, check, describe)
+    if not sum(keys for _, keys in sizes):
+        raise ValueError("value: expected at least one key on some rank, got none on any")
+    return ShardedUnary.apply(mask_logits, value, Shards(group, sizes, "gather", None, 0))
+
+
+def shared_key_logits(query, key, *, group=None):
+    """:func:`dnl_ext.shared_key_logits` with the mean of all ranks' queries: m_j = <mean(q), k_j>, (..., Nk).
+
+    Args:
+        query: tensor (..., Nq, Dqk), this rank's; Nq and Nk may differ from rank to rank and be 0.
+        key: tensor (..., Nk, Dqk).
+        group: as in :func:`disentangled_attention`, and so are the errors.
+    """
+    group = process_group(group)
+
+    def describe():
+        return (query.shape[-2], key.shape[-2]), {
+            "leading dimensions": tuple(query.shape[:-2]), "dtype": query.dtype, "query channels": query.shape[-1],
+            "gradients wanted": _gradients_wanted(query),
+        }  # fmt: skip
+
+    sizes = _agree(group, query, lambda: _check_query_key(query, key), describe)
+    if not sum(queries for queries, _ in sizes):
+        raise ValueError("query: expected at least one query on some rank, got none on any")
+    mean = ShardedMean.apply(query, Shards(group, sizes, "gather", None, 0))
+    return (key @ mean.to(key.dtype).unsqueeze(-1)).squeeze(-1)

@@ -1,0 +1,117 @@
+"""Blocks on slabs of a feature map: the same output, and gradients that add up to those of one process."""
+
+import copy
+
+import processes
+import pytest
+import torch
+from torch import nn
+
+from dnl_ext import DisentangledNonLocal1d, DisentangledNonLocal2d, DisentangledNonLocal3d, NonLocal2d
+from dnl_ext.distributed import shard_positions
+
+CHANNELS, TIMEOUT = 6, 400
+
+#: (class, arguments), with what the block starts as made different from the identity.
+BLOCKS = [
+    (DisentangledNonLocal2d, {}),
+    (DisentangledNonLocal2d, {"norm": None, "whiten": None}),
+    (DisentangledNonLocal2d, {"norm": None, "whiten": "spatial", "mode": "gaussian"}),
+    (DisentangledNonLocal2d, {"variant": "pairwise", "style": "mmseg"}),
+    (DisentangledNonLocal2d, {"variant": "unary", "norm": None}),
+    (DisentangledNonLocal2d, {"variant": "dnl_shared_key", "norm": None}),
+    (DisentangledNonLocal2d, {"learn_gamma": True, "norm": None}),
+    (DisentangledNonLocal1d, {"norm": None}),
+    (DisentangledNonLocal3d, {"norm": None, "variant": "nl"}),
+]
+ROWS = {2: [(5, 4), (9, 0)], 3: [(3, 4, 2), (0, 8, 1)]}
+
+
+def make(kind, arguments):
+    """A block in evaluation mode with random parameters and statistics, an input and a gradient, whole."""
+    torch.manual_seed(0)
+    block = kind(CHANNELS, 4, **arguments).double().eval()
+    for x in (*block.parameters(), *block.buffers()):
+        if x.is_floating_point():
+            x.data = torch.rand_like(x) + 0.2
+    x = torch.randn(2, CHANNELS, 9, *(2, 3)[: block.dims - 1], dtype=torch.float64)
+    return block, x, torch.randn_like(x)
+
+
+def results(block, x, dy):
+    """Output, gradient of the input, and gradients of the parameters."""
+    x = x.clone().requires_grad_()
+    y = block(x)
+    y.backward(dy)
+    return y.detach(), x.grad, {name: p.grad for name, p in block.named_parameters()}
+
+
+def on_slabs(rank, world_size):
+    out = []
+    for rows in ROWS[world_size]:
+        for kind, arguments in BLOCKS:
+            block, x, dy = make(kind, arguments)
+            model = shard_positions(nn.Sequential(nn.Identity(), block))
+            out.append(results(copy.deepcopy(model)[1], *(a.split(rows, 2)[rank] for a in (x, dy))))
+    return out
+
+
+def assert_equal(x, expected, what, size=None):
+    """To 1e-12 of the norm of what is expected, or of `size`."""
+    error = float((x - expected).norm()) / (float(expected.norm()) if size is None else size)
+    assert error < 1e-12, f"{what} is off by {error:.2g}"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_equal_to_one_process(world_size):
+    ranks = processes.run(on_slabs, world_size, timeout=TIMEOUT)
+    cases = [case for _ in ROWS[world_size] for case in BLOCKS]
+    for parts, (kind, arguments) in zip(zip(*ranks, strict=True), cases, strict=True):
+        y, dx, gradients = results(*make(kind, arguments))
+        assert_equal(torch.cat([part[0] for part in parts], 2), y, "output")
+        assert_equal(torch.cat([part[1] for part in parts], 2), dx, "input")
+        # Biases of whitened queries and keys have gradients of zero: what is left of them is measured by the others.
+        largest = max(float(gradient.norm()) for gradient in gradients.values())
+        for name, expected in gradients.items():
+            assert_equal(sum(part[2][name] for part in parts), expected, name, largest)
+
+
+def refusals(rank, world_size):
+    """Messages of what `shard_positions`, and a forward in training, raise."""
+    wrong = [
+        nn.Linear(2, 2),
+        DisentangledNonLocal2d(4, mode="dot_product"),
+        DisentangledNonLocal2d(4, sub_sample="after"),
+        DisentangledNonLocal2d(4, whiten="ln"),
+        DisentangledNonLocal2d(4, whiten="bn"),
+        DisentangledNonLocal2d(4, backend="reference"),
+        nn.Sequential(DisentangledNonLocal2d(4, norm=lambda channels: nn.GroupNorm(2, channels))),
+    ]
+    messages = []
+    for module in wrong:
+        try:
+            shard_positions(module)
+        except (ValueError, NotImplementedError) as error:
+            messages.append(f"{type(error).__name__} {error}")
+    try:
+        shard_positions(NonLocal2d(4, norm_cfg={"type": "BN"})).train()(torch.zeros(1, 4, 2, 2))
+    except RuntimeError as error:
+        messages.append(f"{type(error).__name__} {error}")
+    return messages
+
+
+def test_what_does_not_shard_is_refused():
+    expected = [
+        "ValueError module: expected a dnl_ext non-local block",
+        "NotImplementedError expected mode=",
+        "NotImplementedError expected sub_sample=None, got 'after'",
+        "NotImplementedError whiten: expected 'channel', 'spatial' or None",
+        "NotImplementedError expected a whitening without running statistics, got 'bn'",
+        "NotImplementedError expected backend='fused'",
+        "NotImplementedError module '0': expected no norm, a BatchNorm or SyncBatchNorm, got GroupNorm",
+        "RuntimeError norm: expected evaluation mode or a SyncBatchNorm",
+    ]
+    (messages,) = processes.run(refusals, 1, timeout=TIMEOUT)
+    assert len(messages) == len(expected)
+    for message, want in zip(messages, expected, strict=True):
+        assert message.startswith(want)
