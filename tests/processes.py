@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+#: What the fork server imports. The last two, of a second each, come with a first optimizer and a first sharding.
+PRELOAD = ["torch", "torch.distributed", "dnl_ext", "torch._dynamo", "torch.distributed.fsdp"]
 #: Seconds beyond the time limit for a process to start, and to end.
 GRACE = 30
 #: Seconds after the first failure in which an earlier one may still be reported.
@@ -46,7 +48,7 @@ def run(function, world_size, *args, timeout=120, backend="gloo"):
         RankError: the failure that was first in time. The other processes have been ended.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "dnl_ext"])
+    context.set_forkserver_preload(PRELOAD)
     processes, pipes = [], {}
     with tempfile.TemporaryDirectory() as folder:
         try:
