@@ -31,7 +31,7 @@ class RankError(Exception):
     """A rank raised, died or ran out of time. The message has its number, and its traceback where there is one."""
 
 
-def run(function, world_size, *args, timeout=120, backend="gloo"):
+def run(function, world_size, *args, timeout=300, backend="gloo"):
     """Call ``function(rank, world_size, *args)`` in every process of a group.
 
     Args:

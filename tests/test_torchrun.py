@@ -315,12 +315,14 @@ def torchrun(*arguments, processes=2):
 
 
 def wait_for_steps(process, log, steps):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + DEADLINE
     while not (log.exists() and log.read_text().count("\n") > steps):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.01)
 
 
+#: Seconds until a test gives up, on a machine however busy.
+DEADLINE = 300
 #: To be stopped on the way.
 LONG = (
     "train", "--steps", 4000, "--crop", "32x32", "--width", 4, "--batch-size", 2, "--block-gain", 0.5, "--val-every", 0,
@@ -334,7 +336,7 @@ class TestTorchrun:
         options = ("train", *TINY, "--steps", 6, "--batch-size", 4, "--block-gain", 0.5, "--dtype", "float64",
                    "--val-images", 3, "--val-every", 4)  # fmt: skip
         process = torchrun(*options, "--out", tmp_path / "two")
-        output, errors = process.communicate(timeout=240)
+        output, errors = process.communicate(timeout=DEADLINE)
         assert process.returncode == 0 and errors == "", errors
         assert output.count("step 6/6  loss") == 1 and "2 processes with 1 threads" in output
         assert run(*options, "--out", tmp_path / "one").exit_code == 0
@@ -348,7 +350,7 @@ class TestTorchrun:
         process = torchrun(*LONG, "--out", two)
         wait_for_steps(process, two / "log.csv", 3)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=DEADLINE)
         assert process.returncode != 0
         assert output.count("step 200/") <= 1 and "2 processes with 1 threads" in output
         assert errors.count("stopped after step") == 1 and errors.count("continue with") == 1
@@ -366,7 +368,7 @@ class TestTorchrun:
         process = torchrun(*LONG, "--out", tmp_path)
         wait_for_steps(process, tmp_path / "log.csv", 8)
         os.kill(worker(process.pid, victim), signal.SIGKILL)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=DEADLINE)
         assert process.returncode != 0 and "exitcode  : -9" in errors
         assert errors.count("error: another process of this training has ended") == (victim == 1), errors
         assert "Error:" not in errors.split("torch.distributed.elastic")[0]
@@ -375,7 +377,7 @@ class TestTorchrun:
     @pytest.mark.slow
     def test_bad_input(self, tmp_path):
         process = torchrun(*LONG, "--out", tmp_path, "--batch-size", 3)
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=DEADLINE)
         assert process.returncode != 0
         assert errors.count("error: --batch-size must be a multiple of the 2 processes") == 1
         assert not list(tmp_path.iterdir())
