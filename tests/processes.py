@@ -38,7 +38,7 @@ def run(function, world_size, *args, timeout=300, backend="gloo"):
         function: defined at the top level of a module. It finds the default group of torch.distributed initialised.
         world_size: number of processes.
         args: pickled, as are the results; tensors are copied.
-        timeout: seconds that each process may take.
+        timeout: seconds that the function may take in a process, and that joining the group may take before it.
         backend: ``"gloo"``, or ``"nccl"``, where the current CUDA device is the rank's number.
 
     Returns:
@@ -63,7 +63,7 @@ def run(function, world_size, *args, timeout=300, backend="gloo"):
                 process.start()
                 processes.append(process)
                 sender.close()
-            return _gather(processes, pipes, time.monotonic() + timeout + GRACE, folder)
+            return _gather(processes, pipes, time.monotonic() + 2 * timeout + GRACE, folder)
         finally:
             for process in processes:
                 process.kill()
@@ -121,6 +121,7 @@ def _process(sender, call, rank, world_size, folder, timeout, backend):
             store = dist.FileStore(str(Path(folder) / "store"), world_size)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
             function, args = pickle.loads(call)
+            faulthandler.dump_traceback_later(timeout, exit=True, file=stack)
             report = (time.monotonic(), None, function(rank, world_size, *args))
             # Without it, the first rank to end could end a collective that another is still in.
             dist.barrier()
