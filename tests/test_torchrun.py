@@ -26,6 +26,7 @@ from dnl_ext.segmentation import checkpoint, distributed
 from dnl_ext.segmentation.config import TrainConfig
 from dnl_ext.segmentation.metrics import IGNORE
 from dnl_ext.segmentation.mosaic import MosaicData
+from dnl_ext.segmentation.network import VARIANTS
 from dnl_ext.segmentation.trainer import Listener, Trainer
 
 STEPS = 20
@@ -134,7 +135,10 @@ class TestOneRun:
             assert torch.equal(parts[1][name], weight)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("changes", [{"variant": "nl"}, {"optimizer": "sgd", "lr": 0.05}, {"workers": 3}])
+    @pytest.mark.parametrize(
+        "changes",
+        [*({"variant": name} for name in VARIANTS if name != CONFIG.variant), {"optimizer": "sgd"}, {"workers": 3}],
+    )
     def test_other_settings(self, changes, tmp_path):
         config = dataclasses.replace(CONFIG, **changes)
         expected = train(0, 1, config, tmp_path / "alone")

@@ -35,12 +35,7 @@ def world_size():
 
 def is_main():
     """Whether this is the process that writes files and talks to the user."""
-    if is_distributed():
-        return rank() == 0
-    try:
-        return launched()[0] == 0
-    except InputError:
-        return True
+    return rank() == 0
 
 
 def launched():

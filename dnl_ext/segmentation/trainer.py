@@ -137,6 +137,8 @@ class Trainer:
                 f"--batch-size must be a multiple of the {distributed.world_size()} processes that share it, "
                 f"got {config.batch_size}"
             )
+        if self.device.type == "cuda" and distributed.is_distributed():
+            torch.cuda.set_device(self.device)  # where NCCL and SyncBatchNorm look
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config = dataclasses.replace(config, threads=torch.get_num_threads())
