@@ -64,6 +64,28 @@ def first_derivative(operator):
     return run
 
 
+def differentiable(name, function):
+    """The function that runs operator `name` and is differentiated as `function`, an autograd Function around it.
+
+    The derivative is registered with the operator, for exported programs and traced graphs hold operators alone, and it
+    costs half a Function. torch.func's transforms and torch.compile differentiate Functions only, and forward mode,
+    which is not implemented, passes a registered derivative by without a word; all three get `function`.
+    """
+    operator = getattr(ops, name).default
+    torch.library.register_autograd(f"dnl_ext::{name}", function.backward, setup_context=function.setup_context)
+
+    def run(*args):
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+        ):
+            return function.apply(*args)
+        return operator(*args)
+
+    return run
+
+
 def register_batching(name):
     """Register `function` as the vmap rule of operator `name`: the new dimension becomes the first leading one.
 
