@@ -11,11 +11,8 @@ def accumulate_type(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_like_layout(x, sizes, dtype=None):
-    """A dense tensor of `sizes` whose dimensions are ordered in memory as those of `x` (same number of dimensions).
-
-    The same rule as `empty_like_layout` in csrc/core/operator.h; dimensions of stride 0 keep their place.
-    """
+def memory_order(x):
+    """The dimensions of `x` from the slowest in memory to the fastest; those of stride 0 keep their place."""
     order = list(range(x.dim()))
     for i in range(1, x.dim()):
         j = i
@@ -28,8 +25,16 @@ def empty_like_layout(x, sizes, dtype=None):
                 break
             order[j - 1], order[j] = inner, outer
             j -= 1
+    return order
+
+
+def empty_like_layout(x, sizes, dtype=None):
+    """A dense tensor of `sizes` whose dimensions are ordered in memory as those of `x` (same number of dimensions).
+
+    The same rule as `empty_like_layout` in csrc/core/operator.h.
+    """
     strides, step = [0] * x.dim(), 1
-    for dim in reversed(order):
+    for dim in reversed(memory_order(x)):
         strides[dim] = step
         step *= max(sizes[dim], 1)
     return torch.empty_strided(sizes, strides, dtype=dtype or x.dtype, device=x.device)
