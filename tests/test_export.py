@@ -12,7 +12,7 @@ import torch
 from blocks import BLOCKS, dimensions, make_input, run, scramble
 from helpers import ARGUMENTS, ATTENTION
 from op_inputs import every_op, function, make
-from toolchain import needs_cmake, needs_compiler
+from toolchain import CMAKE, needs_cmake, needs_compiler
 from torch.export import Dim
 
 import dnl_ext
@@ -151,8 +151,8 @@ class TestLibrary:
         """examples/cpp: exported, compiled, built with CMake, run on sizes other than the exported one."""
         runpy.run_path(str(ROOT / "examples/cpp/export.py"))["write"](tmp_path)
         prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-        subprocess.run(["cmake", "-S", ROOT / "examples/cpp", "-B", tmp_path, prefix], check=True)
-        subprocess.run(["cmake", "--build", tmp_path], check=True)
+        subprocess.run([CMAKE, "-S", ROOT / "examples/cpp", "-B", tmp_path, prefix], check=True)
+        subprocess.run([CMAKE, "--build", tmp_path], check=True)
         program = [tmp_path / "run_block", dnl_ext.export.library(), tmp_path / "block.pt2"]
         subprocess.run([*program, tmp_path / "cases.pt"], check=True)
         cases = torch.load(tmp_path / "cases.pt")

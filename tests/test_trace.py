@@ -56,7 +56,7 @@ def assert_equal_with_gradients(traced, f, inputs):
 
 
 def without_defaults(op):
-    """The function with its scale given: by default it is that of the traced query's width, which the tracer warns of."""
+    """The function with a scale: by default it is that of the traced query's width, of which the tracer warns."""
     if op in ("disentangled_attention", "pairwise_attention", "pairwise_softmax"):
         return lambda *x: function(op)(*x, scale=0.4)
     return lambda *x: function(op)(*x)

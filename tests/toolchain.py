@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import pathlib
 import shutil
+import sys
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import torch
 needs_compiler = pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "g++")), reason="torch's inductor needs a C++ compiler: g++, or CXX"
 )
-needs_cmake = pytest.mark.skipif(not shutil.which("cmake"), reason="needs cmake")
+#: On the path, or beside this Python, where the extra dev puts it.
+CMAKE = shutil.which("cmake") or shutil.which("cmake", path=pathlib.Path(sys.executable).parent)
+needs_cmake = pytest.mark.skipif(CMAKE is None, reason="needs cmake")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
