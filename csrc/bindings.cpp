@@ -1,5 +1,6 @@
 // The Python module dnl_ext._C: build information and capability queries. Nothing here is on the forward path, which
-// goes through torch.ops.dnl_ext.* (a pybind11 call would break torch.compile's graph).
+// goes through torch.ops.dnl_ext.* (a pybind11 call would break torch.compile's graph). The operators are a library of
+// their own, libdnl_ext.so, which knows no Python and which this one links to: a C++ program loads that alone.
 
 // torch's copy of pybind11 refuses to serve files that ask for the stable ABI; this one uses nothing else of torch.
 #undef TORCH_TARGET_VERSION

@@ -1,48 +1,20 @@
-"""What torch does with an operator: autograd, vmap, torch.compile, tracing, autocast, inference mode. All ops alike."""
+"""What torch does with an operator: autograd, vmap, autocast, inference mode. All ops alike.
+
+Compilers and tracers: test_compile.py, test_export.py, test_trace.py. Registrations: test_registration.py.
+"""
 
 import itertools
-import warnings
 
 import pytest
 import torch
 from cases import ARGUMENTS, ATTENTION
-from torch._subclasses.fake_tensor import FakeTensorMode
+from op_inputs import LAYOUTS, every_op, function, make
 from torch.func import functional_call, grad, jacrev, vmap
 
 import dnl_ext
 from dnl_ext import reference
 
 raw = torch.ops.dnl_ext
-every_op = pytest.mark.parametrize("op", ARGUMENTS)
-LAYOUTS = ("contiguous", "channel_first", "sliced")
-
-
-def lay_out(x, layout):
-    if layout == "channel_first" and x.dim() > 1:
-        return x.transpose(-2, -1).contiguous().transpose(-2, -1)
-    if layout == "sliced":
-        larger = torch.full([n + 3 for n in x.shape], torch.nan, dtype=x.dtype)
-        view = larger[tuple(slice(1, n + 1) for n in x.shape)]
-        return view.copy_(x)
-    return x.contiguous()
-
-
-def make(op, lead=(2,), nq=4, nk=5, dqk=3, dv=2, dtype=torch.float64, layout="contiguous", seed=0):
-    """Inputs of an op, in order."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {
-        "query": (nq, dqk),
-        "key": (nk, dqk),
-        "value": (nk, dv),
-        "mask_logits": (nk,),
-        "x": (nq, dqk),
-    }
-    inputs = (torch.randn(*lead, *shapes[name], generator=generator, dtype=torch.float64) for name in ARGUMENTS[op])
-    return [lay_out(x.to(dtype), layout) for x in inputs]
-
-
-def function(op, ops=dnl_ext):
-    return getattr(ops, op)
 
 
 def masks(count):
@@ -351,135 +323,6 @@ class TestVmap:
         for i in range(3):
             for name, expected in grad(loss)(parameters, x[i]).items():
                 torch.testing.assert_close(actual[name][i], expected, rtol=1e-9, atol=1e-9)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tracing
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-class TestCompile:
-    @pytest.fixture(autouse=True)
-    def fresh(self):
-        torch._dynamo.reset()
-        yield
-        torch._dynamo.reset()
-
-    def compare(self, f, make_inputs, dynamic=None):
-        compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-        for inputs in make_inputs:
-            ours, theirs = ([x.detach().clone().requires_grad_() for x in inputs] for _ in range(2))
-            y, expected = compiled(*ours), f(*theirs)
-            assert torch.equal(y, expected) and y.stride() == expected.stride()
-            grads = torch.autograd.grad(y.square().sum(), ours)
-            for a, b in zip(grads, torch.autograd.grad(expected.square().sum(), theirs), strict=True):
-                assert torch.equal(a, b)
-
-    @every_op
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_equals_eager(self, op, dtype):
-        self.compare(function(op), [make(op, dtype=dtype)])
-
-    @pytest.mark.parametrize("op", ["disentangled_attention", "unary_attention", "pairwise_softmax", "mean_subtract"])
-    def test_dynamic_shapes(self, op):
-        sizes = [{"nq": 4, "nk": 5, "dqk": 3}, {"nq": 6, "nk": 9, "dqk": 5, "dv": 7}, {"lead": (4,), "nq": 11, "nk": 2}]
-        self.compare(function(op), [make(op, **size) for size in sizes], dynamic=True)
-
-    def test_channel_first_without_mask(self):
-        inputs = make("pairwise_attention", layout="channel_first")
-        self.compare(lambda q, k, v: dnl_ext.disentangled_attention(q, k, v, None, scale=0.3, whiten=None), [inputs])
-
-    def test_without_gradients(self):
-        compiled = torch.compile(dnl_ext.disentangled_attention, fullgraph=True, backend="aot_eager")
-        inputs = make("disentangled_attention")
-        with torch.no_grad():
-            assert torch.equal(compiled(*inputs), dnl_ext.disentangled_attention(*inputs))
-
-    def test_a_wrong_shape_is_still_an_error(self):
-        q, k, v, m = make("disentangled_attention")
-        compiled = torch.compile(dnl_ext.disentangled_attention, fullgraph=True, backend="aot_eager")
-        with pytest.raises(Exception, match="key: expected shape"):
-            compiled(q, k[..., :-1], v, m)
-
-    @pytest.mark.parametrize("op", ["disentangled_attention"])
-    def test_export(self, op):
-        class Net(torch.nn.Module):
-            def forward(self, *x):
-                return function(op)(*x)
-
-        inputs = tuple(make(op))
-        exported = torch.export.export(Net(), inputs).module()
-        assert torch.equal(exported(*inputs), function(op)(*inputs))
-
-
-def raw_calls(dtype=torch.float64, layout="contiguous", mask=True, lead=(2,)):
-    """Valid calls of every raw operator, by name."""
-    q, k, v, m = make("disentangled_attention", dtype=dtype, layout=layout, lead=lead)
-    m = m if mask else None
-    saved = raw.pairwise_forward(q, k, v, m, 0.5, "channel", True)
-    dy = lay_out(torch.randn_like(saved[0]), layout)
-    calls = {
-        "mean_subtract": (q, -2),
-        "softmax": (k,),
-        "softmax_backward": (torch.randn_like(k), raw.softmax(k)),
-        "whiten_forward": (q, "ln", 0, 1e-5),
-        "whiten_backward": (torch.randn_like(q), *raw.whiten_forward(q, "ln", 0, 1e-5), "ln", 0, 1e-5),
-        "pairwise_forward": (q, k, v, m, 0.5, "channel", False),
-        "pairwise_backward": (dy, q, k, v, m, *saved, 0.5, None, True, True, True, mask),
-    }
-    if mask:
-        pooled = raw.unary_forward(m, v)
-        calls["unary_forward"] = (m, v)
-        calls["unary_backward"] = (torch.randn_like(pooled[0]), m, v, *pooled, True, True)
-    return calls
-
-
-class TestRegistration:
-    @pytest.mark.parametrize("name", raw_calls())
-    def test_opcheck(self, name):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            result = torch.library.opcheck(getattr(raw, name).default, raw_calls()[name])
-        assert set(result.values()) == {"SUCCESS"}
-
-    @pytest.mark.parametrize("name", raw_calls(mask=False))
-    def test_opcheck_without_mask(self, name):
-        if name.startswith("pairwise"):
-            torch.library.opcheck(getattr(raw, name).default, raw_calls(mask=False)[name])
-
-    @pytest.mark.parametrize("name", raw_calls())
-    @pytest.mark.parametrize("layout", [*LAYOUTS, "permuted", "expanded"])
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_fake_results_are_laid_out_as_real_ones(self, name, layout, dtype):
-        lead = (2, 3)
-        arguments = raw_calls(dtype, layout if layout in LAYOUTS else "contiguous", lead=lead)[name]
-
-        def permute(x):
-            if not isinstance(x, torch.Tensor) or x.dim() < 3:
-                return x
-            if layout == "permuted":
-                return x.movedim(0, -1).contiguous().movedim(-1, 0)
-            return x[:1].expand_as(x) if layout == "expanded" else x
-
-        arguments = [permute(x) for x in arguments]
-        actual = getattr(raw, name)(*arguments)
-        mode = FakeTensorMode()
-        with mode:
-            fake = getattr(raw, name)(*(mode.from_tensor(x) if isinstance(x, torch.Tensor) else x for x in arguments))
-        if actual is None:
-            assert fake is None
-            return
-        actual, fake = ((x,) if isinstance(x, torch.Tensor) else x for x in (actual, fake))
-        for a, f in zip(actual, fake, strict=True):
-            assert (a.shape, a.stride(), a.dtype, a.device) == (f.shape, f.stride(), f.dtype, f.device)
-
-    def test_every_raw_operator_is_checked(self):
-        names = {
-            schema.name.removeprefix("dnl_ext::")
-            for schema in torch._C._jit_get_all_schemas()
-            if schema.name.startswith("dnl_ext::")
-        }
-        assert names == set(raw_calls())
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,12 @@ def check_temperature(value):
 
 
 def check_input(x, dims, channels, window):
-    """Check a block's input (B, channels, *spatial); `window` is the smallest spatial size of each dimension."""
+    """Check a block's input (B, channels, *spatial); `window` is the smallest spatial size of each dimension.
+
+    Not under torch.jit.trace, where sizes are tensors: a comparison would warn, and not be kept.
+    """
+    if torch.jit.is_tracing():
+        return
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"input: expected a torch.Tensor, got {type(x).__name__}")
     if x.dim() != dims + 2:

@@ -11,11 +11,8 @@ def accumulate_type(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_like_layout(x, sizes, dtype=None):
-    """A dense tensor of `sizes` whose dimensions are ordered in memory as those of `x` (same number of dimensions).
-
-    The same rule as `empty_like_layout` in csrc/core/operator.h; dimensions of stride 0 keep their place.
-    """
+def memory_order(x):
+    """The dimensions of `x` from the slowest in memory to the fastest; those of stride 0 keep their place."""
     order = list(range(x.dim()))
     for i in range(1, x.dim()):
         j = i
@@ -28,8 +25,16 @@ def empty_like_layout(x, sizes, dtype=None):
                 break
             order[j - 1], order[j] = inner, outer
             j -= 1
+    return order
+
+
+def empty_like_layout(x, sizes, dtype=None):
+    """A dense tensor of `sizes` whose dimensions are ordered in memory as those of `x` (same number of dimensions).
+
+    The same rule as `empty_like_layout` in csrc/core/operator.h.
+    """
     strides, step = [0] * x.dim(), 1
-    for dim in reversed(order):
+    for dim in reversed(memory_order(x)):
         strides[dim] = step
         step *= max(sizes[dim], 1)
     return torch.empty_strided(sizes, strides, dtype=dtype or x.dtype, device=x.device)
@@ -60,6 +65,28 @@ def first_derivative(operator):
     def run(*args):
         # A compiled graph has no second derivative to guard (torch.compile raises by itself), and no nested Functions.
         return operator(*args) if torch.compiler.is_compiling() else FirstDerivative.apply(*args)
+
+    return run
+
+
+def differentiable(name, function):
+    """The function that runs operator `name` and is differentiated as `function`, an autograd Function around it.
+
+    The derivative is registered with the operator, for exported programs and traced graphs hold operators alone, and it
+    costs half a Function. torch.func's transforms and torch.compile differentiate Functions only, and forward mode,
+    which is not implemented, passes a registered derivative by without a word; all three get `function`.
+    """
+    operator = getattr(ops, name).default
+    torch.library.register_autograd(f"dnl_ext::{name}", function.backward, setup_context=function.setup_context)
+
+    def run(*args):
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0
+        ):
+            return function.apply(*args)
+        return operator(*args)
 
     return run
 

@@ -82,7 +82,7 @@ def concatenation_attention(query_logits, key_logits, value):
     check_tensor("query_logits", query_logits, "(..., Nq)")
     check_alike("query_logits", query_logits, "value", value, (*value.shape[:-2], query_logits.shape[-1]))
     keys = value.shape[-2]
-    if keys == 0:
+    if not torch.jit.is_tracing() and keys == 0:
         raise ValueError(f"value: expected at least one key, got shape {tuple(value.shape)}")
     with _without_autocast(value):
         a, v = query_logits.double(), value.double()

@@ -4,8 +4,8 @@ import torch
 from torch.autograd import Function
 
 from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, is_dtensor, parse_scale
-from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
-from .unary import Softmax
+from ._common import accumulate_type, differentiable, empty_like_layout, first_derivative, ops, register_batching
+from .unary import softmax
 from .whiten import whiten as _whiten
 
 _pairwise_backward = first_derivative(ops.pairwise_backward)
@@ -40,6 +40,9 @@ class DisentangledAttention(Function):
         grads = _pairwise_backward(grad_output, *ctx.saved_tensors, ctx.scale, ctx.whiten, *needs)
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return *grads, None, None, None  # scale, whiten, save_residual
+
+
+_attend = differentiable("pairwise_forward", DisentangledAttention)
 
 
 @torch.library.register_fake("dnl_ext::pairwise_forward")
@@ -125,10 +128,12 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
         if sharded is not None:
             return sharded
     query, key, whiten = _whitened(query, key, whiten)
-    inputs = [x for x in (query, key, value, mask_logits) if x is not None]
     # A 16-bit output alone is too coarse for the backward; what its rounding lost is kept only if there may be one.
-    save_residual = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return DisentangledAttention.apply(query, key, value, mask_logits, scale, whiten, save_residual)[0]
+    # A trace is the same whoever requires grad, and for inference.
+    inputs = [x for x in (query, key, value, mask_logits) if x is not None]
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    save_residual = differentiated and not torch.jit.is_tracing()
+    return _attend(query, key, value, mask_logits, scale, whiten, save_residual)[0]
 
 
 def pairwise_attention(query, key, value, *, scale=None, whiten="channel"):
@@ -155,4 +160,4 @@ def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
     wide_query, wide_key = _whiten(query.to(wide), whiten), _whiten(key.to(wide), whiten)
     with torch.autocast("cuda" if query.is_cuda else "cpu", enabled=False):  # the logits stay wide
         logits = (wide_query * scale) @ wide_key.transpose(-2, -1)
-    return Softmax.apply(logits).to(query.dtype)
+    return softmax(logits).to(query.dtype)

@@ -4,7 +4,7 @@ import torch
 from torch.autograd import Function
 
 from ._checks import check_alike, check_saved, check_softmax, check_unary
-from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
+from ._common import accumulate_type, differentiable, empty_like_layout, first_derivative, ops, register_batching
 
 _softmax_backward = first_derivative(ops.softmax_backward)
 _unary_backward = first_derivative(ops.unary_backward)
@@ -29,6 +29,9 @@ class Softmax(Function):
         return _softmax_backward(grad_output, output)
 
 
+softmax = differentiable("softmax", Softmax)
+
+
 class UnaryAttention(Function):
     """y = sum_j u_j v_j, u = softmax(m); dv_j = u_j dy and dm_j = u_j (<dy, v_j> - <dy, y>)."""
 
@@ -51,6 +54,9 @@ class UnaryAttention(Function):
         grad_mask, grad_value = _unary_backward(grad_pooled, *ctx.saved_tensors, *ctx.needs_input_grad)
         need_mask, need_value = ctx.needs_input_grad
         return grad_mask if need_mask else None, grad_value if need_value else None
+
+
+_pool = differentiable("unary_forward", UnaryAttention)
 
 
 @torch.library.register_fake("dnl_ext::softmax")
@@ -109,7 +115,7 @@ def unary_softmax(mask_logits):
     Source: Yin et al., ECCV 2020, equation 10 (second term).
     """
     check_softmax("mask_logits", mask_logits)
-    return Softmax.apply(mask_logits)
+    return softmax(mask_logits)
 
 
 def unary_attention(mask_logits, value):
@@ -129,4 +135,4 @@ def unary_attention(mask_logits, value):
     Source: Yin et al., ECCV 2020, equation 10; the same pooling is GCNet's global context (Cao et al., 2019).
     """
     check_unary(mask_logits, value)
-    return UnaryAttention.apply(mask_logits, value)[0].to(value.dtype)
+    return _pool(mask_logits, value)[0].to(value.dtype)

@@ -5,7 +5,7 @@ from torch.autograd import Function
 
 from ..reference import check_whiten_name
 from ._checks import check_alike, check_mean, check_saved, check_tensor
-from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
+from ._common import accumulate_type, differentiable, empty_like_layout, first_derivative, ops, register_batching
 
 _mean_subtract = first_derivative(ops.mean_subtract)
 _whiten_backward = first_derivative(ops.whiten_backward)
@@ -32,6 +32,9 @@ class MeanSubtract(Function):
         return _mean_subtract(grad_output, ctx.dim), None  # dim
 
 
+_centre = differentiable("mean_subtract", MeanSubtract)
+
+
 class Whiten(Function):
     """y = (x - mean) rstd over n elements; dx = rstd (dy - mean(dy) - y <dy, y> / (n - 1)), the last term and rstd with
     a deviation only."""
@@ -55,6 +58,9 @@ class Whiten(Function):
             return (None,) * 4
         grad = _whiten_backward(grad_output, *ctx.saved_tensors, ctx.name, ctx.apart, ctx.eps)
         return grad, None, None, None  # name, apart, eps
+
+
+_standardise = differentiable("whiten_forward", Whiten)
 
 
 def _check_whiten(x, name, apart, eps):
@@ -126,7 +132,7 @@ def mean_subtract(x, dim=-2):
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 8 (whitened pairwise term).
     """
     check_mean(x, dim)
-    return MeanSubtract.apply(x, dim)
+    return _centre(x, dim)
 
 
 def whiten(x, name="channel", *, eps=1e-5):
@@ -163,4 +169,4 @@ def whiten(x, name="channel", *, eps=1e-5):
     _check_whiten(x, name, 0, eps)
     if name is None:
         return x
-    return Whiten.apply(x, name, 0, float(eps))[0]
+    return _standardise(x, name, 0, float(eps))[0]
