@@ -35,14 +35,31 @@ def empty_like_layout(x, sizes, dtype=None):
     return torch.empty_strided(sizes, strides, dtype=dtype or x.dtype, device=x.device)
 
 
-def first_derivative(operator):
-    """The function that runs a backward operator; asking for the derivative of its result raises NotImplementedError.
+def without_autocast(x):
+    """A context in which torch's products on the device of `x` keep the types they are given."""
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+
+
+def save(ctx, *tensors):
+    """Keep `tensors` for both modes of differentiation. (vmap wants one list; torch.compile knows no forward mode.)"""
+    ctx.save_for_backward(*tensors)
+    if not torch.compiler.is_compiling():
+        ctx.save_for_forward(*tensors)
+
+
+def traceable(function):
+    """`function`, a Function, without its jvp: torch.compile traces none that has one."""
+    return type(f"Traced{function.__name__}", (function,), {"jvp": staticmethod(Function.jvp)})
+
+
+def last_derivative(operator):
+    """A function that runs `operator`, a second derivative; asking for the derivative of its result raises.
 
     torch's ``once_differentiable`` cuts the graph behind the result, and then a caller who allows unused inputs gets
-    None for a second derivative that is not zero. Here the graph goes on to every input and raises at this node.
+    None for a third derivative that is not zero. Here the graph goes on to every input and raises at this node.
     """
 
-    class FirstDerivative(Function):
+    class LastDerivative(Function):
         generate_vmap_rule = True
 
         @staticmethod
@@ -55,13 +72,13 @@ def first_derivative(operator):
 
         @staticmethod
         def backward(ctx, *grads):
-            raise NotImplementedError("dnl_ext: second derivatives are not implemented")
+            raise NotImplementedError("dnl_ext: third derivatives of attention are not implemented")
 
-    def run(*args):
-        # A compiled graph has no second derivative to guard (torch.compile raises by itself), and no nested Functions.
-        return operator(*args) if torch.compiler.is_compiling() else FirstDerivative.apply(*args)
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise NotImplementedError("dnl_ext: third derivatives of attention are not implemented")
 
-    return run
+    return LastDerivative.apply
 
 
 def register_batching(name):

@@ -4,14 +4,19 @@ import torch
 from torch.autograd import Function
 
 from ._checks import check_alike, check_saved, check_softmax, check_unary
-from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
-
-_softmax_backward = first_derivative(ops.softmax_backward)
-_unary_backward = first_derivative(ops.unary_backward)
+from ._common import (
+    accumulate_type,
+    empty_like_layout,
+    ops,
+    register_batching,
+    save,
+    traceable,
+)
+from .double_backward import unary_double_backward
 
 
 class Softmax(Function):
-    """P = softmax(x) over the last dimension; dx = P * (dP - <P, dP>)."""
+    """P = softmax(x) over the last dimension; dx = P (dP - <P, dP>), and the same map takes dx to dP (forward mode)."""
 
     generate_vmap_rule = True
 
@@ -21,12 +26,50 @@ class Softmax(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output)
+        save(ctx, output)
 
     @staticmethod
     def backward(ctx, grad_output):
         (output,) = ctx.saved_tensors
-        return _softmax_backward(grad_output, output)
+        gradient = ops.softmax_backward if torch.compiler.is_compiling() else SoftmaxGradient.apply
+        return gradient(grad_output, output)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return SoftmaxGradient.apply(tangent, *ctx.saved_tensors)
+
+
+class SoftmaxGradient(Function):
+    """dx = P (dP - <P, dP>) as a function of dP, in which it is linear and symmetric, and of P.
+
+    By P, where dx meets t: t (dP - <P, dP>) - dP <P, t>. It can be differentiated any number of times.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_output, output):
+        return ops.softmax_backward(grad_output, output)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        save(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx, tangent):
+        grad_output, output = ctx.saved_tensors
+        by_output = None
+        if ctx.needs_input_grad[1]:
+            g, p, t = (x.to(accumulate_type(x.dtype)) for x in (grad_output, output, tangent))
+            by_output = (t * (g - (p * g).sum(-1, keepdim=True)) - g * (p * t).sum(-1, keepdim=True)).to(output.dtype)
+        return SoftmaxGradient.apply(tangent, output) if ctx.needs_input_grad[0] else None, by_output
+
+    @staticmethod
+    def jvp(ctx, tangent_grad, tangent_output):
+        grad_output, output = ctx.saved_tensors
+        g, p, t = (x.to(accumulate_type(x.dtype)) for x in (grad_output, output, tangent_output))
+        by_output = t * (g - (p * g).sum(-1, keepdim=True)) - p * (t * g).sum(-1, keepdim=True)
+        return SoftmaxGradient.apply(tangent_grad, output) + by_output.to(output.dtype)
 
 
 class UnaryAttention(Function):
@@ -40,7 +83,7 @@ class UnaryAttention(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, *output)
+        save(ctx, *inputs, *output)
         ctx.mark_non_differentiable(output[1])  # lse
         ctx.set_materialize_grads(False)
 
@@ -48,9 +91,61 @@ class UnaryAttention(Function):
     def backward(ctx, grad_pooled, _grad_lse):
         if grad_pooled is None:
             return None, None
-        grad_mask, grad_value = _unary_backward(grad_pooled, *ctx.saved_tensors, *ctx.needs_input_grad)
+        gradient = ops.unary_backward if torch.compiler.is_compiling() else UnaryGradient.apply
         need_mask, need_value = ctx.needs_input_grad
+        grad_mask, grad_value = gradient(grad_pooled, *ctx.saved_tensors, need_mask, need_value)
         return grad_mask if need_mask else None, grad_value if need_value else None
+
+    @staticmethod
+    def jvp(ctx, tangent_mask, tangent_value):
+        if tangent_mask is None and tangent_value is None:
+            return None, None
+        mask_logits, value, *_ = ctx.saved_tensors
+        return unary_double_backward(None, mask_logits, value, tangent_mask, tangent_value)[0], None  # lse
+
+
+class UnaryGradient(Function):
+    """(dm, dv) as functions of dy, m and v. It can be differentiated any number of times.
+
+    pooled and lse are functions of m and v, accounted for in the derivatives by those, and get none.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value):
+        return ops.unary_backward(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        save(ctx, *inputs[:5])
+        ctx.wanted = inputs[5:]
+        ctx.mark_non_differentiable(*(x for x, wanted in zip(output, ctx.wanted, strict=True) if not wanted))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, tangent_mask, tangent_value):
+        if tangent_mask is None and tangent_value is None:
+            return (None,) * 7
+        grad_pooled, mask_logits, value, *_ = ctx.saved_tensors
+        grads = unary_double_backward(grad_pooled, mask_logits, value, tangent_mask, tangent_value)
+        grads = [x.to(y.dtype) for x, y in zip(grads, (grad_pooled, mask_logits, value), strict=True)]
+        return *(x if need else None for x, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 4
+
+    @staticmethod
+    def jvp(ctx, tangent_grad, tangent_mask, tangent_value, *_):
+        saved = ctx.saved_tensors
+        total = [None, None]
+        if tangent_grad is not None:
+            total = UnaryGradient.apply(tangent_grad, *saved[1:], *ctx.wanted)
+        if tangent_mask is not None or tangent_value is not None:
+            second = unary_double_backward(*saved[:3], tangent_mask, tangent_value)[1:]
+            second = [x.to(saved[2].dtype) for x in second]
+            total = second if tangent_grad is None else [x + y for x, y in zip(total, second, strict=True)]
+        return tuple(x if wanted else None for x, wanted in zip(total, ctx.wanted, strict=True))
+
+
+TracedSoftmax, TracedUnaryAttention = traceable(Softmax), traceable(UnaryAttention)
 
 
 @torch.library.register_fake("dnl_ext::softmax")
@@ -93,6 +188,11 @@ register_batching("dnl_ext::unary_forward")(ops.unary_forward)
 register_batching("dnl_ext::unary_backward")(ops.unary_backward)
 
 
+def softmax(x):
+    """softmax over the last dimension of a checked tensor (..., N)."""
+    return (TracedSoftmax if torch.compiler.is_compiling() else Softmax).apply(x)
+
+
 def unary_softmax(mask_logits):
     """u_j = softmax_j(m_j), the unary attention map, with statistics in float32 or wider.
 
@@ -104,12 +204,12 @@ def unary_softmax(mask_logits):
 
     Raises:
         TypeError: not a tensor. ValueError: not a float tensor, or Nk = 0.
-        NotImplementedError: complex, sparse, nested or quantised input; second derivatives.
+        NotImplementedError: complex, sparse, nested or quantised input.
 
     Source: Yin et al., ECCV 2020, equation 10 (second term).
     """
     check_softmax("mask_logits", mask_logits)
-    return Softmax.apply(mask_logits)
+    return softmax(mask_logits)
 
 
 def unary_attention(mask_logits, value):
@@ -124,9 +224,10 @@ def unary_attention(mask_logits, value):
 
     Raises:
         TypeError: not a tensor. ValueError: shape, dtype or device that does not fit.
-        NotImplementedError: complex, sparse, nested or quantised input; second derivatives.
+        NotImplementedError: complex, sparse, nested or quantised input.
 
     Source: Yin et al., ECCV 2020, equation 10; the same pooling is GCNet's global context (Cao et al., 2019).
     """
     check_unary(mask_logits, value)
-    return UnaryAttention.apply(mask_logits, value)[0].to(value.dtype)
+    function = TracedUnaryAttention if torch.compiler.is_compiling() else UnaryAttention
+    return function.apply(mask_logits, value)[0].to(value.dtype)
