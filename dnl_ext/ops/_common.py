@@ -47,6 +47,27 @@ def save(ctx, *tensors):
         ctx.save_for_forward(*tensors)
 
 
+def mark_constant(ctx, *outputs):
+    """Spare torch.compile the derivatives of `outputs`, which nobody differentiates; elsewhere a jvp gives them zeros.
+
+    (Marks are lost under vmap, and forward mode wants a tangent of an output exactly where there is no mark.)
+    """
+    if torch.compiler.is_compiling():
+        ctx.mark_non_differentiable(*outputs)
+
+
+def zeros_like(tensors):
+    """Zero tangents of outputs that nobody differentiates."""
+    return [torch.zeros_like(x) for x in tensors]
+
+
+def add(first, second):
+    """The sum of two tuples of tensors, either of which may be None for zero."""
+    if first is None or second is None:
+        return second if first is None else first
+    return tuple(x + y for x, y in zip(first, second, strict=True))
+
+
 def traceable(function):
     """`function`, a Function, without its jvp: torch.compile traces none that has one."""
     return type(f"Traced{function.__name__}", (function,), {"jvp": staticmethod(Function.jvp)})

@@ -7,11 +7,13 @@ from ._checks import check_alike, check_pairwise, check_query_key, check_saved, 
 from ._common import (
     accumulate_type,
     empty_like_layout,
+    mark_constant,
     ops,
     register_batching,
     save,
     traceable,
     without_autocast,
+    zeros_like,
 )
 from .pairwise_autograd import AttentionGradient, AttentionTangent
 from .unary import softmax
@@ -36,7 +38,7 @@ class DisentangledAttention(Function):
     def setup_context(ctx, inputs, output):
         query, key, value, mask_logits, ctx.scale, ctx.whiten, _ = inputs
         save(ctx, query, key, value, mask_logits, *output)
-        ctx.mark_non_differentiable(*output[1:])  # lse, residual, pooled, mask_lse
+        mark_constant(ctx, *output[1:])  # lse, residual, pooled, mask_lse
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -51,11 +53,8 @@ class DisentangledAttention(Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        tangents = tangents[:4]
-        if all(t is None for t in tangents):
-            return (None,) * 5
-        tangent = AttentionTangent.apply(*ctx.saved_tensors, *tangents, ctx.scale, ctx.whiten)
-        return tangent, None, None, None, None  # what else the forward saves
+        tangent = AttentionTangent.apply(*ctx.saved_tensors, *tangents[:4], ctx.scale, ctx.whiten)
+        return tangent, *zeros_like(ctx.saved_tensors[5:])
 
 
 TracedDisentangledAttention = traceable(DisentangledAttention)

@@ -6,7 +6,7 @@ Their derivatives are the gradient again and halves of one product with a Hessia
 from torch.autograd import Function
 
 from . import double_backward as _registers_the_operator  # noqa: F401
-from ._common import last_derivative, ops, save
+from ._common import add, last_derivative, ops, save
 
 _double_backward = last_derivative(ops.pairwise_double_backward)
 
@@ -37,7 +37,6 @@ class AttentionGradient(Function):
     def setup_context(ctx, inputs, output):
         save(ctx, *inputs[:10])
         ctx.options, ctx.wanted = inputs[10:12], inputs[12:]
-        ctx.mark_non_differentiable(*(x for x, wanted in zip(output, ctx.wanted, strict=True) if not wanted))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -51,13 +50,12 @@ class AttentionGradient(Function):
     @staticmethod
     def jvp(ctx, tangent_grad, *tangents):
         saved, tangents = ctx.saved_tensors, tangents[:4]
-        total = (None,) * 4
+        first = second = None
         if tangent_grad is not None:
-            total = AttentionGradient.apply(tangent_grad, *saved[1:], *ctx.options, *ctx.wanted)
-        if any(t is not None for t in tangents):
+            first = AttentionGradient.apply(tangent_grad, *saved[1:], *ctx.options, *ctx.wanted)
+        if first is None or any(t is not None for t in tangents):
             second = _double_backward(*saved[:5], *tangents, *ctx.options, False, *ctx.wanted)[1:]
-            total = second if tangent_grad is None else [x + y for x, y in zip(total, second, strict=True)]
-        return _wanted(total, ctx.wanted)
+        return add(first, second)
 
 
 class AttentionTangent(Function):

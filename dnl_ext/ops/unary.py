@@ -6,7 +6,9 @@ from torch.autograd import Function
 from ._checks import check_alike, check_saved, check_softmax, check_unary
 from ._common import (
     accumulate_type,
+    add,
     empty_like_layout,
+    mark_constant,
     ops,
     register_batching,
     save,
@@ -84,7 +86,7 @@ class UnaryAttention(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         save(ctx, *inputs, *output)
-        ctx.mark_non_differentiable(output[1])  # lse
+        mark_constant(ctx, output[1])  # lse
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -98,10 +100,8 @@ class UnaryAttention(Function):
 
     @staticmethod
     def jvp(ctx, tangent_mask, tangent_value):
-        if tangent_mask is None and tangent_value is None:
-            return None, None
-        mask_logits, value, *_ = ctx.saved_tensors
-        return unary_double_backward(None, mask_logits, value, tangent_mask, tangent_value)[0], None  # lse
+        mask_logits, value, _, lse = ctx.saved_tensors
+        return unary_double_backward(None, mask_logits, value, tangent_mask, tangent_value)[0], torch.zeros_like(lse)
 
 
 class UnaryGradient(Function):
@@ -120,7 +120,6 @@ class UnaryGradient(Function):
     def setup_context(ctx, inputs, output):
         save(ctx, *inputs[:5])
         ctx.wanted = inputs[5:]
-        ctx.mark_non_differentiable(*(x for x, wanted in zip(output, ctx.wanted, strict=True) if not wanted))
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -135,14 +134,15 @@ class UnaryGradient(Function):
     @staticmethod
     def jvp(ctx, tangent_grad, tangent_mask, tangent_value, *_):
         saved = ctx.saved_tensors
-        total = [None, None]
+        first = second = None
         if tangent_grad is not None:
-            total = UnaryGradient.apply(tangent_grad, *saved[1:], *ctx.wanted)
-        if tangent_mask is not None or tangent_value is not None:
+            first = UnaryGradient.apply(tangent_grad, *saved[1:], *ctx.wanted)
+        if first is None or tangent_mask is not None or tangent_value is not None:
+            value = saved[2]
+            absent = value.new_zeros((*value.shape[:-2], 0))  # as the operator returns what is not wanted
             second = unary_double_backward(*saved[:3], tangent_mask, tangent_value)[1:]
-            second = [x.to(saved[2].dtype) for x in second]
-            total = second if tangent_grad is None else [x + y for x, y in zip(total, second, strict=True)]
-        return tuple(x if wanted else None for x, wanted in zip(total, ctx.wanted, strict=True))
+            second = [x.to(value.dtype) if wanted else absent for x, wanted in zip(second, ctx.wanted, strict=True)]
+        return add(first, second)
 
 
 TracedSoftmax, TracedUnaryAttention = traceable(Softmax), traceable(UnaryAttention)

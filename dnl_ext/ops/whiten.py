@@ -7,7 +7,7 @@ from torch.autograd import Function
 
 from ..reference import check_whiten_name
 from ._checks import check_alike, check_mean, check_saved, check_tensor
-from ._common import accumulate_type, empty_like_layout, ops, register_batching, save, traceable
+from ._common import accumulate_type, empty_like_layout, mark_constant, ops, register_batching, save, traceable
 
 #: Names whose result is divided by a deviation.
 DEVIATION = ("in", "ln", "fln")
@@ -50,8 +50,7 @@ class Whiten(Function):
     def setup_context(ctx, inputs, output):
         ctx.options = inputs[1:]
         save(ctx, *output)
-        if ctx.options[0] not in DEVIATION or torch.compiler.is_compiling():
-            ctx.mark_non_differentiable(output[1])  # rstd
+        mark_constant(ctx, output[1])  # rstd, which WhitenGradient differentiates
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -61,7 +60,7 @@ class Whiten(Function):
         if grad_output is not None:
             gradient = ops.whiten_backward if torch.compiler.is_compiling() else WhitenGradient.apply
             grad = gradient(grad_output, output, rstd, *ctx.options)
-        if grad_rstd is not None:  # where WhitenGradient was differentiated
+        if grad_rstd is not None and not torch.compiler.is_compiling():
             group = _Group(output, *ctx.options[:2])
             through = (-group.wide(output) * group.expand(grad_rstd * rstd**2) / (group.count - 1)).to(output.dtype)
             grad = through if grad is None else grad + through
@@ -70,7 +69,7 @@ class Whiten(Function):
     @staticmethod
     def jvp(ctx, tangent, *_):
         output, rstd = ctx.saved_tensors
-        along = None
+        along = torch.zeros_like(rstd)
         if ctx.options[0] in DEVIATION:
             group = _Group(output, *ctx.options[:2])
             along = -(rstd**2) * group.mean_square(tangent, output).reshape(rstd.shape)
