@@ -25,11 +25,11 @@ class AttentionGradient(Function):
 
     @staticmethod
     def forward(
-        grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale, whiten,
+        grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse, scale, whiten,
         need_query, need_key, need_value, need_mask,
     ):  # fmt: skip
         return ops.pairwise_backward(
-            grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale, whiten,
+            grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse, scale, whiten,
             need_query, need_key, need_value, need_mask,
         )  # fmt: skip
 
@@ -64,7 +64,9 @@ class AttentionTangent(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, tq, tk, tv, tm, scale, whiten):
+    def forward(
+        query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse, tq, tk, tv, tm, scale, whiten
+    ):
         needs = (True, False, False, False, False)
         return ops.pairwise_double_backward(
             None, query, key, value, mask_logits, tq, tk, tv, tm, scale, whiten, *needs

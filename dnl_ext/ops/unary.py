@@ -141,7 +141,9 @@ class UnaryGradient(Function):
             value = saved[2]
             absent = value.new_zeros((*value.shape[:-2], 0))  # as the operator returns what is not wanted
             second = unary_double_backward(*saved[:3], tangent_mask, tangent_value)[1:]
-            second = tuple(x.to(value.dtype) if wanted else absent for x, wanted in zip(second, ctx.wanted, strict=True))
+            second = tuple(
+                x.to(value.dtype) if wanted else absent for x, wanted in zip(second, ctx.wanted, strict=True)
+            )
         return add(first, second)
 
 
