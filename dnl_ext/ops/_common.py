@@ -73,35 +73,6 @@ def traceable(function):
     return type(f"Traced{function.__name__}", (function,), {"jvp": staticmethod(Function.jvp)})
 
 
-def last_derivative(operator):
-    """A function that runs `operator`, a second derivative; asking for the derivative of its result raises.
-
-    torch's ``once_differentiable`` cuts the graph behind the result, and then a caller who allows unused inputs gets
-    None for a third derivative that is not zero. Here the graph goes on to every input and raises at this node.
-    """
-
-    class LastDerivative(Function):
-        generate_vmap_rule = True
-
-        @staticmethod
-        def forward(*args):
-            return operator(*args)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            pass
-
-        @staticmethod
-        def backward(ctx, *grads):
-            raise NotImplementedError("dnl_ext: third derivatives of attention are not implemented")
-
-        @staticmethod
-        def jvp(ctx, *tangents):
-            raise NotImplementedError("dnl_ext: third derivatives of attention are not implemented")
-
-    return LastDerivative.apply
-
-
 def register_batching(name):
     """Register `function` as the vmap rule of operator `name`: the new dimension becomes the first leading one.
 

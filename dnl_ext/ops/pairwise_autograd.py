@@ -6,13 +6,40 @@ Their derivatives are the gradient again and halves of one product with a Hessia
 from torch.autograd import Function
 
 from . import double_backward as _registers_the_operator  # noqa: F401
-from ._common import add, last_derivative, ops, save
-
-_double_backward = last_derivative(ops.pairwise_double_backward)
+from ._common import add, ops, save
 
 
 def _wanted(results, needs):
     return tuple(x if need else None for x, need in zip(results, needs, strict=True))
+
+
+class AttentionDoubleBackward(Function):
+    """`dnl_ext::pairwise_double_backward`. Asking for a derivative of its result raises.
+
+    torch's ``once_differentiable`` cuts the graph behind the result, and then a caller who allows unused inputs gets
+    None for a third derivative that is not zero. Here the graph goes on to every input and raises at this node.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        return ops.pairwise_double_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError("dnl_ext: third derivatives of attention are not implemented")
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError("dnl_ext: third derivatives of attention are not implemented")
+
+
+_double_backward = AttentionDoubleBackward.apply
 
 
 class AttentionGradient(Function):
@@ -24,14 +51,9 @@ class AttentionGradient(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse, scale, whiten,
-        need_query, need_key, need_value, need_mask,
-    ):  # fmt: skip
-        return ops.pairwise_backward(
-            grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse, scale, whiten,
-            need_query, need_key, need_value, need_mask,
-        )  # fmt: skip
+    def forward(*inputs):
+        """dy, q, k, v, m; what the forward returned, 5 tensors; scale, whiten; which of the results are wanted."""
+        return ops.pairwise_backward(*inputs)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -64,13 +86,10 @@ class AttentionTangent(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse, tq, tk, tv, tm, scale, whiten
-    ):
+    def forward(*inputs):
+        """q, k, v, m; what the forward returned, 5 tensors; tq, tk, tv, tm; scale, whiten."""
         needs = (True, False, False, False, False)
-        return ops.pairwise_double_backward(
-            None, query, key, value, mask_logits, tq, tk, tv, tm, scale, whiten, *needs
-        )[0]  # fmt: skip
+        return ops.pairwise_double_backward(None, *inputs[:4], *inputs[9:], *needs)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
