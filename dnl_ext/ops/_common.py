@@ -73,6 +73,43 @@ def traceable(function):
     return type(f"Traced{function.__name__}", (function,), {"jvp": staticmethod(Function.jvp)})
 
 
+class Product(Function):
+    """a @ b (..., N, M) of a (..., N, K) and b (..., K, M), and its derivatives, in the inputs' type under autocast."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b):
+        with without_autocast(a):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        save(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        need_a, need_b = ctx.needs_input_grad
+        return product(grad, b.mT) if need_a else None, product(a.mT, grad) if need_b else None
+
+    @staticmethod
+    def jvp(ctx, tangent_a, tangent_b):
+        a, b = ctx.saved_tensors
+        return product(tangent_a, b) + product(a, tangent_b)
+
+
+TracedProduct = traceable(Product)
+
+
+def product(a, b):
+    """a @ b of one dtype and the same leading dimensions; autocast changes neither it nor its derivatives.
+
+    A context alone would not do for these: they run under the autocast of whoever calls backward.
+    """
+    return (TracedProduct if torch.compiler.is_compiling() else Product).apply(a, b)
+
+
 def register_batching(name):
     """Register `function` as the vmap rule of operator `name`: the new dimension becomes the first leading one.
 

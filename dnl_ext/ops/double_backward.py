@@ -14,7 +14,7 @@ import math
 import torch
 
 from ._checks import check_alike, check_pairwise
-from ._common import accumulate_type, empty_like_layout, ops, register_batching, without_autocast
+from ._common import accumulate_type, empty_like_layout, ops, product, register_batching, without_autocast
 
 #: Numbers in a block of the map. Up to six live at a time: 24 MB in float32 on a CPU; it takes more to fill a GPU.
 BLOCK = {"cpu": 2**20, "cuda": 2**24}
@@ -48,21 +48,20 @@ def unary_double_backward(grad, mask_logits, value, tangent_mask, tangent_value)
         J t (..., Dv), d/dm (..., Nk), d/dv (..., Nk, Dv) in the accumulate type; the last two None without ``grad``.
     """
     wide = accumulate_type(value.dtype)
-    with without_autocast(value):
-        u, v = torch.softmax(mask_logits.to(wide), -1), value.to(wide)
-        tv = None if tangent_value is None else tangent_value.to(wide)
-        e = torch.zeros_like(u) if tangent_mask is None else less_mean_under(u, tangent_mask.to(wide))
+    u, v = torch.softmax(mask_logits.to(wide), -1), value.to(wide)
+    tv = None if tangent_value is None else tangent_value.to(wide)
+    e = torch.zeros_like(u) if tangent_mask is None else less_mean_under(u, tangent_mask.to(wide))
 
-        output = ((u * e).unsqueeze(-2) @ v).squeeze(-2)
-        if tv is not None:
-            output = output + (u.unsqueeze(-2) @ tv).squeeze(-2)
-        if grad is None:
-            return output, None, None
-        dy = grad.to(wide).unsqueeze(-1)
-        b = e * less_mean_under(u, (v @ dy).squeeze(-1))
-        if tv is not None:
-            b = b + (tv @ dy).squeeze(-1)
-        return output, u * less_mean_under(u, b), (u * e).unsqueeze(-1) * dy.mT
+    output = product((u * e).unsqueeze(-2), v).squeeze(-2)
+    if tv is not None:
+        output = output + product(u.unsqueeze(-2), tv).squeeze(-2)
+    if grad is None:
+        return output, None, None
+    dy = grad.to(wide).unsqueeze(-1)
+    b = e * less_mean_under(u, product(v, dy).squeeze(-1))
+    if tv is not None:
+        b = b + product(tv, dy).squeeze(-1)
+    return output, u * less_mean_under(u, b), (u * e).unsqueeze(-1) * dy.mT
 
 
 def pairwise_double_backward(
@@ -154,7 +153,7 @@ def _pairwise_terms(grad_output, inputs, tangents, scale, whiten, needs):
     batches, queries, keys = *q.shape[:2], k.shape[1]
     sizes = ((queries, v.shape[2]), q.shape[1:], k.shape[1:], v.shape[1:])
     results = [q.new_zeros((batches, *size)) if need else None for size, need in zip(sizes, needs, strict=False)]
-    if any(x is not None for x in (tq, tk, tv)):
+    if any(needs[:4]) and any(x is not None for x in (tq, tk, tv)):
         for batch, rows in _blocks(batches, queries, keys, BLOCK.get(q.device.type, BLOCK["cpu"])):
             by_query = [None if x is None else x[batch, rows] for x in (dy, q, tq, results[0], results[1])]
             by_key = [None if x is None else x[batch] for x in (k, v, tk, tv, results[2], results[3])]

@@ -51,7 +51,7 @@ def pairwise_double_backward(
     by_query, by_value = _products(query, key, value)
     e, values = tq is not None or tk is not None, tv is not None
     total = 0
-    if e or values:
+    if any(needs[:4]) and (e or values):
         logits = dq or dk
         total += by_query * (1 + (tq is not None) + (tk is not None))  # S, S.
         total += by_value * (output * (e + values) + (dv and e))  # P. v, P tv; P.^T dy

@@ -8,7 +8,7 @@ the unary logits that share their keys with the pairwise term, which are one pro
 import torch
 
 from ._checks import check_alike, check_pairwise, check_query_key, check_tensor
-from ._common import accumulate_type, without_autocast
+from ._common import accumulate_type, product, without_autocast
 
 
 def shared_key_logits(query, key):
@@ -28,7 +28,7 @@ def shared_key_logits(query, key):
     """
     check_query_key(query, key, 1.0, None)
     mean = query.mean(-2, dtype=accumulate_type(query.dtype)).to(query.dtype)
-    return (key @ mean.unsqueeze(-1)).squeeze(-1)
+    return product(key, mean.unsqueeze(-1)).squeeze(-1)
 
 
 def dot_product_attention(query, key, value):
@@ -48,9 +48,8 @@ def dot_product_attention(query, key, value):
     """
     check_pairwise(query, key, value, None, 1.0, None)
     wide = accumulate_type(query.dtype)
-    with without_autocast(query):
-        context = key.to(wide).transpose(-2, -1) @ value.to(wide) / key.shape[-2]  # (..., Dqk, Dv)
-        return (query.to(wide) @ context).to(query.dtype)
+    context = product(key.to(wide).mT, value.to(wide)) / key.shape[-2]  # (..., Dqk, Dv)
+    return product(query.to(wide), context).to(query.dtype)
 
 
 def concatenation_attention(query_logits, key_logits, value):

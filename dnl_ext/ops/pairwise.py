@@ -9,10 +9,10 @@ from ._common import (
     empty_like_layout,
     mark_constant,
     ops,
+    product,
     register_batching,
     save,
     traceable,
-    without_autocast,
     zeros_like,
 )
 from .pairwise_autograd import AttentionGradient, AttentionTangent
@@ -166,6 +166,5 @@ def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
     check_query_key(query, key, scale, whiten)
     wide = accumulate_type(query.dtype)
     wide_query, wide_key = _whiten(query.to(wide), whiten), _whiten(key.to(wide), whiten)
-    with without_autocast(query):  # the logits stay wide
-        logits = (wide_query * scale) @ wide_key.transpose(-2, -1)
+    logits = product(wide_query * scale, wide_key.mT)
     return softmax(logits).to(query.dtype)
