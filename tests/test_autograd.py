@@ -1,6 +1,7 @@
-"""What torch does with an operator: autograd, vmap, autocast, inference mode. All ops alike.
+"""What torch does with an operator: autograd, inference mode, kinds of tensors. All ops alike.
 
-Compilers and tracers: test_compile.py, test_export.py, test_trace.py. Registrations: test_registration.py.
+Second derivatives: test_second.py; transforms: test_func.py; test_autocast.py. Compilers and tracers: test_compile.py,
+test_export.py, test_trace.py. Registrations: test_registration.py.
 """
 
 import itertools
@@ -9,7 +10,6 @@ import pytest
 import torch
 from cases import ARGUMENTS, ATTENTION
 from op_inputs import LAYOUTS, every_op, function, make
-from torch.func import functional_call, grad, jacrev, vmap
 
 import dnl_ext
 from dnl_ext import reference
@@ -203,154 +203,8 @@ class TestNonLeafViews:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# vmap
-# ----------------------------------------------------------------------------------------------------------------------
-
-BATCH = 3
-
-
-def mapped_inputs(op, in_dims, seed=0):
-    """Inputs with a dimension of size BATCH where `in_dims` says, none where it says None."""
-    inputs = []
-    for i, (x, dim) in enumerate(zip(make(op, seed=seed), in_dims, strict=True)):
-        if dim is None:
-            inputs.append(x)
-        else:
-            more = torch.randn(BATCH, *x.shape, generator=torch.Generator().manual_seed(i), dtype=x.dtype)
-            inputs.append(more.movedim(0, dim))
-    return inputs
-
-
-def loop(f, inputs, in_dims):
-    pick = [
-        [x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)] for i in range(BATCH)
-    ]
-    return [f(*x) for x in pick]
-
-
-def in_dims_of(op):
-    """All mapped, each alone, each left out, and mapped dimensions in the middle and at the end."""
-    count = len(ARGUMENTS[op])
-    choices = {(0,) * count, (1,) * count, (-1,) * count}
-    for i in range(count):
-        choices.add(tuple(0 if i == j else None for j in range(count)))
-        choices.add(tuple(None if i == j else j % 2 for j in range(count)))
-    return sorted((c for c in choices if any(dim is not None for dim in c)), key=str)
-
-
-MAPPED = [(op, in_dims) for op in ARGUMENTS for in_dims in in_dims_of(op)]
-
-
-class TestVmap:
-    @pytest.mark.parametrize(("op", "in_dims"), MAPPED)
-    def test_equals_a_loop(self, op, in_dims):
-        inputs = mapped_inputs(op, in_dims)
-        actual = vmap(function(op), in_dims)(*inputs)
-        torch.testing.assert_close(actual, torch.stack(loop(function(op), inputs, in_dims)), rtol=1e-12, atol=1e-12)
-
-    @pytest.mark.parametrize(("op", "in_dims"), MAPPED)
-    def test_gradient_equals_a_loop(self, op, in_dims):
-        inputs = mapped_inputs(op, in_dims)
-        count = len(inputs)
-
-        def gradient(*x):
-            return grad(lambda *x: function(op)(*x).square().sum(), tuple(range(count)))(*x)
-
-        actual = vmap(gradient, in_dims)(*inputs)
-        expected = loop(gradient, inputs, in_dims)
-        for i in range(count):
-            torch.testing.assert_close(actual[i], torch.stack([e[i] for e in expected]), rtol=1e-11, atol=1e-11)
-
-    @pytest.mark.parametrize(("op", "in_dims"), MAPPED)
-    def test_gradient_through_equals_a_loop(self, op, in_dims):
-        """The gradient of a sum of mapped results: inputs that were not mapped collect from all."""
-        first, second = ([x.requires_grad_() for x in mapped_inputs(op, in_dims)] for _ in range(2))
-        vmap(function(op), in_dims)(*first).square().sum().backward()
-        torch.stack(loop(function(op), second, in_dims)).square().sum().backward()
-        for a, b in zip(first, second, strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-11, atol=1e-11)
-
-    def test_without_mask_logits(self):
-        q, k, v = mapped_inputs("pairwise_attention", (0, None, 1))
-        actual = vmap(lambda *x: dnl_ext.disentangled_attention(*x, None), (0, None, 1))(q, k, v)
-        expected = loop(dnl_ext.pairwise_attention, (q, k, v), (0, None, 1))
-        torch.testing.assert_close(actual, torch.stack(expected), rtol=1e-12, atol=1e-12)
-
-    @every_op
-    def test_nested(self, op):
-        inputs = [torch.stack([torch.stack([x, x + 1]), torch.stack([x + 2, x * 3])]) for x in make(op)]
-        actual = vmap(vmap(function(op)))(*inputs)
-        expected = function(op)(*inputs)
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-
-    @every_op
-    @pytest.mark.parametrize("dim", [0, 1, -1])
-    def test_out_dims(self, op, dim):
-        in_dims = (0,) * len(ARGUMENTS[op])
-        inputs = mapped_inputs(op, in_dims)
-        actual = vmap(function(op), in_dims, dim)(*inputs)
-        torch.testing.assert_close(
-            actual, torch.stack(loop(function(op), inputs, in_dims), dim), rtol=1e-12, atol=1e-12
-        )
-
-    @pytest.mark.parametrize("dim", [0, 1, -1, -2])
-    def test_dimensions_of_mean_subtract(self, dim):
-        x = torch.randn(3, 4, 5, dtype=torch.float64)
-        actual = vmap(lambda x: dnl_ext.mean_subtract(x, dim))(x)
-        torch.testing.assert_close(actual, torch.stack([reference.mean_subtract(row, dim) for row in x]))
-
-    @every_op
-    def test_jacobian(self, op):
-        inputs = make(op, lead=())
-        ours = jacrev(function(op), tuple(range(len(inputs))))(*inputs)
-        theirs = jacrev(function(op, reference), tuple(range(len(inputs))))(*inputs)
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-    def test_per_sample_gradients_of_a_module(self):
-        """What vmap of grad is for."""
-        block = dnl_ext.DisentangledNonLocal2d.mmseg(4, reduction=2).double().eval()
-        for parameter in block.parameters():
-            torch.nn.init.normal_(parameter)
-        state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-        parameters = {name: p.detach() for name, p in block.named_parameters()}
-        x = torch.randn(3, 4, 3, 2, dtype=torch.float64)
-
-        def loss(parameters, x):
-            return functional_call(block, {**state, **parameters}, (x.unsqueeze(0),)).square().sum()
-
-        actual = vmap(grad(loss), (None, 0))(parameters, x)
-        for i in range(3):
-            for name, expected in grad(loss)(parameters, x[i]).items():
-                torch.testing.assert_close(actual[name][i], expected, rtol=1e-9, atol=1e-9)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Modes
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-class TestAutocast:
-    @every_op
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
-    def test_changes_nothing(self, op, dtype, to):
-        """Operators accumulate in float32 by themselves; autocast has nothing to widen and must not narrow."""
-        plain, cast = ([x.requires_grad_() for x in make(op, nq=21, nk=33, dqk=40, dtype=dtype)] for _ in range(2))
-        expected = function(op)(*plain)
-        with torch.autocast("cpu", to):
-            actual = function(op)(*cast)
-        assert actual.dtype == dtype and torch.equal(actual, expected)
-        grads = torch.autograd.grad(actual.square().sum(), cast)
-        for a, b in zip(grads, torch.autograd.grad(expected.square().sum(), plain), strict=True):
-            assert torch.equal(a, b)
-
-    def test_with_a_backward_inside(self):
-        inputs = [x.requires_grad_() for x in make("disentangled_attention", dtype=torch.float32)]
-        expected = torch.autograd.grad(dnl_ext.disentangled_attention(*inputs).sum(), inputs)
-        with torch.autocast("cpu", torch.bfloat16):
-            actual = torch.autograd.grad(dnl_ext.disentangled_attention(*inputs).sum(), inputs)
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 class TestInferenceMode:

@@ -16,7 +16,8 @@ from dnl_ext.reference import WHITEN_NAMES
 
 raw = torch.ops.dnl_ext
 FORWARD = ("mean_subtract", "whiten_forward", "softmax", "unary_forward", "pairwise_forward")
-NAMES = (*FORWARD, "whiten_backward", "softmax_backward", "unary_backward", "pairwise_backward")
+BACKWARD = ("whiten_backward", "softmax_backward", "unary_backward", "pairwise_backward", "pairwise_double_backward")
+NAMES = (*FORWARD, *BACKWARD, "pairwise_part_forward", "pairwise_part_backward")
 
 
 def calls_of(name, dtype=torch.float64, layout="contiguous", lead=(2,)):
@@ -42,6 +43,20 @@ def calls_of(name, dtype=torch.float64, layout="contiguous", lead=(2,)):
         return [(dy, *raw.whiten_forward(q, *kind, 1e-5), *kind, 1e-5) for kind in kinds]
     if name == "pairwise_forward":
         return [(q, k, v, mask, 0.5, whiten, save) for mask, whiten, save in pairwise]
+    if name == "pairwise_part_forward":
+        return [(q, k, v, 0.5, save) for save in (True, False)]
+    if name == "pairwise_part_backward":
+        output, stats, _ = raw.pairwise_part_forward(q, k, v, 0.5, False)
+        delta = torch.randn_like(stats[..., 0])
+        needs = ((True, True, True), (True, False, False))
+        return [(torch.randn_like(output), q, k, v, stats, delta, 0.5, *need) for need in needs]
+    if name == "pairwise_double_backward":
+        dy = torch.randn_like(raw.pairwise_forward(q, k, v, m, 0.5, None, False)[0])
+        kinds = ((m, "channel", True), (None, None, True), (m, None, False))
+        return [
+            (dy, q, k, v, mask, q, k, v, mask, 0.5, whiten, True, need, need, True, mask is not None)
+            for mask, whiten, need in kinds
+        ]
     calls = []
     for mask, whiten, save in pairwise:
         saved = raw.pairwise_forward(q, k, v, mask, 0.5, whiten, save)

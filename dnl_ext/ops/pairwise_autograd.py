@@ -1,0 +1,89 @@
+"""Disentangled attention's gradient and its tangent (forward mode), as functions that autograd differentiates in turn.
+
+Their derivatives are the gradient again and halves of one product with a Hessian: see `double_backward.py`.
+"""
+
+from torch.autograd import Function
+
+from . import double_backward as _registers_the_operator  # noqa: F401
+from ._common import add, last_derivative, ops, save
+
+
+def _wanted(results, needs):
+    return tuple(x if need else None for x, need in zip(results, needs, strict=True))
+
+
+_double_backward = last_derivative(ops.pairwise_double_backward, "third derivatives of attention")
+
+
+class AttentionGradient(Function):
+    """(dq, dk, dv, dm) as functions of dy, q, k, v and m.
+
+    What the forward saved beside its inputs is a function of them, accounted for in their derivatives, and gets none.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        """dy, q, k, v, m; what the forward returned, 5 tensors; scale, whiten; which of the results are wanted."""
+        return ops.pairwise_backward(*inputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        save(ctx, *inputs[:10])
+        ctx.options, ctx.wanted = inputs[10:12], inputs[12:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *tangents):
+        needs = ctx.needs_input_grad[:5]
+        if all(t is None for t in tangents) or not any(needs):
+            return (None,) * 16
+        grads = _double_backward(*ctx.saved_tensors[:5], *tangents, *ctx.options, *needs)
+        return *_wanted(grads, needs), *(None,) * 11  # what the forward saved, scale, whiten, need_*
+
+    @staticmethod
+    def jvp(ctx, tangent_grad, *tangents):
+        saved, tangents = ctx.saved_tensors, tangents[:4]
+        first = second = None
+        if tangent_grad is not None:
+            first = AttentionGradient.apply(tangent_grad, *saved[1:], *ctx.options, *ctx.wanted)
+        if first is None or any(t is not None for t in tangents):
+            second = _double_backward(*saved[:5], *tangents, *ctx.options, False, *ctx.wanted)[1:]
+        return add(first, second)
+
+
+class AttentionTangent(Function):
+    """The derivative of y along (tq, tk, tv, tm), each a tensor of its input's shape or None for zero."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*inputs):
+        """q, k, v, m; what the forward returned, 5 tensors; tq, tk, tv, tm; scale, whiten."""
+        needs = (True, False, False, False, False)
+        return ops.pairwise_double_backward(None, *inputs[:4], *inputs[9:], *needs)[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        save(ctx, *inputs[:13])
+        ctx.options = inputs[13:]
+
+    @staticmethod
+    def backward(ctx, grad):
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad
+        of_inputs = of_tangents = (None,) * 4
+        if any(needs[:4]):
+            grads = _double_backward(grad, *saved[:4], *saved[9:], *ctx.options, False, *needs[:4])
+            of_inputs = _wanted(grads[1:], needs[:4])
+        if any(needs[9:13]):
+            grads = AttentionGradient.apply(grad, *saved[:9], *ctx.options, *needs[9:13])
+            of_tangents = _wanted(grads, needs[9:13])
+        return *of_inputs, *(None,) * 5, *of_tangents, None, None  # scale, whiten
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            "dnl_ext: forward mode over forward mode is not implemented for attention; take jacfwd of jacrev"
+        )
