@@ -108,7 +108,7 @@ def check_input(x, dims, channels, window):
 
 def per_position(layer, x):
     """layer(x) for 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off again."""
-    if x.shape[2]:
+    if torch.jit.is_tracing() or x.shape[2]:
         return layer(x)
     row = x.new_zeros((*x.shape[:2], 1, *x.shape[3:]))
     return layer(torch.cat((x, row), 2)).narrow(2, 0, 0)  # of x and not of zeros alone: the backward must pass here

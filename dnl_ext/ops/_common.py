@@ -52,12 +52,17 @@ def save(ctx, *tensors):
         ctx.save_for_forward(*tensors)
 
 
+def in_transform():
+    """Whether a transform of torch.func or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def mark_constant(ctx, *outputs):
-    """Spare torch.compile the derivatives of `outputs`, which nobody differentiates; elsewhere a jvp gives them zeros.
+    """Mark `outputs` as what nobody differentiates; in transforms a jvp gives them zeros.
 
     (Marks are lost under vmap, and forward mode wants a tangent of an output exactly where there is no mark.)
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not in_transform():
         ctx.mark_non_differentiable(*outputs)
 
 
@@ -112,6 +117,9 @@ def product(a, b):
 
     A context alone would not do for these: they run under the autocast of whoever calls backward.
     """
+    if torch.jit.is_tracing():  # a trace holds operators alone
+        with without_autocast(a):
+            return a @ b
     return (TracedProduct if torch.compiler.is_compiling() else Product).apply(a, b)
 
 
@@ -159,7 +167,7 @@ def differentiable(name, function):
     def run(*args):
         if torch.compiler.is_compiling():
             return traced.apply(*args)
-        if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        if in_transform():
             return function.apply(*args)
         return operator(*args)
 

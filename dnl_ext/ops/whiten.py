@@ -61,7 +61,8 @@ class Whiten(Function):
     def setup_context(ctx, inputs, output):
         ctx.options = inputs[1:]
         save(ctx, *output)
-        mark_constant(ctx, output[1])  # rstd, which WhitenGradient differentiates
+        if torch.compiler.is_compiling():  # elsewhere WhitenGradient differentiates rstd
+            mark_constant(ctx, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -71,7 +72,7 @@ class Whiten(Function):
         if grad_output is not None:
             gradient = ops.whiten_backward if torch.compiler.is_compiling() else WhitenGradient.apply
             grad = gradient(grad_output, output, rstd, *ctx.options)
-        if grad_rstd is not None and not torch.compiler.is_compiling():
+        if grad_rstd is not None and ctx.options[0] in DEVIATION and not torch.compiler.is_compiling():
             group = _Group(output, *ctx.options[:2])
             through = (-output * group.expand(grad_rstd * rstd**2) / (group.count - 1)).to(output.dtype)
             grad = through if grad is None else grad + through
