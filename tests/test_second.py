@@ -222,7 +222,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("mean", [0.0, 10.0, 30.0])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_hot_logits(self, mean, dtype):
+    def test_hot_logits(self, mean, dtype, device):
         """A scale of 1 at 40 channels: most of a row's weight is on one key."""
         self.check(helpers.make_case(dtype=dtype, mean=mean, options={"scale": 1.0, "whiten": "channel"}))
 
