@@ -227,7 +227,7 @@ def determinism(context, outcome, seconds):
 
 
 def gradients(context, outcome, seconds):
-    pytest_counts(outcome, "test_autograd.py", "test_modules.py", seconds=seconds)
+    pytest_counts(outcome, "test_autograd.py", "test_second.py", "test_func.py", "test_modules.py", seconds=seconds)
 
 
 def bad_inputs(context, outcome, seconds):

@@ -13,7 +13,7 @@ from op_inputs import function, make
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import dnl_ext
 from dnl_ext import reference
@@ -207,14 +207,15 @@ class TestFlops:
             arguments[i] = None
         counts = []
         for f in (raw.pairwise_double_backward, pairwise_double_backward):
-            with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: baddbmm_flop}) as counter:
+            # torch counts baddbmm, but not in place
+            mapping = {torch.ops.aten.baddbmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * a[2] * b[2]}
+            with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
                 f(*arguments)
             counts.append(counter.get_total_flops())
         assert counts[0] == counts[1]
 
     def test_every_operator_has_a_formula(self):
         names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("dnl_ext::")}
-
         counted = {str(op) for op in flop_registry if str(op).startswith("dnl_ext.")}
         assert counted == {name.replace("::", ".") for name in names}
 
@@ -228,19 +229,21 @@ class TestProfiler:
         names = {event.key for event in result.key_averages()}
         assert {
             "dnl_ext::pairwise_forward", "dnl_ext::pairwise_backward", "dnl_ext::pairwise_double_backward",
-            "DisentangledAttentionBackward", "AttentionGradientBackward",
+            "GeneratedBackwardFor_dnl_ext_pairwise_forward_defaultBackward", "AttentionGradientBackward",
         } <= names  # fmt: skip
 
     @pytest.mark.parametrize(
-        ("op", "name"),
+        ("op", "operator"),
         [
-            ("disentangled_attention", "DisentangledAttentionBackward"), ("whiten", "WhitenBackward"),
-            ("mean_subtract", "MeanSubtractBackward"), ("unary_softmax", "SoftmaxBackward"),
+            ("disentangled_attention", "pairwise_forward"),
+            ("whiten", "whiten_forward"),
+            ("mean_subtract", "mean_subtract"),
+            ("unary_softmax", "softmax"),
         ],
-    )  # fmt: skip
-    def test_graph_nodes(self, op, name):
+    )
+    def test_graph_nodes(self, op, operator):
         y = function(op)(*(x.requires_grad_() for x in make(op)))
-        assert y.grad_fn.name() == name
+        assert f"dnl_ext_{operator}" in y.grad_fn.name()
 
 
 MODULES = {

@@ -42,6 +42,18 @@ def pairwise_backward(grad, query, key, value, mask_logits, *rest, out_shape=Non
     return total + _pooling(value, mask_logits) * (need_value + need_mask)
 
 
+@register_flop_formula(ops.pairwise_part_forward)
+def pairwise_part_forward(query, key, value, *_, out_shape=None, **__):
+    """S and P v, over the keys of the part."""
+    return pairwise_forward(query, key, value, None)
+
+
+@register_flop_formula(ops.pairwise_part_backward)
+def pairwise_part_backward(grad, query, key, value, stats, delta, scale, *needs, out_shape=None, **_):
+    """As the backward of whole rows, without a unary term."""
+    return pairwise_backward(grad, query, key, value, None, *needs, False)
+
+
 @register_flop_formula(ops.pairwise_double_backward)
 def pairwise_double_backward(
     grad, query, key, value, mask_logits, tq, tk, tv, tm, scale, whiten, *needs, out_shape=None, **_
