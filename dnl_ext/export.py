@@ -1,8 +1,8 @@
 """Programs that run without Python, or without this library.
 
-:func:`library` is the file that a C++ program loads to run an AOTInductor package, or a TorchScript file, that holds
-the operators of dnl_ext (examples/cpp). :func:`decompositions` replaces them by plain aten operators, for ONNX and
-other targets that know nothing else.
+:func:`library` is the file that a C++ program loads to run an AOTInductor package or a TorchScript file that holds the
+operators of dnl_ext (examples/cpp). :func:`decompositions` replaces them by plain aten operators, for ONNX and other
+targets that know nothing else.
 """
 
 import pathlib
@@ -79,22 +79,23 @@ def _unary_forward(mask_logits, value):
 
 
 def _pairwise_forward(query, key, value, mask_logits, scale, whiten, save_residual):
-    """output (..., Nq, Dv), lse (..., Nq, 2), residual like output, pooled (..., Dv) and mask_lse (...)."""
+    """output (..., Nq, Dv), lse (..., Nq, 2), residual like output, pooled (..., Dv) and mask_lse (...).
+
+    lse and residual are between an operator's forward and its own backward, and every route has them up to other
+    constants. Here they are NaN: a backward operator behind a decomposed forward cannot go unnoticed.
+    """
     wide, lead = accumulate_type(query.dtype), query.shape[:-2]
     q, k, v = (x.to(wide) for x in (query, key, value))
     if whiten is not None:
         q, k = q - q.mean(-2, keepdim=True), k - k.mean(-2, keepdim=True)
-    logits = (q * scale) @ k.transpose(-2, -1)
-    y = torch.softmax(logits, -1) @ v
-    lse = torch.logsumexp(logits, -1)
-    lse = torch.stack([lse, torch.zeros_like(lse)], -1)  # a pair; nothing is known of what rounding took
+    y = torch.softmax((q * scale) @ k.transpose(-2, -1), -1) @ v
     if mask_logits is None:
         pooled, mask_lse = q.new_empty((*lead, 0)), q.new_empty((*lead, 0))
     else:
         pooled, mask_lse = _unary_forward(mask_logits, value)
         y = y + pooled.unsqueeze(-2)
-    output = y.to(query.dtype)
-    residual = query.new_empty((*lead, 0))
-    if save_residual and query.dtype.itemsize == 2:
-        residual = _laid_out_as((y - output.to(wide)).to(query.dtype), query)
-    return _laid_out_as(output, query), lse, residual, pooled, mask_lse
+    output = _laid_out_as(y.to(query.dtype), query)
+    lse = q.new_full((*query.shape[:-1], 2), torch.nan)
+    has_residual = save_residual and query.dtype.itemsize == 2
+    residual = torch.full_like(output, torch.nan) if has_residual else query.new_empty((*lead, 0))
+    return output, lse, residual, pooled, mask_lse

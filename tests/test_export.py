@@ -180,29 +180,35 @@ class TestDecompositions:
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
     @pytest.mark.parametrize("layout", ["contiguous", "channel_first"])
     def test_have_the_results_of_the_operator(self, name, arguments, dtype, layout):
-        """Every result: values, shapes, strides, types."""
+        """Every result: values, shapes, strides, types. In bfloat16 the values are the exact ones, rounded once."""
         operator = getattr(torch.ops.dnl_ext, name).default
         call = arguments(*make("disentangled_attention", lead=(2, 3), dtype=dtype, layout=layout))
-        expected, actual = operator(*call), dnl_ext.export.decompositions()[operator](*call)
-        if isinstance(expected, torch.Tensor):
-            expected, actual = (expected,), (actual,)
-        for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
-            assert (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
-            if name == "pairwise_forward" and i in (1, 2):
-                continue  # roundings, below
-            torch.testing.assert_close(a, b, **({"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {}))
-        if name == "pairwise_forward":
-            (y, lse, residual), (y_true, lse_true, residual_true) = actual[:3], expected[:3]
-            torch.testing.assert_close(lse.sum(-1), lse_true.sum(-1))
-            if residual.numel():
-                torch.testing.assert_close(y.double() + residual.double(), y_true.double() + residual_true.double())
+        wide = [x.double() if isinstance(x, torch.Tensor) else x for x in call]
+        results = (dnl_ext.export.decompositions()[operator](*call), operator(*call), operator(*wide))
+        results = ((x,) if isinstance(x, torch.Tensor) else x for x in results)
+        close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2**-8, "atol": 1e-6}
+        for i, (actual, expected, truth) in enumerate(zip(*results, strict=True)):
+            for attribute in ("shape", "dtype"):
+                assert getattr(actual, attribute) == getattr(expected, attribute)
+            assert actual.stride() == expected.stride()
+            if name == "pairwise_forward" and i in (1, 2):  # lse and residual: of one route's own
+                assert actual.isnan().all()
+            else:
+                torch.testing.assert_close(actual.double(), truth, **close)
 
-    def test_leave_no_operator(self):
-        for make_block in VARIANTS.values():
-            program = export_block(make_block().double().eval(), 2)
-            program = program.run_decompositions(dnl_ext.export.decompositions())
-            targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-            assert targets and not [target for target in targets if "dnl_ext" in target]
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "pairwise",
+            "ln",
+            *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS if name not in ("pairwise", "ln")),
+        ],
+    )
+    def test_leave_no_operator(self, name):
+        program = export_block(VARIANTS[name]().double().eval(), 2)
+        program = program.run_decompositions(dnl_ext.export.decompositions())
+        targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert targets and not [target for target in targets if "dnl_ext" in target]
 
     def test_survive_saving(self):
         """The decomposed program needs this library no more."""

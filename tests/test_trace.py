@@ -118,7 +118,16 @@ class TestBlocks:
     def test_multihead_attention(self):
         module = scramble(dnl_ext.DisentangledMultiheadAttention(8, 2).double())
         query, key = torch.randn(5, 2, 8, dtype=torch.float64), torch.randn(7, 2, 8, dtype=torch.float64)
-        traced = trace(lambda q, k: module(q, k, k, need_weights=False)[0], (query, key))
+
+        class Attend(torch.nn.Module):  # a lambda would make constants of the weights
+            def __init__(self):
+                super().__init__()
+                self.attention = module
+
+            def forward(self, query, key):
+                return self.attention(query, key, key, need_weights=False)[0]
+
+        traced = trace(Attend(), (query, key))
         for batch, length in ((2, 5), (3, 9), (1, 1)):
             q, k = (torch.randn(n, batch, 8, dtype=torch.float64) for n in (length, length + 2))
             torch.testing.assert_close(traced(q, k), module(q, k, k, need_weights=False)[0], rtol=1e-12, atol=1e-12)

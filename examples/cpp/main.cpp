@@ -4,6 +4,7 @@
 // their own, which registers them with libtorch when it is loaded. Every case is an image and the output that Python
 // gave; exits 1 if one differs by more than rounding. Single precision, and convolutions may be added up in another
 // order.
+#include <ATen/ATen.h>
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/csrc/jit/serialization/pickle.h>
