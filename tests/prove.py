@@ -254,7 +254,7 @@ STAGES = {
     "random": ("values and gradients, CPU", 20_000, 360, random_cpu),
     "positions": ("NaN and infinity positions", 500, 30, positions),
     "determinism": ("determinism, CPU", 20, 180, determinism),
-    "gradients": ("gradients: gradcheck and derivative tests", 200, 120, gradients),
+    "gradients": ("gradients: gradcheck and derivative tests", 200, 240, gradients),
     "inputs": ("bad inputs raise", 500, 60, bad_inputs),
 }
 

@@ -299,6 +299,19 @@ class TestThirdDerivatives:
         with pytest.raises(NotImplementedError, match="jacfwd of jacrev"):
             torch.func.jvp(tangent, inputs, inputs)
 
+    @pytest.mark.parametrize("op", ATTENTION)
+    def test_a_third_backward_by_the_direction_alone_is_right(self, op):
+        """A double backward is linear in its direction: torch.autograd.functional.hvp differentiates it by that."""
+        inputs = make(op)
+        dy, cotangents = torch.randn(2, 4, 2, dtype=torch.float64), make(op, seed=1)
+
+        def along(ops, *directions):
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            gradients = torch.autograd.grad(function(op, ops)(*leaves), leaves, dy, create_graph=True)
+            return torch.autograd.grad(gradients, leaves, directions, create_graph=True)
+
+        assert gradcheck(lambda *x: along(dnl_ext, *x), [x.requires_grad_() for x in cotangents], check_forward_ad=True)
+
     @pytest.mark.parametrize("op", [op for op in ARGUMENTS if op not in ATTENTION])
     def test_of_others_are_right(self, op):
         for actual, expected in zip(*(third(function(op, ops), make(op)) for ops in (dnl_ext, reference)), strict=True):
