@@ -9,12 +9,14 @@ there, the error may instead be that of a *model* of a careful implementation: t
 the wider type, with every intermediate off by a random ULPS units in the last place of the type it must be kept in.
 """
 
+import contextlib
 import dataclasses
 import math
 import random
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dnl_ext
 
@@ -546,14 +548,36 @@ class Error:
         )
 
 
+def to_tf32(x):
+    """`x` (float32) rounded to TF32, 10 bits of fraction, ties away from zero; NaN and infinities stay."""
+    rounded = ((x.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+    return torch.where(x.isfinite(), rounded, x)
+
+
+class Tf32Products(TorchDispatchMode):
+    """What plain PyTorch computes on a GPU where TF32 is allowed: products of float32 round their operands to TF32."""
+
+    PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in self.PRODUCTS:
+            args = [to_tf32(x) if x.dtype == torch.float32 else x for x in args]
+        return function(*args, **(kwargs or {}))
+
+
 def measure(case, function=None):
-    """Errors of `function` (by default the fused operator) on a case, one for each result."""
+    """Errors of `function` (by default the fused operator) on a case, one for each result.
+
+    In float32 the reference multiplies in TF32 where torch allows that on a GPU.
+    """
     inputs, grad = case.make()
     reference = getattr(dnl_ext.reference, case.op)
     function = function or getattr(dnl_ext, case.op)
+    tf32 = Tf32Products() if case.dtype == torch.float32 and dnl_ext._C.tf32_allowed() else contextlib.nullcontext()
     results = []
-    for f in (function, reference):
-        output, gradients = run(f, inputs, grad, case.options, case.needs)
+    for f, products in ((function, contextlib.nullcontext()), (reference, tf32)):
+        with products:
+            output, gradients = run(f, inputs, grad, case.options, case.needs)
         results.append({"output": output, **gradients})
     ours, theirs = results
     output, gradients = truth_of(case, inputs, grad)

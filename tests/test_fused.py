@@ -14,10 +14,15 @@ import torch
 
 import dnl_ext
 
-HALVES = (torch.bfloat16, torch.float16)
+#: What the fused kernels take; float32 because the fixture `fused` allows TF32.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Of what is multiplied: 10 bits of fraction in TF32.
+EPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-10}
 #: Compute capability (hence shared memory: 163, 99, 227 KiB) and multiprocessors (more of them, more splits).
 GPUS = ("80,4", "89,2", "90,132", "89,24")
 CASES, SLOW_CASES, AT_ONCE = 100, 6000, 100
+#: Most Dqk of float32 where a block has 99 KiB of shared memory.
+WIDTH_IN_99_KIB = 192
 #: A gradient that is truly zero (a single key, equal queries) comes out exactly zero in the reference, whose error then
 #: allows none. There the chain misses the bar too, now and then, and the fused path may be off as far as the chain is.
 ZERO, NO_WORSE = 1e-12, 1.25
@@ -25,16 +30,17 @@ ZERO, NO_WORSE = 1e-12, 1.25
 
 @pytest.fixture(params=["emulated", "cuda"])
 def fused(request, monkeypatch):
-    """dnl_ext on CPU tensors, by the fused path of a route; a function that sets the emulated GPU."""
+    """dnl_ext on CPU tensors, by the fused path of a route, TF32 allowed; a function that sets the emulated GPU."""
     if request.param == "cuda" and not routes.HAS_GPU:
         pytest.skip("needs a GPU and dnl_ext built with CUDA")
     monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fused")
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     with routes.route(request.param):
         yield lambda gpu: monkeypatch.setenv("DNL_EXT_EMULATED_GPU", gpu)
 
 
-def fused_case(seed):
-    """A case within the fused path's limits: Dqk <= 256, any Dv; few keys more often than many."""
+def fused_case(seed, gpu):
+    """A case within the fused path's limits on `gpu`: Dqk <= 256, any Dv; few keys more often than many."""
     rng = random.Random(seed)
 
     def size(most):
@@ -46,6 +52,9 @@ def fused_case(seed):
         return rng.randint(1, min(80, most)) if kind < 0.7 else rng.randint(1, most)
 
     nq, nk, dqk, dv = size(200), size(200), size(256), size(700)
+    dtype = rng.choice(DTYPES)
+    if dtype == torch.float32 and gpu.startswith("89"):
+        dqk = min(dqk, WIDTH_IN_99_KIB)
     if rng.random() < 0.15:  # enough tiles of keys to be split
         nk, dv = rng.randint(300, 1000), min(dv, 100)
     lead = rng.choice(((), (1,), (2,), (2, 1)))
@@ -63,7 +72,7 @@ def fused_case(seed):
         dv=dv,
         mask="mask_logits" in names,
         seed=seed,
-        dtype=rng.choice(HALVES),
+        dtype=dtype,
         layouts={name: layout or rng.choice(helpers.LAYOUTS) for name in names},
         mean=rng.choice((0.0, 10.0, 30.0)),
         signs=rng.choice(("same", "mixed")),
@@ -81,7 +90,7 @@ def check_cases(seeds, fused, monkeypatch):
     messages = []
     for seed in seeds:
         fused(GPUS[seed % len(GPUS)])
-        case = fused_case(seed)
+        case = fused_case(seed, GPUS[seed % len(GPUS)])
         failed = [error for error in helpers.measure(case) if not error.passes]
         if failed and all(error.size <= ZERO for error in failed):
             with monkeypatch.context() as patch:
@@ -103,13 +112,14 @@ class TestError:
     def test_is_within_the_bar_long(self, fused, monkeypatch, first):
         check_cases(range(first, first + AT_ONCE), fused, monkeypatch)
 
-    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("layout", ["contiguous", "channel_first"])
     def test_widest_tiles(self, fused, dtype, layout):
         """Full tiles on every kind of GPU: aligned, Dqk = 256, slices of 256 and 512 and two of them."""
-        for gpu, dv in (("80,4", 256), ("80,4", 512), ("89,4", 512), ("80,4", 640)):
+        for gpu, dv in (("80,4", 256), ("80,4", 512), ("89,4", 512), ("80,4", 640), ("90,4", 256)):
             fused(gpu)
-            helpers.check(helpers.make_case(lead=(), nq=72, nk=136, dqk=256, dv=dv, dtype=dtype, layout=layout))
+            dqk = WIDTH_IN_99_KIB if dtype == torch.float32 and gpu.startswith("89") else 256
+            helpers.check(helpers.make_case(lead=(), nq=72, nk=136, dqk=dqk, dv=dv, dtype=dtype, layout=layout))
 
 
 def step(inputs, **options):
@@ -126,7 +136,7 @@ def inputs_of(dtype, queries=70, keys=90, width=40, channels=72, batch=(2,)):
 
 
 class TestPath:
-    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_differs_from_the_chain_in_roundings_only(self, fused, monkeypatch, dtype):
         """That the fused kernels ran at all: equal bits would be the chain's."""
         inputs = inputs_of(dtype)
@@ -135,9 +145,9 @@ class TestPath:
         chain = step(inputs)
         assert not all(torch.equal(x, y) for x, y in zip(ours, chain, strict=True))
         for x, y in zip(ours, chain, strict=True):
-            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=4 * torch.finfo(dtype).eps * y.abs().max())
+            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=4 * EPS[dtype] * y.abs().max())
 
-    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_splits_change_roundings_only(self, fused, dtype):
         inputs = inputs_of(dtype, queries=40, keys=600, width=16, channels=520)
         fused("89,1")
@@ -147,18 +157,19 @@ class TestPath:
             str(dtype).removeprefix("torch."), 2, 40, 600, 16, 520, capability=89, multiprocessors=64
         )["splits"] > 1  # fmt: skip
         for x, y in zip(step(inputs, scale=1.0), whole, strict=True):
-            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=2 * torch.finfo(dtype).eps * y.abs().max())
+            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=2 * EPS[dtype] * y.abs().max())
 
-    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_repeats_are_bit_equal(self, fused, dtype):
         inputs = inputs_of(dtype, keys=400)
         for x, y in zip(step(inputs), step(inputs), strict=True):
             assert torch.equal(x, y)
 
-    def test_not_finite_stays_where_the_reference_has_it(self, fused):
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_not_finite_stays_where_the_reference_has_it(self, fused, dtype):
         for where in range(3):
             for bad in (math.nan, math.inf, -math.inf):
-                inputs = inputs_of(torch.bfloat16)
+                inputs = inputs_of(dtype)
                 inputs[where][0, 3, 5] = bad
                 ours = dnl_ext.disentangled_attention(*inputs)
                 reference = dnl_ext.reference.disentangled_attention(*inputs)
@@ -167,8 +178,8 @@ class TestPath:
     @pytest.mark.parametrize(
         ("dtype", "width", "channels", "words"),
         [
-            (torch.float32, 16, 16, "bfloat16 and float16, got float32"),
-            (torch.float64, 16, 16, "bfloat16 and float16, got float64"),
+            (torch.float64, 16, 16, "and float32 where TF32 is allowed; got float64"),
+            (torch.float32, 257, 16, "at most 256 query channels, got 257"),
             (torch.bfloat16, 257, 16, "at most 256 query channels, got 257"),
             (torch.float16, 16, 0, "value channels"),
         ],
@@ -176,6 +187,20 @@ class TestPath:
     def test_refuses_what_it_cannot_take(self, fused, dtype, width, channels, words):
         with pytest.raises((NotImplementedError, RuntimeError), match=words):
             dnl_ext.disentangled_attention(*inputs_of(dtype, width=width, channels=channels))
+
+    def test_float32_is_refused_where_tf32_is_not_allowed(self, fused, monkeypatch):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+        with pytest.raises((NotImplementedError, RuntimeError), match="got float32 without TF32"):
+            dnl_ext.disentangled_attention(*inputs_of(torch.float32))
+
+    def test_float32_without_tf32_is_the_chain_by_default(self, emulated, monkeypatch):
+        """The flag changes nothing that float32 computes by default but the library's own products."""
+        inputs = inputs_of(torch.float32)
+        exact = step(inputs)
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+        rounded = step(inputs)
+        assert not torch.equal(exact[0], rounded[0])
+        torch.testing.assert_close(exact[0], rounded[0], rtol=0, atol=4 * EPS[torch.float32] * exact[0].abs().max())
 
     def test_old_gpu_and_unknown_path_are_refused(self, emulated, monkeypatch):
         inputs = inputs_of(torch.bfloat16)
@@ -197,7 +222,8 @@ class TestPlan:
         monkeypatch.delenv("DNL_EXT_CUDA_PATH", raising=False)
         for backward in (False, True):
             assert plan(backward=backward)["path"] == "chain" and "not been measured" in plan(backward=backward)["why"]
-        assert "float32" in plan(dtype="float32")["why"] and "at most 256" in plan(width=300)["why"]
+        assert "without TF32" in plan(dtype="float32", tf32=False)["why"]
+        assert "at most 256" in plan(width=300)["why"]
 
     def test_environment_forces_a_path(self, monkeypatch):
         for path in ("chain", "fused"):
