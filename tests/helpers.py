@@ -47,6 +47,7 @@ HUGE = {torch.float64: 1e100, torch.float32: 1e25, torch.bfloat16: 1e25, torch.f
 BAR = {"output": 2.0, "gradient": 3.0}
 #: float64 has no wider type to add in: a running sum of n terms is off by about sqrt(n) / 2 units, 10 for n = 400.
 ULPS = {torch.float64: 8.0, torch.float32: 2.0, torch.bfloat16: 2.0, torch.float16: 2.0}
+EPS_TF32 = 2.0**-10
 LONG_DOUBLE_IS_WIDER = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
 
 
@@ -54,7 +55,8 @@ LONG_DOUBLE_IS_WIDER = np.finfo(np.longdouble).eps < np.finfo(np.float64).eps
 # The formulas, written out. They hold for torch tensors and numpy arrays alike.
 #
 # r(x, kind) is called on every intermediate that an implementation must round: "sum" is kept in the accumulate type,
-# "operand" is multiplied again and may be kept in the tensors' own dtype, "result" is written in it.
+# "operand" is multiplied again and may be kept in the tensors' own dtype, "result" is written in it, "factor" enters a
+# product, which in TF32 rounds it.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -72,6 +74,10 @@ def _sum(x, axis=-1):
 
 def _mean(x, axis=-2):
     return x.mean(axis=axis, keepdims=True)
+
+
+def _product(x, y, r):
+    return r(x, "factor") @ r(y, "factor")
 
 
 def _softmax(x, r, kind):
@@ -130,11 +136,11 @@ def _scale(query, scale):
 def _logits(query, key, scale, whiten, r):
     """q', k' and S."""
     q, k = _centred(query, whiten, r), _centred(key, whiten, r)
-    return q, k, r(_scale(query, scale) * (q @ k.swapaxes(-1, -2)), "sum")
+    return q, k, r(_scale(query, scale) * _product(q, k.swapaxes(-1, -2), r), "sum")
 
 
 def _logit_gradients(ds, query, key, q, k, scale, whiten, r):
-    dq, dk = ds @ k, ds.swapaxes(-1, -2) @ q
+    dq, dk = _product(ds, k, r), _product(ds.swapaxes(-1, -2), q, r)
     if whiten == "channel":
         dq = r(dq, "sum") - r(_mean(dq), "sum")
     elif whiten is not None:
@@ -179,14 +185,14 @@ def disentangled_attention_steps(query, key, value, mask_logits=None, *, grad, s
     """The unary term is rank one: dv_j += u_j G and dm_j = u_j (<G, v_j> - <G, pooled>), with G = sum_i dy_i."""
     q, k, s = _logits(query, key, scale, whiten, r)
     p = _softmax(s, r, "operand")
-    output, dv, dm = p @ value, p.swapaxes(-1, -2) @ grad, None
+    output, dv, dm = _product(p, value, r), _product(p.swapaxes(-1, -2), grad, r), None
     if mask_logits is not None:
         total = r(grad.sum(axis=-2), "sum")
         pooled, unary = unary_attention_steps(mask_logits, value, grad=total, r=r)
         output, dv, dm = output + pooled[..., None, :], dv + unary["value"], unary["mask_logits"]
     # Delta = <dy, y> from the pairwise output that the forward keeps: a fused backward has no row of P to take it from.
     delta = (grad * r(p @ value, "saved")).sum(axis=-1)[..., None]
-    ds = r(p * (r(grad @ value.swapaxes(-1, -2), "sum") - delta), "operand")
+    ds = r(p * (r(_product(grad, value.swapaxes(-1, -2), r), "sum") - delta), "operand")
     dq, dk = _logit_gradients(ds, query, key, q, k, _scale(query, scale), whiten, r)
     gradients = {"query": dq, "key": dk, "value": r(dv, "result")}
     if dm is not None:
@@ -490,16 +496,18 @@ def distance(x, truth):
     return norm(np.asarray(x if isinstance(x, np.ndarray) else x.double()) - np.asarray(truth))
 
 
-def noise(dtype, seed):
+def noise(dtype, seed, tf32=False):
     """A rounding for STEPS: uniform within ULPS units in the last place of the type an intermediate is kept in."""
     generator = torch.Generator().manual_seed(seed)
     narrow = torch.finfo(dtype).eps
     wide = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     # What a 16-bit forward keeps of its output: the output and what rounding took from it, both in 16 bits.
     saved = narrow * narrow / 4 if dtype.itemsize == 2 else wide
-    eps = {"sum": wide, "operand": narrow, "result": narrow, "saved": saved}
+    eps = {"sum": wide, "operand": narrow, "result": narrow, "saved": saved, "factor": EPS_TF32 if tf32 else 0}
 
     def r(x, kind):
+        if not eps[kind]:
+            return x
         uniform = torch.rand(x.shape, generator=generator, dtype=torch.float64) * 2 - 1
         return x * (1 + ULPS[dtype] * eps[kind] * (uniform if isinstance(x, torch.Tensor) else uniform.numpy()))
 
@@ -513,7 +521,7 @@ def modelled_errors(case, inputs, grad, truth, draws=3):
     step = torch.finfo(case.dtype).smallest_normal * torch.finfo(case.dtype).eps
     errors = {}
     for draw in range(draws):
-        output, gradients = STEPS[case.op](**wide, grad=widened(grad), **case.options, r=noise(case.dtype, draw))
+        output, gradients = STEPS[case.op](**wide, grad=widened(grad), **case.options, r=noise(case.dtype, draw, uses_tf32(case)))
         for name, x in {"output": output, **gradients}.items():
             if name in truth:
                 grid = step * math.sqrt(math.prod(x.shape)) / 2
@@ -565,6 +573,11 @@ class Tf32Products(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def uses_tf32(case):
+    """Whether products of the case may use TF32, as torch has it at present."""
+    return case.dtype == torch.float32 and dnl_ext._C.tf32_allowed()
+
+
 def measure(case, function=None):
     """Errors of `function` (by default the fused operator) on a case, one for each result.
 
@@ -573,9 +586,9 @@ def measure(case, function=None):
     inputs, grad = case.make()
     reference = getattr(dnl_ext.reference, case.op)
     function = function or getattr(dnl_ext, case.op)
-    tf32 = Tf32Products() if case.dtype == torch.float32 and dnl_ext._C.tf32_allowed() else contextlib.nullcontext()
+    plain = contextlib.nullcontext()
     results = []
-    for f, products in ((function, contextlib.nullcontext()), (reference, tf32)):
+    for f, products in ((function, plain), (reference, Tf32Products() if uses_tf32(case) else plain)):
         with products:
             output, gradients = run(f, inputs, grad, case.options, case.needs)
         results.append({"output": output, **gradients})

@@ -4,6 +4,7 @@ Random cases are held to the bar of tests/helpers.py. Which tiles, slices and sp
 the emulated one changes from case to case: see GPUS. The short form runs CASES of them, --slow runs SLOW_CASES.
 """
 
+import concurrent.futures
 import math
 import random
 
@@ -17,24 +18,24 @@ import dnl_ext
 #: What the fused kernels take; float32 because the fixture `fused` allows TF32.
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Of what is multiplied: 10 bits of fraction in TF32.
-EPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-10}
+EPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: helpers.EPS_TF32}
 #: Compute capability (hence shared memory: 163, 99, 227 KiB) and multiprocessors (more of them, more splits).
 GPUS = ("80,4", "89,2", "90,132", "89,24")
 CASES, SLOW_CASES, AT_ONCE = 100, 6000, 100
 #: Most Dqk of float32 where a block has 99 KiB of shared memory.
-WIDTH_IN_99_KIB = 192
+WIDTH_IN_99_KIB = 176
 #: A gradient that is truly zero (a single key, equal queries) comes out exactly zero in the reference, whose error then
 #: allows none. There the chain misses the bar too, now and then, and the fused path may be off as far as the chain is.
 ZERO, NO_WORSE = 1e-12, 1.25
 
 
 @pytest.fixture(params=["emulated", "cuda"])
-def fused(request, monkeypatch):
+def fused(request, monkeypatch, allow_tf32):
     """dnl_ext on CPU tensors, by the fused path of a route, TF32 allowed; a function that sets the emulated GPU."""
     if request.param == "cuda" and not routes.HAS_GPU:
         pytest.skip("needs a GPU and dnl_ext built with CUDA")
     monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fused")
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    allow_tf32(True)
     with routes.route(request.param):
         yield lambda gpu: monkeypatch.setenv("DNL_EXT_EMULATED_GPU", gpu)
 
@@ -188,16 +189,16 @@ class TestPath:
         with pytest.raises((NotImplementedError, RuntimeError), match=words):
             dnl_ext.disentangled_attention(*inputs_of(dtype, width=width, channels=channels))
 
-    def test_float32_is_refused_where_tf32_is_not_allowed(self, fused, monkeypatch):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+    def test_float32_is_refused_where_tf32_is_not_allowed(self, fused, allow_tf32):
+        allow_tf32(False)
         with pytest.raises((NotImplementedError, RuntimeError), match="got float32 without TF32"):
             dnl_ext.disentangled_attention(*inputs_of(torch.float32))
 
-    def test_float32_without_tf32_is_the_chain_by_default(self, emulated, monkeypatch):
-        """The flag changes nothing that float32 computes by default but the library's own products."""
+    def test_tf32_reaches_the_products_of_the_chain(self, emulated, allow_tf32):
+        """What the library does on a GPU, the emulated route does too: the bar of the fused path rests on it."""
         inputs = inputs_of(torch.float32)
         exact = step(inputs)
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+        allow_tf32(True)
         rounded = step(inputs)
         assert not torch.equal(exact[0], rounded[0])
         torch.testing.assert_close(exact[0], rounded[0], rtol=0, atol=4 * EPS[torch.float32] * exact[0].abs().max())
@@ -215,6 +216,58 @@ class TestPath:
 
 def plan(dtype="bfloat16", batches=1, queries=16384, keys=16384, width=256, channels=512, **options):
     return dnl_ext._C.cuda_plan(dtype, batches, queries, keys, width, channels, **options)
+
+
+class TestTf32:
+    """The operators ask torch, by way of the Python module."""
+
+    def test_both_settings_of_torch_are_read(self, allow_tf32):
+        matmul = torch.backends.cuda.matmul
+        for allowed in (True, False):
+            allow_tf32(allowed)
+            assert dnl_ext._C.tf32_allowed() is allowed
+        if not hasattr(torch._C, "_get_fp32_precision_getter"):
+            pytest.skip("this torch has the older setting alone")
+        before = matmul.fp32_precision
+        try:
+            for precision in ("tf32", "ieee"):
+                matmul.fp32_precision = precision  # reading allow_tf32 may raise from here on
+                assert dnl_ext._C.tf32_allowed() is (precision == "tf32")
+        finally:
+            matmul.fp32_precision = before
+
+    def test_is_asked_from_any_thread(self, allow_tf32):
+        allow_tf32(True)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(lambda _: dnl_ext._C.tf32_allowed(), range(100)))
+
+    def test_decides_the_plan(self, monkeypatch, allow_tf32):
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fused")
+        allow_tf32(True)
+        assert plan(dtype="float32")["path"] == "fused"
+        assert plan(dtype="float32", backward=True)["path"] == "chain"
+        allow_tf32(False)
+        with pytest.raises(NotImplementedError, match="got float32 without TF32"):
+            plan(dtype="float32")
+        assert plan(dtype="float32", tf32=True)["path"] == "fused"
+        with pytest.raises(NotImplementedError, match="got float64"):
+            plan(dtype="float64", tf32=True)
+        monkeypatch.delenv("DNL_EXT_CUDA_PATH")
+        assert plan(dtype="float32", tf32=True)["path"] == "chain"
+
+    @pytest.mark.parametrize("channel_first", [False, True])
+    def test_tiles_fit(self, channel_first):
+        """163 and 227 KiB hold tiles for every width; 99 KiB for those up to WIDTH_IN_99_KIB."""
+        layout = dict.fromkeys(("query_channel_first", "key_channel_first", "value_channel_first"), channel_first)
+        for capability, limit, widest in ((80, 163, 256), (90, 227, 256), (100, 227, 256), (89, 99, WIDTH_IN_99_KIB)):
+            for width in (1, 16, 64, 100, 176, 256):
+                for channels in (1, 64, 256, 512, 2048):
+                    p = plan("float32", width=width, channels=channels, capability=capability, tf32=True, **layout)
+                    if width > widest:
+                        assert "no tile" in p["why"]
+                        continue
+                    assert 0 < p["shared_bytes"] <= 1024 * limit
+                    assert p["slices"] * p["slice_channels"] >= channels > (p["slices"] - 1) * p["slice_channels"]
 
 
 class TestPlan:

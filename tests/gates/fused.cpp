@@ -25,6 +25,28 @@ ForwardPlan any_plan(gates::Draw& draw, const PairwiseArgs& args) {
   return plan;
 }
 
+// Operands of TF32 are the nearest to what is left of the inputs without their means.
+void check_operands(const gates::PairwiseProblem<float, Tf32>& problem) {
+  HostDevice device;
+  const PairwiseOperands<float, HostDevice, Tf32> in(problem.args, device);
+  const auto check = [&](const char* name, const Matrix<const Tf32>& got, const Tensor<float>& x) {
+    const Values want = centred(x.value, x.batches, x.positions, x.channels);
+    for (int64_t b = 0; b < x.batches; ++b)
+      for (int64_t i = 0; i < x.positions; ++i)
+        for (int64_t c = 0; c < x.channels; ++c) {
+          const int64_t at = (b * x.positions + i) * x.channels + c;
+          // Half a unit in the last place, and what the mean and the difference are off by.
+          const double bound = 0x1p-11 * std::abs(want[at]) + 0x1p-22 * (std::abs(x.value[at]) + std::abs(want[at]));
+          const double value = wide(*got.element(b, i, c));
+          CHECK(std::abs(value - want[at]) <= bound, "%s: operand %.9g, centred input %.9g", name, value, want[at]);
+          if (std::abs(value - want[at]) > bound) return;
+        }
+  };
+  check("query", in.query, problem.q);
+  check("key", in.key, problem.k);
+  check("value", in.value, problem.v);
+}
+
 template <class T>
 void test(gates::Draw& draw) {
   if constexpr (kHalf<T> || std::is_same_v<T, Tf32>) {
@@ -32,6 +54,7 @@ void test(gates::Draw& draw) {
         gates::kSanitized ? gates::any_pairwise(draw, 150, 40, 150) : gates::any_pairwise(draw, 300, 150, 700);
     if (t.channels > 150) t.queries = std::min<int64_t>(t.queries, 70), t.keys = std::min<int64_t>(t.keys, 100);
     gates::PairwiseProblem<ResultOf<T>, T> problem(t);
+    if constexpr (std::is_same_v<T, Tf32>) check_operands(problem);
     const int what = GATE_FUSED;
     if (what & 1)
       pairwise_fused_forward_cuda<T>(problem.args, problem.device, any_plan<T>(draw, problem.args));

@@ -24,6 +24,7 @@ static_assert(kMapTile / kMapWarpRows * kMapColumnWarps == kWarps, "every warp h
 
 template <class T>
 struct FusedMap {
+  static_assert(kHalf<T>, "float needs P normalised anew");
   SoftmaxBackwardStep<T> step;
   FusedOperand<T> key, query;   // (group, rows, width), (group, columns, width)
   FusedOperand<T> value, grad;  // (group, rows, channels), (group, columns, channels)
@@ -122,7 +123,6 @@ DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s
 template <class T>
 __global__ void __launch_bounds__(kThreads, 1) fused_backward_map_kernel(FusedMap<T> op) {
   constexpr int kRowTiles = kMapWarpRows / kFragmentRows, kColumnTiles = kMapWarpColumns / kFragmentRows;
-  constexpr int kChunkDepth = kMapDepthBytes / sizeof(T);  // of a chunk
   const SoftmaxBackwardStep<T>& step = op.step;
   const bool need_logits = step.grad_logits;
   DNL_DYNAMIC_SHARED(unsigned char, memory);
@@ -136,14 +136,14 @@ __global__ void __launch_bounds__(kThreads, 1) fused_backward_map_kernel(FusedMa
 
   const auto tile = [&](int chunk, int side, bool channel_first) {
     unsigned char* at = memory + (chunk % kMapStages * 2 + side) * kMapOperandBytes;
-    return Tile<T>{reinterpret_cast<T*>(at), kMapTile, kChunkDepth, channel_first, true};
+    return Tile<T>{reinterpret_cast<T*>(at), kMapTile, kMapDepth, channel_first, true};
   };
-  const int logit_chunks = static_cast<int>(ceil_div_of(op.key.channels, kChunkDepth));
-  const int chunks = logit_chunks + (need_logits ? static_cast<int>(ceil_div_of(op.value.channels, kChunkDepth)) : 0);
+  const int logit_chunks = static_cast<int>(ceil_div_of(op.key.channels, kMapDepth));
+  const int chunks = logit_chunks + (need_logits ? static_cast<int>(ceil_div_of(op.value.channels, kMapDepth)) : 0);
   const auto load = [&](int chunk) {
     const bool first = chunk < logit_chunks;
     const FusedOperand<T>&left = first ? op.key : op.value, &right = first ? op.query : op.grad;
-    const int64_t channel = int64_t(first ? chunk : chunk - logit_chunks) * kChunkDepth;
+    const int64_t channel = int64_t(first ? chunk : chunk - logit_chunks) * kMapDepth;
     load_tile(tile(chunk, 0, left.channel_first), left, left.x.element(b), first_row, channel);
     load_tile(tile(chunk, 1, right.channel_first), right, right.x.element(b), first_column, channel);
     cp_async_commit();
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(kThreads, 1) fused_backward_map_kernel(FusedMa
     const bool first = chunk < logit_chunks;
     const FusedOperand<T>&left = first ? op.key : op.value, &right = first ? op.query : op.grad;
     const Tile<T> a = tile(chunk, 0, left.channel_first), c = tile(chunk, 1, right.channel_first);
-    const int64_t channels_left = left.channels - int64_t(first ? chunk : chunk - logit_chunks) * kChunkDepth;
-    const int depth = channels_left < kChunkDepth ? static_cast<int>(channels_left) : kChunkDepth;
+    const int64_t channels_left = left.channels - int64_t(first ? chunk : chunk - logit_chunks) * kMapDepth;
+    const int depth = channels_left < kMapDepth ? static_cast<int>(channels_left) : kMapDepth;
     if (first)
       multiply_tiles<T>(s, a, c, row, column, depth);
     else

@@ -87,14 +87,11 @@ constexpr int tile_bytes(int outer, int inner, int element, bool across) {
   return outer * (inner * element + row_padding(element, across));
 }
 
-// The fused backward makes tiles of the map, kMapTile x kMapTile, from kMapDepthBytes of channels at a time in two
-// buffers, either of which may lie channel-first.
-constexpr int kMapTile = 128, kMapDepthBytes = 128, kMapStages = 2;
-constexpr int map_operand_bytes(int element) {
-  const int depth = kMapDepthBytes / element;
-  return std::max(tile_bytes(kMapTile, depth, element, false), tile_bytes(depth, kMapTile, element, true));
-}
-constexpr int kMapOperandBytes = std::max(map_operand_bytes(2), map_operand_bytes(4));
+// The fused backward makes tiles of the map, kMapTile x kMapTile, from kMapDepth channels at a time in two buffers,
+// either of which may lie channel-first.
+constexpr int kMapTile = 128, kMapDepth = 64, kMapStages = 2;
+constexpr int kMapOperandBytes =
+    std::max(tile_bytes(kMapTile, kMapDepth, 2, false), tile_bytes(kMapDepth, kMapTile, 2, true));
 constexpr int kMapSharedBytes = 2 * kMapStages * kMapOperandBytes;
 
 inline ForwardShared forward_shared(const ForwardTile& tile, int width, int slice_channels,
