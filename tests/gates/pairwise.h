@@ -29,7 +29,8 @@ struct PairwiseValues {
   Values y, lse, dq, dk, dv, dm;
 };
 
-template <class T>
+// E is what products multiply: T, or Tf32 for float.
+template <class T, class E = T>
 struct PairwiseProblem {
   using A = AccOf<T>;
   const PairwiseCase t;
@@ -57,6 +58,7 @@ struct PairwiseProblem {
         pooled(B * C),
         mask_lse(B) {
     device.most_blocks = t.most_blocks;
+    device.tf32 = !std::is_same_v<E, T>;
     args.query = q.view, args.key = k.view, args.value = v.view, args.output = y.view;
     if (kHalf<T>) args.residual = rest.view;
     args.stats = stats.data();
@@ -93,7 +95,7 @@ struct PairwiseProblem {
     const Values kc = t.whiten ? less_mean(k.value, M, round) : k.value;
     // Kernels take keys less their mean where dS multiplies them, and logits have the roundoff of a float sum.
     const Values key = less_mean(k.value, M, Exact{});
-    const double sums = kSumRoundoff<T> / kRoundoff<T>;
+    const double sums = kSumRoundoff<T> / kRoundoff<E>;
     for (int64_t b = 0; b < B; ++b) {
       Values u = t.mask ? softmax(m.value.data() + b * M, M) : Values(M), pool(C), grad_sum(C);
       for (double& value : u) value = round(value);
@@ -123,9 +125,9 @@ struct PairwiseProblem {
   // What came out, against the definition.
   void compare(bool forward, bool backward) {
     for (Tensor<T>* tensor : {&y, &dq, &dk, &dv, &dm}) tensor->read();
-    const PairwiseValues eager = steps(Eager<T>{}), want = steps(Exact{});
+    const PairwiseValues eager = steps(Eager<E>{}), want = steps(Exact{});
     const std::string what = t.text(kType<T>);
-    const double u = kRoundoff<T>, tiny = std::is_same_v<T, __half> ? 0x1p-14 : 0;
+    const double u = kRoundoff<E>, tiny = std::is_same_v<T, __half> ? 0x1p-14 : 0;
     for (Values* x : {&size.y, &size.dq, &size.dk, &size.dv, &size.dm})
       for (double& value : *x) value += tiny;
     if (forward) {
@@ -133,7 +135,7 @@ struct PairwiseProblem {
       for (int64_t i = 0; i < B * N; ++i)
         both[i] = double(stats[2 * i]) / kLog2OfE - std::log(double(stats[2 * i + 1]));
       close("y", y.value, want.y, eager.y, size.y, 2, u, what);
-      close("lse", both, want.lse, want.lse, size.lse, 2, kSumRoundoff<T>, what);
+      close("lse", both, want.lse, device.tf32 ? eager.lse : want.lse, size.lse, 2, kSumRoundoff<T>, what);
     }
     if (!backward) return;
     if (t.needs & 1) close("dq", dq.value, want.dq, eager.dq, size.dq, 3, u, what);
@@ -168,7 +170,7 @@ struct PairwiseProblem {
     for (int64_t j = 0; j < M; ++j) {
       double dot = 0, magnitude = 0;
       for (int64_t d = 0; d < D; ++d) {
-        dot += qc[(b * N + i) * D + d] * kc[(b * M + j) * D + d];
+        dot += round.operand(qc[(b * N + i) * D + d]) * round.operand(kc[(b * M + j) * D + d]);
         magnitude += std::abs(query[d] * (kHalf<T> ? k.value : key)[(b * M + j) * D + d]);
       }
       s[j] = round(scale() * round(dot));
@@ -185,17 +187,18 @@ struct PairwiseProblem {
         constant += scale() * query[d] * (k.value[b * M * D + d] - key[b * M * D + d]) * (kHalf<T> ? 1 : -1);
     x.lse[b * N + i] = most + std::log(sum) + constant,
                   size.lse[b * N + i] = 4 * (1 + std::abs(most) + std::abs(constant) + spread);
+    if (device.tf32) size.lse[b * N + i] += spread / sums;  // operands are rounded, not the lse
     for (double& value : p) value = round(value);
     const double loose = 1 + 2 * sums * (1 + spread);
     Values out(C);
     for (int64_t j = 0; j < M; ++j)
       for (int64_t c = 0; c < C; ++c) {
         const double value = v.value[(b * M + j) * C + c];
-        out[c] += p[j] * value;
+        out[c] += round.operand(p[j]) * round.operand(value);
         size.y[(b * N + i) * C + c] += p[j] * std::abs(value) * loose;
-        x.dv[(b * M + j) * C + c] += p[j] * g[c];
+        x.dv[(b * M + j) * C + c] += round.operand(p[j]) * round.operand(g[c]);
         size.dv[(b * M + j) * C + c] += std::abs(p[j] * g[c]) * loose;
-        dp[j] += g[c] * value, dps[j] += std::abs(g[c] * value);
+        dp[j] += round.operand(g[c]) * round.operand(value), dps[j] += std::abs(g[c] * value);
       }
     for (int64_t c = 0; c < C; ++c) {
       x.y[(b * N + i) * C + c] = t.mask ? round(round(out[c]) + pool[c]) : round(out[c]);
@@ -211,8 +214,10 @@ struct PairwiseProblem {
           std::abs(ds) * (1 + sums * spread) + scale() * p[j] * (dps[j] + deltas) * 4 * sums * (1 + spread);
       for (int64_t d = 0; d < D; ++d) {
         const int64_t at_query = (b * N + i) * D + d, at_key = (b * M + j) * D + d;
-        x.dq[at_query] += ds * kc[at_key], size.dq[at_query] += magnitude * std::abs(key[at_key]);
-        x.dk[at_key] += ds * qc[at_query], size.dk[at_key] += magnitude * std::abs(q.value[at_query]);
+        x.dq[at_query] += round.operand(ds) * round.operand(kc[at_key]),
+            size.dq[at_query] += magnitude * std::abs(key[at_key]);
+        x.dk[at_key] += round.operand(ds) * round.operand(qc[at_query]),
+            size.dk[at_key] += magnitude * std::abs(q.value[at_query]);
       }
     }
   }

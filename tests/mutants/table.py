@@ -37,7 +37,8 @@ TILE, FUSED = "ops/pairwise/pairwise_fused_tile_cuda.cuh", "ops/pairwise/pairwis
 OUTPUT = "ops/pairwise/pairwise_fused_output_cuda.cuh"
 FUSED_MAP = "ops/pairwise/pairwise_fused_backward_cuda.cuh"
 ONLINE = "core/online_softmax.h"
-BF16, F16 = "__nv_bfloat16", "__half"
+PLAN, PTX = "ops/pairwise/pairwise_plan.h", "core/cuda/ptx.cuh"
+BF16, F16, TF32 = "__nv_bfloat16", "__half", "Tf32"
 
 # fmt: off
 MUTANTS = [
@@ -203,10 +204,33 @@ MUTANTS = [
            type=BF16),
     Mutant("tiles: stride of the wrong dimension", TILE, "from[u * stride_inner]", "from[u * stride_outer]", "fused",
            type=BF16),
-    Mutant("fragments: lanes of the second half read the first", TILE, "id / 8 % 2 * 8 : id % 16",
-           "id / 8 % 2 * 8 : id % 8", "fused", type=BF16),
+    Mutant("fragments: lanes of the second half read the first", TILE, "int row = id % 16,", "int row = id % 8,",
+           "fused", type=BF16),
     Mutant("fragments: halves of B exchanged", TILE, "b[half], b[half + 2]", "b[2 * half], b[2 * half + 1]", "fused",
            type=BF16),
+    # TF32: operands that are centred and rounded on their way, elements of 32 bits in tiles and fragments.
+    Mutant("TF32: operands cut off instead of rounded", PTX, "const uint32_t bits = to_tf32(x);",
+           "uint32_t bits;\n  memcpy(&bits, &x, sizeof(bits));\n  bits &= ~0x1fffu;", "fused_forward", type=TF32),
+    Mutant("TF32: operands rounded before they are centred", SHARED, "kCentred ? mean : nullptr);", "nullptr);",
+           "fused_forward", type=TF32),
+    Mutant("TF32: the query mean is lost without whitening", SHARED, "kCentred ? !args.whiten :", "kCentred ? 0 :",
+           "fused_forward", type=TF32),
+    Mutant("TF32: channels beyond the last whole product are dropped", PLAN,
+           "(shape.width + depth - 1) / depth * depth", "std::max<int64_t>(depth, shape.width / depth * depth)",
+           "fused_forward", type=TF32),
+    Mutant("TF32: a product takes 16 of depth", TILE, "constexpr int kDepth = 2 * kLineElements<T>;",
+           "constexpr int kDepth = 16;", "fused_forward", type=TF32),
+    Mutant("TF32: rows of the second half of a fragment", TILE, "bits_of(from[8])", "bits_of(from[4])",
+           "fused_forward", type=TF32),
+    Mutant("TF32: depth of the second half of a fragment", TILE, "r += 2, from += 4 * depth_step",
+           "r += 2, from += 2 * depth_step", "fused_forward", type=TF32),
+    Mutant("TF32: lanes across the rows of a tile as ldmatrix has them", TILE,
+           "id / 8 % 2 * 8 : id / 4;\n      depth = kHalf<T> ? id / 16 * 8 + id % 8 : id % 4;",
+           "id / 8 % 2 * 8 : id % 8;\n      depth = kHalf<T> ? id / 16 * 8 + id % 8 : id / 8;", "fused_forward",
+           type=TF32),
+    Mutant("TF32: no room for the padding of a tile that is read across", PLAN,
+           "slice_channels, shape.value_channel_first, !shape.value_channel_first);",
+           "slice_channels, shape.value_channel_first, false);", "fused_forward", type=TF32),
     # Fused forward.
     Mutant("fused forward: waits for one copy too few", FUSED, "cp_async_wait<1>();", "cp_async_wait<2>();",
            "fused_forward", type=BF16),
