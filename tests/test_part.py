@@ -68,7 +68,6 @@ class TestAccuracy:
         case = make_case(nq=70, nk=90, dtype=dtype, mean=mean, options={"scale": 1.25})
         check(case, in_blocks(block=23))
 
-
     @pytest.mark.parametrize("mean", [0.0, 30.0])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_the_fused_path(self, emulated, monkeypatch, dtype, mean):
