@@ -9,10 +9,14 @@ ring what rank 0 sent in one call, as counted where it is sent.
 
 import argparse
 import os
+import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import dnl_ext
 from dnl_ext import distributed

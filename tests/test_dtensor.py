@@ -1,7 +1,6 @@
 """DTensors: sharded over batch, heads or positions, alone and together, equal to one process."""
 
 import functools
-import subprocess
 import sys
 
 import processes
@@ -85,12 +84,13 @@ def assert_equal(results, cases):
 
 
 class TestAttention:
-    @pytest.mark.parametrize("world_size", [2, 3])
-    def test_one_mesh_dimension(self, world_size):
+    @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+    def test_one_mesh_dimension(self, world_size, request):
         """Three batch elements over two ranks, four heads over three, seven queries over both: uneven."""
         places = ("(Shard(dim=0),)", "(Shard(dim=1),)", "(Shard(dim=2),)", "(Replicate(),)")
         cases = [(p, *c) for p in places for c in CASES if p != places[2] or c[0] != "ln"]
-        assert_equal(run(on_a_line, world_size), cases)
+        results = request.getfixturevalue("two_ranks")[0] if world_size == 2 else run(on_a_line, world_size)
+        assert_equal(results, cases)
 
     def test_two_mesh_dimensions(self):
         places = [f"(Shard(dim={a}), Shard(dim={b}))" for a, b in ((0, 1), (0, 2), (2, 1))]
@@ -130,10 +130,6 @@ def other_functions(rank, world_size):
     return wrong
 
 
-def test_every_function_over_the_batch_without_messages():
-    assert run(other_functions, 2) == [[], []]
-
-
 def flags_differ(rank, world_size):
     """The same operator with the same placements and other flags: what is remembered of the first must not be used."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -150,12 +146,30 @@ def flags_differ(rank, world_size):
     return shapes
 
 
-def test_flags_are_part_of_what_is_remembered():
-    for shapes in run(flags_differ, 2):
+def everything(rank, world_size):
+    """One group for all: importing torch.distributed.tensor takes longer than the tests."""
+    return on_a_line(rank, world_size), other_functions(rank, world_size), flags_differ(rank, world_size)
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    """What each function of `everything` returned, by function and rank."""
+    return list(zip(*run(everything, 2), strict=True))
+
+
+def test_every_function_over_the_batch_without_messages(two_ranks):
+    assert list(two_ranks[1]) == [[], []]
+
+
+def test_flags_are_part_of_what_is_remembered(two_ranks):
+    for shapes in two_ranks[2]:
         assert shapes == [(3, 4, 0), (3, 4, 7, 6)]
 
 
+def light(rank, world_size):
+    return [name for name in ("torch.distributed.tensor", "dnl_ext.distributed") if name in sys.modules]
+
+
 def test_import_stays_light():
-    code = "import dnl_ext, sys; print('torch.distributed.tensor' in sys.modules, 'dnl_ext.distributed' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", "False"]
+    """Processes of the tests have imported dnl_ext and torch.distributed before they start."""
+    assert run(light, 1) == [[]]

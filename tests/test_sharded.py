@@ -219,7 +219,8 @@ class TestErrors:
             distributed.disentangled_attention(q, q, q)
 
 
-SECONDS = 4
+SECONDS = 3  # time-out of the group
+PATIENCE = 60  # for the work before, on a busy machine: a group without a time-out of its own waits for 30 minutes
 
 
 def lose_rank_one(rank, world_size, folder, backward, how):
@@ -248,15 +249,15 @@ def lose_rank_one(rank, world_size, folder, backward, how):
         ended = f"raised {error}"
     (folder / f"rank{rank}").write_text(f"{time.monotonic() - start} {ended}")
     if how == "stop":
-        time.sleep(2 * SECONDS)  # until everyone has run out of time
+        while rank != 1 and len(list(folder.glob("rank*"))) < world_size - 1:
+            time.sleep(0.1)  # until everyone has run out of time
         os.kill(int((folder / "pid1").read_text()), signal.SIGCONT)
-        time.sleep(1)
 
 
 class TestLostRank:
-    @pytest.mark.parametrize("backward", [False, True])
+    @pytest.mark.parametrize("backward", [pytest.param(False, marks=pytest.mark.slow), True])
     def test_a_rank_that_dies(self, tmp_path, monkeypatch, backward):
-        monkeypatch.setattr(processes, "SETTLE", 3 * SECONDS)  # the others get the time to fail by themselves
+        monkeypatch.setattr(processes, "SETTLE", PATIENCE)  # the others get the time to fail by themselves
         with pytest.raises(processes.RankError, match=r"rank 1 of 4 died with exit code -9"):
             run(lose_rank_one, 4, tmp_path, backward, "die")
         self.assert_all_raised(tmp_path)
@@ -269,7 +270,7 @@ class TestLostRank:
     def assert_all_raised(self, folder, ranks=(0, 2, 3)):
         for rank in ranks:
             seconds, ended, *_ = (folder / f"rank{rank}").read_text().split()
-            assert ended == "raised" and float(seconds) < 3 * SECONDS
+            assert ended == "raised" and float(seconds) < SECONDS + PATIENCE
 
 
 def on_nccl(rank, world_size, cases):

@@ -19,40 +19,46 @@ from ..ops._common import empty_like_layout, ops
 from . import functions
 
 
-def _shared_dims(name, first, arguments):
-    """Dimensions over which an operator is the same computation many times; `first` is its first tensor."""
-    if name == "mean_subtract":
-        return [dim for dim in range(first.ndim) if dim != arguments[1] % first.ndim]
-    if name in ("softmax", "softmax_backward", "unary_forward"):  # (..., N); unary: mask_logits (..., Nk)
-        return range(first.ndim - 1)
-    if name == "unary_backward":  # grad_pooled (..., Dv)
-        return range(first.ndim - 1)
-    if name in ("whiten_forward", "whiten_backward"):
-        whitening, apart, _ = arguments[-3:]
-        return range(apart if whitening in ("fln", "fln_nostd") else first.ndim - 2)
-    return range(first.ndim - 2)
+def _all_but(trailing):
+    """Every leading dimension of an operator whose first tensor has `trailing` dimensions of its own."""
+    return lambda first, *_: range(first.ndim - trailing)
 
 
-def _rule(name, results):
+def _whitened(*arguments):
+    first, name, apart = arguments[0], *arguments[-3:-1]
+    return range(apart if name in ("fln", "fln_nostd") else first.ndim - 2)
+
+
+#: Operator: the dimensions, as a function of its arguments, over which it is the same computation many times.
+SHARED_DIMS = {
+    "mean_subtract": lambda x, dim: [i for i in range(x.ndim) if i != dim % x.ndim],
+    "whiten_forward": _whitened,
+    "whiten_backward": _whitened,
+    "softmax": _all_but(1),
+    "softmax_backward": _all_but(1),
+    "unary_forward": _all_but(1),  # mask_logits (..., Nk)
+    "unary_backward": _all_but(1),  # grad_pooled (..., Dv)
+    "pairwise_forward": _all_but(2),
+    "pairwise_backward": _all_but(2),
+}
+
+
+def _rule(shared_dims, results):
     def rule(*arguments):
         def placements(placement):
-            tensors = [placement if hasattr(x, "placements") else None for x in arguments]
-            return [placement] * results, tensors
+            return [placement] * results, [placement if hasattr(x, "placements") else None for x in arguments]
 
-        shared = _shared_dims(name, arguments[0], arguments)
-        return [placements(Replicate()), *(placements(Shard(dim)) for dim in shared)]
+        return [placements(Replicate()), *(placements(Shard(dim)) for dim in shared_dims(*arguments))]
 
     return rule
 
 
 def _register():
     propagator = DTensor._op_dispatcher.sharding_propagator
-    for name in dir(ops):
-        overload = getattr(getattr(ops, name), "default", None)
-        if overload is None:
-            continue
+    for name, shared_dims in SHARED_DIMS.items():
+        overload = getattr(ops, name).default
         schema = overload._schema
-        register_sharding(overload)(_rule(name, len(schema.returns)))
+        register_sharding(overload)(_rule(shared_dims, len(schema.returns)))
         # register_sharding leaves floats, strings and flags out of the key under which it remembers what it found; here
         # they decide over shapes.
         static = next((i for i, x in enumerate(schema.arguments) if "Tensor" not in str(x.type)), 100)

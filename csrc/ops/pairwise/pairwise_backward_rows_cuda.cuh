@@ -12,7 +12,8 @@
 // is off by the rounding of S, which at a hot logit's size is many times that of P, whenever the library adds S up
 // in another order than before. Traded away: dK and dV are summed over chunks (keys x (width + channels) values), where
 // the schedule for halves (pairwise_backward_cuda.cuh) sums the narrower dQ; and a row is read three times. A part
-// (pairwise.h) has no whole rows: there P is made with the statistics, and Delta, that the caller gives.
+// (pairwise.h) has no whole rows: a kernel of its own makes P and dS with the statistics and Delta that the caller
+// gives.
 #pragma once
 
 #include "ops/pairwise/pairwise_gradients_cuda.cuh"
@@ -27,8 +28,6 @@ struct SoftmaxRowStep {
   Rows<const A> bias;  // (group, columns), or null
   int64_t rows, columns, pitch;
   A scale;
-  Rows<const A> stats{};  // (group, rows, 2) of whole rows, where the columns are a part of them; or null
-  Rows<const A> delta{};  // (group, rows), likewise
 };
 
 template <class A>
@@ -36,19 +35,13 @@ __global__ void __launch_bounds__(kThreads) pairwise_row_backward_kernel(Softmax
   __shared__ A scratch[3][kWarps];
   const int64_t quads = ceil_div_of(step.columns, kQuad);
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int64_t b = task / step.rows, i = task % step.rows;
     A* map = step.map + task * step.pitch;
     A* grad = step.grad ? step.grad + task * step.pitch : nullptr;
 
-    const RowLogits<A> logits{map, step.bias.data ? step.bias.element(b) : nullptr, step.columns, step.scale};
-    const A* stats = step.stats.data ? step.stats.element(b) + 2 * i : nullptr;
-    A off;
-    if (stats) {
-      off = static_cast<A>(double(stats[0]) / kLog2OfE);
-    } else {
-      const A most = logits.most(scratch[0]);
-      off = most == logits.kLowest ? A(0) : most;  // -inf less -inf would be NaN
-    }
+    const RowLogits<A> logits{map, step.bias.data ? step.bias.element(task / step.rows) : nullptr, step.columns,
+                              step.scale};
+    const A most = logits.most(scratch[0]);
+    const A off = most == logits.kLowest ? A(0) : most;  // -inf less -inf would be NaN
     A sum = 0, dot = 0;
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
@@ -62,14 +55,8 @@ __global__ void __launch_bounds__(kThreads) pairwise_row_backward_kernel(Softmax
       }
       store_quad(map, quad, out);
     }
-    A delta;
-    if (stats) {  // what 2^-shift and e^-off differ by goes into the factor
-      sum = static_cast<A>(::exp2(double(stats[0]) - double(off) * kLog2OfE) / double(stats[1]));
-      delta = step.delta.element(b)[i];
-    } else {
-      sum = block_sum(sum, scratch[1]);
-      delta = block_sum(dot, scratch[2]) / sum;
-    }
+    sum = block_sum(sum, scratch[1]);
+    const A delta = block_sum(dot, scratch[2]) / sum;
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {  // the quads that this thread wrote
       Quad<A> p = load_quad(map, quad);
       for (int u = 0; u < kQuad; ++u) p.value[u] /= sum;
@@ -80,6 +67,45 @@ __global__ void __launch_bounds__(kThreads) pairwise_row_backward_kernel(Softmax
       store_quad(grad, quad, ds);
     }
     // No barrier: each reduction has its own scratch, which the next row reaches only through the barriers before it.
+  }
+}
+
+template <class A>
+struct PartRowStep {
+  A* map;               // (group, rows, pitch): S, becomes P
+  A* grad;              // (group, rows, pitch): dP, becomes dS; or null: only P is wanted
+  Rows<const A> stats;  // (group, rows, 2): shift and factor of whole rows
+  Rows<const A> delta;  // (group, rows)
+  int64_t rows, columns, pitch;
+  A scale;
+};
+
+// P = 2^(log2(e) S - shift) factor, as exp(S - off) by: e's exponential of a difference, as in the forward, where
+// multiplying logits by log2(e) first would round them once more. What e^-off and 2^-shift differ by goes into `by`.
+template <class A>
+__global__ void __launch_bounds__(kThreads) pairwise_part_row_backward_kernel(PartRowStep<A> step, int64_t tasks) {
+  const int64_t quads = ceil_div_of(step.columns, kQuad);
+  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
+    const int64_t b = task / step.rows, i = task % step.rows;
+    A* map = step.map + task * step.pitch;
+    A* grad = step.grad ? step.grad + task * step.pitch : nullptr;
+    const A *stats = step.stats.element(b) + 2 * i, delta = step.delta.element(b)[i];
+    const double shift = double(stats[0]) / kLog2OfE;
+    const A off = static_cast<A>(shift);
+    const double rest = double(off) - shift;  // small: e^rest to its second power
+    const A by = static_cast<A>(double(stats[1]) * (1 + rest * (1 + rest / 2)));
+    const RowLogits<A> logits{map, nullptr, step.columns, step.scale};
+    for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
+      A x[kQuad];
+      Quad<A> p;
+      logits.load(quad, off, x);
+      for (int u = 0; u < kQuad; ++u) p.value[u] = exp_of(x[u]) * by;
+      store_quad(map, quad, p);
+      if (!grad) continue;
+      Quad<A> ds = load_quad(grad, quad);
+      for (int u = 0; u < kQuad; ++u) ds.value[u] = softmax_jacobian(p.value[u], ds.value[u], delta);
+      store_quad(grad, quad, ds);
+    }
   }
 }
 
@@ -118,7 +144,7 @@ struct PairwiseBackwardRows {
     const int64_t sum_size = round_up_to(group_size * args.keys, kQuad);
     T* sum = out.needs_sum() ? device.template allocate<T>(sum_size) : nullptr;
     T* more_sum = out.needs_sum() && several ? device.template allocate<T>(sum_size) : nullptr;
-    const Rows<const T> stats{args.part ? static_cast<const T*>(args.stats) : nullptr, 2 * args.queries};
+    const Rows<const T> stats{static_cast<const T*>(args.stats), 2 * args.queries};
     const Rows<const T> delta{static_cast<const T*>(args.delta), args.queries};
 
     // c (+)= a b, where c holds what the chunks before left
@@ -136,16 +162,14 @@ struct PairwiseBackwardRows {
       const Matrix<T> s = dense(logits, group, rows, pitch), ds = dense(grad, group, rows, pitch);
       device.product(q, k.transposed(), s, group, rows, args.keys, args.width);
       if (need_grad) device.product(dy, in.value.from(b, 0).transposed(), ds, group, rows, args.keys, args.channels);
-      const SoftmaxRowStep<T> step{logits,
-                                   grad,
-                                   in.bias.from(b, 0),
-                                   rows,
-                                   args.keys,
-                                   pitch,
-                                   in.scale,
-                                   stats.from(b, 2 * first),
-                                   delta.from(b, first)};
-      device.launch(&pairwise_row_backward_kernel<T>, group * rows, step, group * rows);
+      if (args.part) {
+        const PartRowStep<T> step{logits, grad,    stats.from(b, 2 * first), delta.from(b, first), rows, args.keys,
+                                  pitch,  in.scale};
+        device.launch(&pairwise_part_row_backward_kernel<T>, group * rows, step, group * rows);
+      } else {
+        const SoftmaxRowStep<T> step{logits, grad, in.bias.from(b, 0), rows, args.keys, pitch, in.scale};
+        device.launch(&pairwise_row_backward_kernel<T>, group * rows, step, group * rows);
+      }
 
       if (out.value.data) {
         const auto dv = like_order(out.value, grad_value, group, args.keys, args.channels);
