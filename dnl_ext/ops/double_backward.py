@@ -85,8 +85,8 @@ def pairwise_double_backward(
     G = sum_i dy_i for dy. Centring is a symmetric projection, so the derivatives by q and k are centred where q and k
     are; k's is already, since rows of dS and dS. sum to zero.
 
-    For the same reason, and since rows of P sum to one, keys, values and their tangents may lose any constant vector in
-    the products above. They always lose their means: what large means would round then does not arise.
+    For the same reason keys, their tangents and values may lose any constant vector in the products above. They always
+    lose their means: what large means would round then does not arise.
 
     Args:
         grad_output: dy, tensor (..., Nq, Dv), or None where only J t is wanted.
@@ -149,7 +149,8 @@ def _pairwise_terms(grad_output, inputs, tangents, scale, whiten, needs):
 
     dy = operand(grad_output, False)
     q, tq = (operand(x, whiten is not None, scale) for x in (inputs[0], tangents[0]))
-    k, v, tk, tv = (operand(x, True) for x in (*inputs[1:3], *tangents[1:3]))
+    k, v, tk = (operand(x, True) for x in (*inputs[1:3], tangents[1]))
+    tv = operand(tangents[2], False)
     batches, queries, keys = *q.shape[:2], k.shape[1]
     sizes = ((queries, v.shape[2]), q.shape[1:], k.shape[1:], v.shape[1:])
     results = [q.new_zeros((batches, *size)) if need else None for size, need in zip(sizes, needs, strict=False)]
@@ -158,13 +159,11 @@ def _pairwise_terms(grad_output, inputs, tangents, scale, whiten, needs):
             by_query = [None if x is None else x[batch, rows] for x in (dy, q, tq, results[0], results[1])]
             by_key = [None if x is None else x[batch] for x in (k, v, tk, tv, results[2], results[3])]
             _add_block(*by_query, *by_key)
-    output, dq, *_ = results
+    dq = results[1]
     if dq is not None:
         dq *= scale
         if whiten is not None:
             dq -= dq.mean(-2, keepdim=True)
-    if output is not None and tangents[2] is not None:
-        output += tangents[2].to(wide).reshape(v.shape).mean(-2, keepdim=True)  # rows of P sum to one
     return [None if x is None else x.view(*lead, *x.shape[1:]) for x in results]
 
 
