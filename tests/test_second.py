@@ -200,9 +200,13 @@ def second_errors(case):
         return second(f, x, dy.to(dtype), t)
 
     which = ((dnl_ext, case.dtype), (reference, case.dtype), (reference, torch.float64))
+    ours, theirs, truth = (results(*x) for x in which)
+    # Of rows that are one-hot to the last bit of float64 it has no gradients but for those of the size of that bit.
+    unknown = torch.finfo(torch.float64).eps * max(helpers.norm(t) for t in truth)
     return {
         name: (helpers.distance(a, t), helpers.distance(b, t))
-        for name, a, b, t in zip(("grad_output", *inputs), *(results(*x) for x in which), strict=True)
+        for name, a, b, t in zip(("grad_output", *inputs), ours, theirs, truth, strict=True)
+        if helpers.norm(t) > unknown or helpers.norm(a.double()) > 10 * unknown
     }
 
 

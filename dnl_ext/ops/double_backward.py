@@ -48,20 +48,27 @@ def unary_double_backward(grad, mask_logits, value, tangent_mask, tangent_value)
         J t (..., Dv), d/dm (..., Nk), d/dv (..., Nk, Dv) in the accumulate type; the last two None without ``grad``.
     """
     wide = accumulate_type(value.dtype)
-    u, v = torch.softmax(mask_logits.to(wide), -1), value.to(wide)
-    tv = None if tangent_value is None else tangent_value.to(wide)
-    e = torch.zeros_like(u) if tangent_mask is None else less_mean_under(u, tangent_mask.to(wide))
+    v, tv = (None if x is None else x.to(wide) for x in (value, tangent_value))
+    # What is one number a key is float64: it costs nothing beside the products.
+    u = torch.softmax(mask_logits.double(), -1)
+    e = torch.zeros_like(u) if tangent_mask is None else less_mean_under(u, tangent_mask.double())
 
-    output = product((u * e).unsqueeze(-2), v).squeeze(-2)
+    def pooled(weights, values):
+        return product(weights.to(wide).unsqueeze(-2), values).squeeze(-2)
+
+    def dots(values):
+        return product(grad.to(wide).unsqueeze(-2), values.mT).squeeze(-2).double()
+
+    output = pooled(u * e, v)
     if tv is not None:
-        output = output + product(u.unsqueeze(-2), tv).squeeze(-2)
+        output = output + pooled(u, tv)
     if grad is None:
         return output, None, None
-    dy = grad.to(wide).unsqueeze(-1)
-    b = e * less_mean_under(u, product(v, dy).squeeze(-1))
+    b = e * less_mean_under(u, dots(v))
     if tv is not None:
-        b = b + product(tv, dy).squeeze(-1)
-    return output, u * less_mean_under(u, b), (u * e).unsqueeze(-1) * dy.mT
+        b = b + dots(tv)
+    by_mask = (u * less_mean_under(u, b)).to(wide)
+    return output, by_mask, (u * e).to(wide).unsqueeze(-1) * grad.to(wide).unsqueeze(-2)
 
 
 def pairwise_double_backward(
