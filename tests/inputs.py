@@ -1,7 +1,7 @@
 """Small inputs of every operator, in order, for tests of what torch does with them."""
 
 import torch
-from helpers import ARGUMENTS
+from cases import ARGUMENTS
 
 import dnl_ext
 

@@ -1,9 +1,9 @@
 """Autocast and gradient scaling: the dtype that comes is kept, and statistics and logits stay float32."""
 
-import helpers
+import accuracy
 import pytest
 import torch
-from helpers import ARGUMENTS
+from cases import ARGUMENTS
 from inputs import function, make
 
 import dnl_ext
@@ -109,11 +109,11 @@ class TestModules:
         assert all(t.dtype == to for t in (seen[0] if seen else ()) if t is not None)
         assert ours[0].dtype == theirs[0].dtype and all(g.dtype == torch.float32 for g in ours[1:])
         error, allowed = (
-            sum(helpers.distance(a.detach(), t.detach()) ** 2 / (1e-30 + helpers.norm(t.detach().numpy()) ** 2)
+            sum(accuracy.distance(a.detach(), t.detach()) ** 2 / (1e-30 + accuracy.norm(t.detach().numpy()) ** 2)
                 for a, t in zip(results, truth, strict=True)) ** 0.5
             for results in (ours, theirs)
         )  # fmt: skip
-        assert error <= helpers.BAR["gradient"] * allowed
+        assert error <= accuracy.BAR["gradient"] * allowed
 
     @narrow
     def test_hot_logits(self, to):
@@ -133,8 +133,8 @@ class TestModules:
         assert logits.dtype == to and logits.abs().max() > 50
         assert ours.dtype == map_of_ours.dtype == to
         eps = torch.finfo(to).eps
-        assert helpers.distance(ours, truth) < 2 * eps * helpers.norm(truth.numpy())
-        assert helpers.distance(rounded, truth) > 4 * helpers.distance(ours, truth)
+        assert accuracy.distance(ours, truth) < 2 * eps * accuracy.norm(truth.numpy())
+        assert accuracy.distance(rounded, truth) > 4 * accuracy.distance(ours, truth)
 
 
 class TestGradScaler:

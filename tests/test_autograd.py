@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import ARGUMENTS, ATTENTION
+from cases import ARGUMENTS, ATTENTION
 from inputs import LAYOUTS, function, lay_out, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import ARGUMENTS
+from cases import ARGUMENTS
 
 import dnl_ext
 from dnl_ext import reference

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import ARGUMENTS, ATTENTION
+from cases import ARGUMENTS, ATTENTION
 from inputs import function, make
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 

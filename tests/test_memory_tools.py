@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import ARGUMENTS
+from cases import ARGUMENTS
 from inputs import function, make
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode

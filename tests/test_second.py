@@ -3,11 +3,12 @@
 import dataclasses
 import itertools
 
-import helpers
+import accuracy
+import cases
 import pytest
 import test_memory
 import torch
-from helpers import ARGUMENTS, ATTENTION
+from cases import ARGUMENTS, ATTENTION
 from inputs import LAYOUTS, function, make
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
@@ -182,7 +183,7 @@ class TestAgainstTheReference:
 
 def second_case(seed):
     """A random case with a gradient that is not constant: of one that is, second derivatives are but rounding."""
-    case = helpers.random_case(seed, dtype=(torch.float32, torch.bfloat16, torch.float16)[seed % 3], large=0)
+    case = cases.random_case(seed, dtype=(torch.float32, torch.bfloat16, torch.float16)[seed % 3], large=0)
     return dataclasses.replace(case, grad=("contiguous", "cat_slice", "transposed")[seed // 3 % 3])
 
 
@@ -202,18 +203,18 @@ def second_errors(case):
     which = ((dnl_ext, case.dtype), (reference, case.dtype), (reference, torch.float64))
     ours, theirs, truth = (results(*x) for x in which)
     # Of rows that are one-hot to the last bit of float64 it has no gradients but for those of the size of that bit.
-    unknown = torch.finfo(torch.float64).eps * max(helpers.norm(t) for t in truth)
+    unknown = torch.finfo(torch.float64).eps * max(accuracy.norm(t) for t in truth)
     return {
-        name: (helpers.distance(a, t), helpers.distance(b, t))
+        name: (accuracy.distance(a, t), accuracy.distance(b, t))
         for name, a, b, t in zip(("grad_output", *inputs), ours, theirs, truth, strict=True)
-        if helpers.norm(t) > unknown or helpers.norm(a.double()) > 10 * unknown
+        if accuracy.norm(t) > unknown or accuracy.norm(a.double()) > 10 * unknown
     }
 
 
 class TestErrors:
     def check(self, case):
         for name, (ours, theirs) in second_errors(case).items():
-            assert ours <= helpers.BAR["gradient"] * theirs, f"{case}\n{name}: {ours:.3g}, reference {theirs:.3g}"
+            assert ours <= accuracy.BAR["gradient"] * theirs, f"{case}\n{name}: {ours:.3g}, reference {theirs:.3g}"
 
     @pytest.mark.parametrize("seed", range(15))
     def test_random_cases(self, seed):
@@ -228,7 +229,7 @@ class TestErrors:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_hot_logits(self, mean, dtype, device):
         """A scale of 1 at 40 channels: most of a row's weight is on one key."""
-        self.check(helpers.make_case(dtype=dtype, mean=mean, options={"scale": 1.0, "whiten": "channel"}))
+        self.check(cases.make_case(dtype=dtype, mean=mean, options={"scale": 1.0, "whiten": "channel"}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

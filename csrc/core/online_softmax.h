@@ -21,13 +21,11 @@ namespace dnl {
 
 DNL_HOST_DEVICE float exp_of(float x) { return ::expf(x); }
 DNL_HOST_DEVICE double exp_of(double x) { return ::exp(x); }
-DNL_HOST_DEVICE float log_of(float x) { return ::logf(x); }
-DNL_HOST_DEVICE double log_of(double x) { return ::log(x); }
 
 template <class A>
 struct OnlineSoftmax {
   A most = -std::numeric_limits<A>::infinity();
-  A sum = 0;
+  double sum = 0;  // what it is off by, all entries of the row share
 
   // What is taken off before the exponential: the maximum, unless there is none yet (-inf less -inf is NaN).
   DNL_HOST_DEVICE A shift() const { return most == -std::numeric_limits<A>::infinity() ? A(0) : most; }
@@ -49,7 +47,7 @@ struct OnlineSoftmax {
     sum = sum * exp_of(before - off) + other.sum * exp_of(other.most - off);
   }
 
-  DNL_HOST_DEVICE A lse() const { return most + log_of(sum); }
+  DNL_HOST_DEVICE A lse() const { return static_cast<A>(double(most) + ::log(sum)); }
 };
 
 // What makes the P of a row again from its logits, p_j = 2^(log2(e) x_j - shift) factor: `most` is the maximum in base
