@@ -2,6 +2,7 @@
 
 import accuracy
 import pytest
+import routes
 import torch
 from cases import ARGUMENTS
 from op_inputs import function, make
@@ -10,6 +11,7 @@ import dnl_ext
 from dnl_ext import reference
 
 every_op = pytest.mark.parametrize("op", ARGUMENTS)
+needs_gpu = pytest.mark.skipif(not routes.HAS_GPU, reason="needs a GPU and dnl_ext built with CUDA")
 narrow = pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
 
 
@@ -138,27 +140,28 @@ class TestModules:
 
 
 class TestGradScaler:
-    """Loss scaling on the CPU; the scale here makes float16 gradients overflow when it should."""
+    """Loss scaling; the scale here makes float16 gradients overflow when it should."""
 
-    def setup(self, scale):
-        block = dnl_ext.DisentangledNonLocal2d(8, norm=None)
+    def setup(self, scale, device="cpu"):
+        block = dnl_ext.DisentangledNonLocal2d(8, norm=None).to(device)
         for parameter in block.parameters():
             torch.nn.init.normal_(parameter, std=0.3)
         optimizer = torch.optim.SGD(block.parameters(), 1e-3)
-        return block, optimizer, torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=2)
+        return block, optimizer, torch.amp.GradScaler(device, init_scale=scale, growth_interval=2)
 
     def step(self, block, optimizer, scaler, x):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(x.device.type, torch.float16):
             loss = block(x).float().square().mean()
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         return loss.item()
 
-    def test_trains_and_grows_the_scale(self):
-        block, optimizer, scaler = self.setup(2.0**8)
-        x = torch.randn(2, 8, 6, 5)
+    @pytest.mark.parametrize("where", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+    def test_trains_and_grows_the_scale(self, where):
+        block, optimizer, scaler = self.setup(2.0**8, where)
+        x = torch.randn(2, 8, 6, 5, device=where)
         losses = [self.step(block, optimizer, scaler, x) for _ in range(12)]
         assert losses[-1] < losses[0] and scaler.get_scale() > 2.0**8
 

@@ -6,6 +6,7 @@ import itertools
 import accuracy
 import cases
 import pytest
+import routes
 import test_memory
 import torch
 from cases import ARGUMENTS, ATTENTION
@@ -187,23 +188,27 @@ def second_case(seed):
     return dataclasses.replace(case, grad=("contiguous", "cat_slice", "transposed")[seed // 3 % 3])
 
 
-def second_errors(case):
-    """By name: error of ours and of the reference, both against the reference in float64."""
+def second_errors(case, device="cpu"):
+    """By name: error of ours and of the reference, both on `device`, against the reference in float64."""
     inputs, dy = case.make()
     generator = torch.Generator().manual_seed(case.seed + 1_000_000)
     cotangents = [torch.randn(x.shape, generator=generator).to(case.dtype) for x in inputs.values()]
 
-    def results(ops, dtype):
+    def results(ops, dtype, device):
         def f(*x):
             return getattr(ops, case.op)(*x, **case.options)
 
-        x, t = ([x.to(dtype) for x in tensors] for tensors in (inputs.values(), cotangents))
-        return second(f, x, dy.to(dtype), t)
+        x, t = ([x.to(device, dtype) for x in tensors] for tensors in (inputs.values(), cotangents))
+        return [x.cpu() for x in second(f, x, dy.to(device, dtype), t)]
 
-    which = ((dnl_ext, case.dtype), (reference, case.dtype), (reference, torch.float64))
+    which = ((dnl_ext, case.dtype, device), (reference, case.dtype, device), (reference, torch.float64, "cpu"))
+    ours, theirs, truth = (results(*x) for x in which)
+    # Of rows that are one-hot to the last bit of float64 it has no gradients but for those of the size of that bit.
+    unknown = torch.finfo(torch.float64).eps * max(accuracy.norm(t) for t in truth)
     return {
         name: (accuracy.distance(a, t), accuracy.distance(b, t))
-        for name, a, b, t in zip(("grad_output", *inputs), *(results(*x) for x in which), strict=True)
+        for name, a, b, t in zip(("grad_output", *inputs), ours, theirs, truth, strict=True)
+        if accuracy.norm(t) > unknown or accuracy.norm(a.double()) > 10 * unknown
     }
 
 
@@ -220,6 +225,11 @@ class TestErrors:
     @pytest.mark.parametrize("seed", range(15, 300))
     def test_more_random_cases(self, seed):
         self.check(second_case(seed))
+
+    @pytest.mark.skipif(not routes.HAS_GPU, reason="needs a GPU and dnl_ext built with CUDA")
+    @pytest.mark.parametrize("seed", range(15))
+    def test_random_cases_on_a_gpu(self, seed):
+        self.check(second_case(seed), "cuda")
 
     @pytest.mark.parametrize("mean", [0.0, 10.0, 30.0])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -247,21 +257,21 @@ class TestMemory:
     CALLS = (
         test_memory.call("reference", 2048, 8, 8),
         test_memory.call("fused", 2048, 8, 8),
-        test_memory.call("fused", 6144, 8, 8),
+        test_memory.call("fused", 4096, 8, 8),
     )
 
     def test_grows_with_positions_and_not_with_their_square(self):
-        """A map is 16 MB at N = 2048 and 151 MB at 6144. Plain PyTorch holds several; here six blocks of 4 MB live."""
+        """A map is 16 MB at N = 2048 and 64 MB at 4096. Plain PyTorch holds several; here six blocks of 4 MB live."""
         reference_small, small, large = test_memory.beyond(*self.CALLS, step=SCRIPT)
         assert reference_small > 6 * 16 * test_memory.MEGABYTE
         assert small < 40 * test_memory.MEGABYTE
         assert large < 48 * test_memory.MEGABYTE
 
     @pytest.mark.slow
-    def test_16384_positions(self):
-        """One map is 1.07 GB here, and the operands and results in float32 are 400 MB."""
-        (fused,) = test_memory.beyond(test_memory.call("fused", 16_384), step=SCRIPT)
-        assert fused < 400 * test_memory.MEGABYTE
+    def test_8192_positions(self):
+        """One map is 256 MB here; operands and results in float32, before they are copied into theirs, are 110."""
+        (fused,) = test_memory.beyond(test_memory.call("fused", 8192), step=SCRIPT)
+        assert fused < 200 * test_memory.MEGABYTE
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -48,20 +48,27 @@ def unary_double_backward(grad, mask_logits, value, tangent_mask, tangent_value)
         J t (..., Dv), d/dm (..., Nk), d/dv (..., Nk, Dv) in the accumulate type; the last two None without ``grad``.
     """
     wide = accumulate_type(value.dtype)
-    u, v = torch.softmax(mask_logits.to(wide), -1), value.to(wide)
-    tv = None if tangent_value is None else tangent_value.to(wide)
-    e = torch.zeros_like(u) if tangent_mask is None else less_mean_under(u, tangent_mask.to(wide))
+    v, tv = (None if x is None else x.to(wide) for x in (value, tangent_value))
+    # What is one number a key is float64: it costs nothing beside the products.
+    u = torch.softmax(mask_logits.double(), -1)
+    e = torch.zeros_like(u) if tangent_mask is None else less_mean_under(u, tangent_mask.double())
 
-    output = product((u * e).unsqueeze(-2), v).squeeze(-2)
+    def pooled(weights, values):
+        return product(weights.to(wide).unsqueeze(-2), values).squeeze(-2)
+
+    def dots(values):
+        return product(grad.to(wide).unsqueeze(-2), values.mT).squeeze(-2).double()
+
+    output = pooled(u * e, v)
     if tv is not None:
-        output = output + product(u.unsqueeze(-2), tv).squeeze(-2)
+        output = output + pooled(u, tv)
     if grad is None:
         return output, None, None
-    dy = grad.to(wide).unsqueeze(-1)
-    b = e * less_mean_under(u, product(v, dy).squeeze(-1))
+    b = e * less_mean_under(u, dots(v))
     if tv is not None:
-        b = b + product(tv, dy).squeeze(-1)
-    return output, u * less_mean_under(u, b), (u * e).unsqueeze(-1) * dy.mT
+        b = b + dots(tv)
+    by_mask = (u * less_mean_under(u, b)).to(wide)
+    return output, by_mask, (u * e).to(wide).unsqueeze(-1) * grad.to(wide).unsqueeze(-2)
 
 
 def pairwise_double_backward(
@@ -85,8 +92,8 @@ def pairwise_double_backward(
     G = sum_i dy_i for dy. Centring is a symmetric projection, so the derivatives by q and k are centred where q and k
     are; k's is already, since rows of dS and dS. sum to zero.
 
-    For the same reason, and since rows of P sum to one, keys, values and their tangents may lose any constant vector in
-    the products above. They always lose their means: what large means would round then does not arise.
+    For the same reason keys, their tangents and values may lose any constant vector in the products above. They always
+    lose their means: what large means would round then does not arise.
 
     Args:
         grad_output: dy, tensor (..., Nq, Dv), or None where only J t is wanted.
@@ -149,7 +156,8 @@ def _pairwise_terms(grad_output, inputs, tangents, scale, whiten, needs):
 
     dy = operand(grad_output, False)
     q, tq = (operand(x, whiten is not None, scale) for x in (inputs[0], tangents[0]))
-    k, v, tk, tv = (operand(x, True) for x in (*inputs[1:3], *tangents[1:3]))
+    k, v, tk = (operand(x, True) for x in (*inputs[1:3], tangents[1]))
+    tv = operand(tangents[2], False)
     batches, queries, keys = *q.shape[:2], k.shape[1]
     sizes = ((queries, v.shape[2]), q.shape[1:], k.shape[1:], v.shape[1:])
     results = [q.new_zeros((batches, *size)) if need else None for size, need in zip(sizes, needs, strict=False)]
@@ -158,13 +166,11 @@ def _pairwise_terms(grad_output, inputs, tangents, scale, whiten, needs):
             by_query = [None if x is None else x[batch, rows] for x in (dy, q, tq, results[0], results[1])]
             by_key = [None if x is None else x[batch] for x in (k, v, tk, tv, results[2], results[3])]
             _add_block(*by_query, *by_key)
-    output, dq, *_ = results
+    dq = results[1]
     if dq is not None:
         dq *= scale
         if whiten is not None:
             dq -= dq.mean(-2, keepdim=True)
-    if output is not None and tangents[2] is not None:
-        output += tangents[2].to(wide).reshape(v.shape).mean(-2, keepdim=True)  # rows of P sum to one
     return [None if x is None else x.view(*lead, *x.shape[1:]) for x in results]
 
 

@@ -22,8 +22,7 @@ _no_third_derivative = last_derivative(
 class AttentionDoubleBackward(Function):
     """`dnl_ext::pairwise_double_backward`: (J t, H t) with H, the Hessian of <dy, y> by x, symmetric.
 
-    It is linear in t: what meets (c, d) gives J^T c + H d to t, the gradient and H again. By dy and x it has no
-    derivative.
+    It is linear in t: where its results meet (c, d), t gets J^T c + H d, the gradient and H again.
     """
 
     generate_vmap_rule = True
