@@ -120,9 +120,7 @@ torch.testing.assert_close(x.grad, dx)
 
 @needs_compiler
 class TestAOTInductor:
-    @pytest.mark.parametrize(
-        "name", ["mmseg", *(pytest.param(name, marks=pytest.mark.slow) for name in ("official", *VARIANTS))]
-    )
+    @pytest.mark.parametrize("name", ["mmseg", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
     def test_package(self, name, tmp_path):
         block = scramble(BLOCKS[2].mmseg(8, reduction=2) if name == "mmseg" else VARIANTS[name]()).eval()
         with torch.no_grad():
