@@ -79,9 +79,9 @@ def _unary_forward(mask_logits, value):
 
 
 def _pairwise_forward(query, key, value, mask_logits, scale, whiten, save_residual):
-    """output (..., Nq, Dv), lse (..., Nq, 2), residual like output, pooled (..., Dv) and mask_lse (...).
+    """output (..., Nq, Dv), softmax_stats (..., Nq, 2), residual like output, pooled (..., Dv) and mask_lse (...).
 
-    lse and residual are between an operator's forward and its own backward, and every route has them up to other
+    softmax_stats and residual are between an operator's forward and its own backward, and every route has them up to other
     constants. Here they are NaN: a backward operator behind a decomposed forward cannot go unnoticed.
     """
     wide, lead = accumulate_type(query.dtype), query.shape[:-2]
@@ -95,7 +95,7 @@ def _pairwise_forward(query, key, value, mask_logits, scale, whiten, save_residu
         pooled, mask_lse = _unary_forward(mask_logits, value)
         y = y + pooled.unsqueeze(-2)
     output = _laid_out_as(y.to(query.dtype), query)
-    lse = q.new_full((*query.shape[:-1], 2), torch.nan)
+    softmax_stats = q.new_full((*query.shape[:-1], 2), torch.nan)
     has_residual = save_residual and query.dtype.itemsize == 2
     residual = torch.full_like(output, torch.nan) if has_residual else query.new_empty((*lead, 0))
-    return output, lse, residual, pooled, mask_lse
+    return output, softmax_stats, residual, pooled, mask_lse

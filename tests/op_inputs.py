@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ARGUMENTS
+from cases import ARGUMENTS
 
 import dnl_ext
 

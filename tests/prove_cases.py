@@ -4,7 +4,7 @@
 
 Prints one JSON object: cases that ran, and what failed. Kinds:
 
-- ``random``     every operator on the CPU against the bar of helpers.py, values and gradients;
+- ``random``     every operator on the CPU against the bar of accuracy.py, values and gradients;
 - ``emulated``   the same by the emulated CUDA route; DNL_EXT_CUDA_PATH=fused takes the fused kernels where they can;
 - ``positions``  NaN and infinities come out where the reference has them;
 - ``repeats``    a case is a shape: forward and backward 250 times, bit-equal;
@@ -46,30 +46,31 @@ def repeat(seed, halves=False):
 
 def fused_case(seed):
     """A random case that the fused kernels take; None if this seed's is wider."""
-    import helpers
+    import cases
 
     dtype = (torch.bfloat16, torch.float16)[seed % 2]
-    case = helpers.random_case(seed, op="disentangled_attention", dtype=dtype, large=0)
+    case = cases.random_case(seed, op="disentangled_attention", dtype=dtype, large=0)
     return case if case.shapes["query"][-1] <= 256 and case.shapes["value"][-1] else None
 
 
 def checks(kind):
     """The route that tensors take (routes.py), and what checks a seed: it returns "left out" for what is no case."""
-    import helpers
+    import accuracy
+    import cases
 
     fused = os.environ.get("DNL_EXT_CUDA_PATH") == "fused"
     route, _, what = kind.partition("-")
 
     def random(seed):
         if route == "random":
-            return helpers.check(helpers.random_case(seed))
-        case = fused_case(seed) if fused else helpers.random_case(seed, large=0)
-        return helpers.check(case) if case else "left out"
+            return accuracy.check(cases.random_case(seed))
+        case = fused_case(seed) if fused else cases.random_case(seed, large=0)
+        return accuracy.check(case) if case else "left out"
 
     if kind in ("random", "emulated", "cuda"):
         return "cpu" if kind == "random" else kind, random
     if kind == "positions":
-        return "cpu", helpers.check_poisoned
+        return "cpu", accuracy.check_poisoned
     if kind in ("repeats", "cuda-repeats"):
         return "cpu" if kind == "repeats" else route, lambda seed: repeat(seed, halves=fused and what == "repeats")
     raise SystemExit(f"no kind '{kind}'")

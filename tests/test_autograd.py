@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import ARGUMENTS, ATTENTION
+from cases import ARGUMENTS, ATTENTION
 from op_inputs import LAYOUTS, every_op, function, make
 from torch.func import functional_call, grad, jacrev, vmap
 

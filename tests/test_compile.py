@@ -2,7 +2,7 @@
 
 Inductor, the default backend, on every function and on a block; the other blocks by aot_eager, which traces and
 differentiates as inductor does but compiles nothing, and by inductor with --slow. Functions call the same operators
-compiled or not and are equal to the last bit; what inductor fuses around them is held to the bar of helpers.py.
+compiled or not and are equal to the last bit; what inductor fuses around them is held to the bar of accuracy.py.
 """
 
 import contextlib
@@ -11,8 +11,9 @@ import itertools
 
 import pytest
 import torch
+from accuracy import BAR, distance
 from blocks import BLOCKS, dimensions, make_input, run, scramble
-from helpers import ATTENTION, BAR, distance
+from cases import ATTENTION
 from op_inputs import every_op, function, make
 from toolchain import needs_compiler, needs_gpu
 from torch import nn

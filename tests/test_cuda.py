@@ -1,12 +1,13 @@
 """The CUDA route of every operator: on a GPU where there is one, and emulated on the CPU.
 
-Values and gradients are held to the bar of tests/helpers.py, on its random cases. What needs the real machine (streams,
+Values and gradients are held to the bar of tests/accuracy.py, on random cases. What needs the real machine (streams,
 graphs, large N, memory) is skipped without one. The emulation runs the same glue, drivers and kernels: see routes.py.
 """
 
 import math
 
-import helpers
+import accuracy
+import cases
 import pytest
 import routes
 import torch
@@ -49,8 +50,8 @@ def failures(seeds, route=lambda op: getattr(dnl_ext, op), **draw):
     """What is above the bar, case by case, so that one run shows all of it."""
     messages = []
     for seed in seeds:
-        case = helpers.random_case(seed, **draw)
-        failed = [error for error in helpers.measure(case, route(case.op)) if not error.passes]
+        case = cases.random_case(seed, **draw)
+        failed = [error for error in accuracy.measure(case, route(case.op)) if not error.passes]
         if failed:
             messages.append(f"{case}\n  " + "\n  ".join(map(str, failed)))
     return messages
@@ -201,7 +202,7 @@ def assert_within_bar(inputs, dtype):
         return
     names = ("output", "query", "key", "value", "mask_logits")
     for name, x, y, t in zip(names, ours, theirs, truth, strict=True):
-        bar = helpers.BAR["output" if name == "output" else "gradient"]
+        bar = accuracy.BAR["output" if name == "output" else "gradient"]
         error, allowed = (x.double() - t).norm().item(), bar * (y.double() - t).norm().item()
         assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
 

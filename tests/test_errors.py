@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from helpers import ARGUMENTS
+from cases import ARGUMENTS
 
 import dnl_ext
 from dnl_ext import reference
@@ -39,7 +39,7 @@ def raw_calls(device="cpu"):
     def new(*shape):
         return torch.zeros(shape, device=device)
 
-    saved = {"output": new(B, NQ, DV), "lse": new(B, NQ, 2), "residual": new(B, 0)}
+    saved = {"output": new(B, NQ, DV), "softmax_stats": new(B, NQ, 2), "residual": new(B, 0)}
     needs = dict.fromkeys(("need_query", "need_key", "need_value", "need_mask"), True)
     return {
         "mean_subtract": {"x": q, "dim": -2},
@@ -286,7 +286,7 @@ SHAPES = {
         "value": (*EVERYWHERE, fewer, shorter, longer, no_rows),
         "mask_logits": (*EVERYWHERE, shorter, longer, no_columns),
         "output": (*EVERYWHERE, fewer, shorter, longer, no_rows, no_columns),
-        "lse": (*EVERYWHERE, shorter, longer, no_columns),
+        "softmax_stats": (*EVERYWHERE, shorter, longer, no_columns),
         "residual": (scalar, drop, lambda x: x.new_zeros(B, NQ, DV + 1), lambda x: x.new_zeros(B, NQ, 1)),
         "pooled": (*EVERYWHERE, shorter, longer, no_columns),
         "mask_lse": (scalar, add, one_batch, longer, no_columns),

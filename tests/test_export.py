@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from blocks import BLOCKS, dimensions, make_input, run, scramble
-from helpers import ARGUMENTS, ATTENTION
+from cases import ARGUMENTS, ATTENTION
 from op_inputs import every_op, function, make
 from toolchain import CMAKE, needs_cmake, needs_compiler
 from torch.export import Dim
@@ -189,7 +189,7 @@ class TestDecompositions:
             for attribute in ("shape", "dtype"):
                 assert getattr(actual, attribute) == getattr(expected, attribute)
             assert actual.stride() == expected.stride()
-            if name == "pairwise_forward" and i in (1, 2):  # lse and residual: of one route's own
+            if name == "pairwise_forward" and i in (1, 2):  # softmax_stats and residual: of one route's own
                 assert actual.isnan().all()
             else:
                 torch.testing.assert_close(actual.double(), truth, **close)

@@ -1,13 +1,14 @@
 """The fused CUDA path (DNL_EXT_CUDA_PATH=fused): emulated on the CPU, and on a GPU where there is one.
 
-Random cases are held to the bar of tests/helpers.py. Which tiles, slices and splits they meet depends on the GPU, so
+Random cases are held to the bar of tests/accuracy.py. Which tiles, slices and splits they meet depends on the GPU, so
 the emulated one changes from case to case: see GPUS. The short form runs CASES of them, --slow runs SLOW_CASES.
 """
 
 import math
 import random
 
-import helpers
+import accuracy
+import cases
 import pytest
 import routes
 import torch
@@ -51,10 +52,10 @@ def fused_case(seed):
     lead = rng.choice(((), (1,), (2,), (2, 1)))
     if math.prod(lead) * nq * nk * max(dqk, dv) > 3e6:
         lead, nq = (), min(nq, 80)
-    op = rng.choice(helpers.ATTENTION)
-    names = [name for name in helpers.ARGUMENTS[op] if name != "mask_logits" or rng.random() < 0.8]
+    op = rng.choice(cases.ATTENTION)
+    names = [name for name in cases.ARGUMENTS[op] if name != "mask_logits" or rng.random() < 0.8]
     layout = rng.choice((None, None, "contiguous", "channel_first"))
-    return helpers.make_case(
+    return cases.make_case(
         op,
         lead=lead,
         nq=nq,
@@ -64,14 +65,14 @@ def fused_case(seed):
         mask="mask_logits" in names,
         seed=seed,
         dtype=rng.choice(HALVES),
-        layouts={name: layout or rng.choice(helpers.LAYOUTS) for name in names},
+        layouts={name: layout or rng.choice(cases.LAYOUTS) for name in names},
         mean=rng.choice((0.0, 10.0, 30.0)),
         signs=rng.choice(("same", "mixed")),
         options={
             "scale": rng.choice((None, None, 1.25, -1.25, 0.05, 0.0)),
             "whiten": "channel" if rng.random() < 0.75 else None,
         },
-        grad=rng.choice(helpers.GRADIENTS),
+        grad=rng.choice(cases.GRADIENTS),
         needs=tuple(name for name in names if rng.random() < 0.85) or tuple(names),
     )
 
@@ -82,11 +83,11 @@ def check_cases(seeds, fused, monkeypatch):
     for seed in seeds:
         fused(GPUS[seed % len(GPUS)])
         case = fused_case(seed)
-        failed = [error for error in helpers.measure(case) if not error.passes]
+        failed = [error for error in accuracy.measure(case) if not error.passes]
         if failed and all(error.size <= ZERO for error in failed):
             with monkeypatch.context() as patch:
                 patch.setenv("DNL_EXT_CUDA_PATH", "chain")
-                chain = {error.name: error for error in helpers.measure(case)}
+                chain = {error.name: error for error in accuracy.measure(case)}
             failed = [e for e in failed if chain[e.name].passes or e.ours > NO_WORSE * chain[e.name].ours]
         if failed:
             messages.append(f"{case} on {GPUS[seed % len(GPUS)]}\n  " + "\n  ".join(map(str, failed)))
@@ -109,7 +110,7 @@ class TestError:
         """Full tiles on every kind of GPU: aligned, Dqk = 256, slices of 256 and 512 and two of them."""
         for gpu, dv in (("80,4", 256), ("80,4", 512), ("89,4", 512), ("80,4", 640)):
             fused(gpu)
-            helpers.check(helpers.make_case(lead=(), nq=72, nk=136, dqk=256, dv=dv, dtype=dtype, layout=layout))
+            accuracy.check(cases.make_case(lead=(), nq=72, nk=136, dqk=256, dv=dv, dtype=dtype, layout=layout))
 
 
 def step(inputs, **options):

@@ -1,11 +1,11 @@
-"""ONNX by the shipped decompositions, run by onnxruntime on the CPU: any batch and any N, errors as in helpers.py."""
+"""ONNX by the shipped decompositions, run by onnxruntime on the CPU: any batch and any N, errors as in accuracy.py."""
 
 import copy
 
 import pytest
 import torch
+from accuracy import BAR, distance
 from blocks import BLOCKS, dimensions, make_input, scramble
-from helpers import BAR, distance
 from op_inputs import every_op, function, make
 from test_export import SPATIAL, VARIANTS, export_block, export_function
 from toolchain import needs_onnx

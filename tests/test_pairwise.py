@@ -8,7 +8,8 @@ import concurrent.futures
 import itertools
 import math
 
-import helpers
+import accuracy
+import cases
 import pytest
 import torch
 
@@ -16,14 +17,14 @@ import dnl_ext
 from dnl_ext import disentangled_attention, pairwise_attention, pairwise_softmax, reference
 
 pytestmark = pytest.mark.usefixtures("device")
-dtypes = pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 half_dtypes = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 whitens = pytest.mark.parametrize("whiten", ["channel", None])
 NAMES = ("query", "key", "value", "mask_logits")
 
 
 def make(lead=(2,), nq=21, nk=33, dqk=9, dv=7, dtype=torch.float64, mean=0.0, mask=True):
-    case = helpers.make_case(lead=lead, nq=nq, nk=nk, dqk=dqk, dv=dv, dtype=dtype, mean=mean, mask=mask)
+    case = cases.make_case(lead=lead, nq=nq, nk=nk, dqk=dqk, dv=dv, dtype=dtype, mean=mean, mask=mask)
     inputs, grad = case.make()
     return list(inputs.values()), grad
 
@@ -36,7 +37,7 @@ def everything(inputs, grad, function=disentangled_attention, **options):
 
 
 def relative_error(x, truth):
-    return helpers.distance(x, truth) / helpers.norm(truth)
+    return accuracy.distance(x, truth) / accuracy.norm(truth)
 
 
 def assert_equal(actual, expected):
@@ -46,13 +47,13 @@ def assert_equal(actual, expected):
 
 class TestValues:
     @dtypes
-    @pytest.mark.parametrize("layout", helpers.LAYOUTS)
+    @pytest.mark.parametrize("layout", cases.LAYOUTS)
     @pytest.mark.parametrize("mask", [True, False])
     @whitens
     def test_error_is_within_the_bar(self, dtype, layout, mask, whiten):
         for mean, grad in zip((0.0, 10.0, 30.0), ("contiguous", "transposed", "cat_slice"), strict=True):
-            helpers.check(
-                helpers.make_case(
+            accuracy.check(
+                cases.make_case(
                     mask=mask,
                     dtype=dtype,
                     layout=layout,
@@ -63,28 +64,28 @@ class TestValues:
             )
 
     @dtypes
-    @pytest.mark.parametrize("layout", helpers.LAYOUTS)
+    @pytest.mark.parametrize("layout", cases.LAYOUTS)
     @whitens
     def test_map_is_within_the_bar(self, dtype, layout, whiten):
         for mean in (0.0, 10.0, 30.0):
             options = {"scale": 0.3, "whiten": whiten}
-            helpers.check(helpers.make_case("pairwise_softmax", dtype=dtype, layout=layout, mean=mean, options=options))
+            accuracy.check(cases.make_case("pairwise_softmax", dtype=dtype, layout=layout, mean=mean, options=options))
 
     @dtypes
-    @pytest.mark.parametrize("grad", helpers.GRADIENTS)
+    @pytest.mark.parametrize("grad", cases.GRADIENTS)
     def test_every_form_of_gradient(self, dtype, grad):
-        helpers.check(helpers.make_case(dtype=dtype, grad=grad, lead=(2, 2)))
+        accuracy.check(cases.make_case(dtype=dtype, grad=grad, lead=(2, 2)))
 
     @pytest.mark.parametrize("names", list(itertools.combinations(NAMES, 2)))
     def test_layouts_mix(self, names):
         layouts = {name: "channel_first" if name in names else "permuted" for name in NAMES}
-        helpers.check(helpers.make_case(lead=(2, 3), layouts=layouts))
-        helpers.check(helpers.make_case(lead=(2, 3), layouts=layouts, dtype=torch.bfloat16))
+        accuracy.check(cases.make_case(lead=(2, 3), layouts=layouts))
+        accuracy.check(cases.make_case(lead=(2, 3), layouts=layouts, dtype=torch.bfloat16))
 
     @pytest.mark.parametrize("lead", [(), (1,), (3,), (2, 3), (2, 1, 3), (1, 1, 1), (17,)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_leading_dimensions(self, lead, dtype):
-        helpers.check(helpers.make_case(lead=lead, nq=23, nk=31, dqk=12, dv=10, dtype=dtype))
+        accuracy.check(cases.make_case(lead=lead, nq=23, nk=31, dqk=12, dv=10, dtype=dtype))
 
     SIZES = (1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 193, 383, 384, 385)
 
@@ -99,7 +100,7 @@ class TestValues:
             inputs, grad = make((), *sizes, dtype=dtype)
             truth = everything([x.double() for x in inputs], grad.double(), reference.disentangled_attention)
             for name, a, b in zip(("output", *NAMES), everything(inputs, grad), truth, strict=True):
-                if helpers.norm(b) > 1e-6:
+                if accuracy.norm(b) > 1e-6:
                     assert relative_error(a, b) < tolerance, (sizes, name)
 
     @pytest.mark.parametrize("slope", [-1, 0, 1])
@@ -141,12 +142,12 @@ class TestHotSoftmax:
     @dtypes
     @pytest.mark.parametrize("scale", [1.25, -1.25, 20.0])
     def test_error_is_within_the_bar(self, dtype, scale):
-        case = helpers.make_case(
+        case = cases.make_case(
             dtype=dtype, dqk=256 if scale < 20 else 40, options={"scale": scale, "whiten": "channel"}
         )
         p = reference.pairwise_softmax(*(x.double() for x in list(case.make()[0].values())[:2]), scale=scale)
         assert p.max(-1).values.median() > 0.5, "the softmax of this test is flat"
-        helpers.check(case)
+        accuracy.check(case)
 
     @dtypes
     def test_logits_beyond_the_range_of_exp(self, dtype):

@@ -1,6 +1,6 @@
-"""Random cases of every operator against the bar of tests/helpers.py: values, gradients, layouts, dtypes, means.
+"""Random cases of every operator against the bar of tests/accuracy.py: values, gradients, layouts, dtypes, means.
 
-A case is its seed. To repeat one that failed: ``python -c "from helpers import *; check(random_case(17))"`` in tests/.
+A case is its seed. To repeat one that failed: ``python -c "from cases import *; check(random_case(17))"`` in tests/.
 """
 
 import os
@@ -8,7 +8,8 @@ import pathlib
 import subprocess
 import sys
 
-import helpers
+import accuracy
+import cases
 import pytest
 
 from dnl_ext import _C
@@ -23,7 +24,7 @@ SAVED_OUTPUT = 860
 
 
 def check_random(seed, **draw):
-    helpers.check(helpers.random_case(seed, **draw))
+    accuracy.check(cases.random_case(seed, **draw))
 
 
 def failures(seeds, check=check_random, **options):
@@ -44,7 +45,7 @@ def report(messages):
 class TestRandomCases:
     @pytest.mark.parametrize("seed", range(CASES))
     def test_error_is_within_the_bar(self, seed):
-        helpers.check(helpers.random_case(seed))
+        accuracy.check(cases.random_case(seed))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("first", range(CASES, CASES + LONG_FORM, AT_ONCE))
@@ -54,7 +55,7 @@ class TestRandomCases:
     @pytest.mark.xfail(strict=True, reason="Delta is read off the saved float32 output: docs/numerics.md")
     def test_one_hot_rows_with_equal_value_channels(self):
         """233 equal channels of mean 30 under one-hot rows: what rounding took from y is the same in all of them."""
-        helpers.check(helpers.random_case(SAVED_OUTPUT, large=0.1))
+        accuracy.check(cases.random_case(SAVED_OUTPUT, large=0.1))
 
 
 class TestNonFinite:
@@ -62,12 +63,12 @@ class TestNonFinite:
 
     @pytest.mark.parametrize("first", range(0, POISONED, AT_ONCE))
     def test_positions_are_the_references(self, first):
-        report(failures(range(first, first + AT_ONCE), helpers.check_poisoned))
+        report(failures(range(first, first + AT_ONCE), accuracy.check_poisoned))
 
     @pytest.mark.slow
     @pytest.mark.parametrize("first", range(POISONED, 10 * POISONED, 500))
     def test_positions_are_the_references_long_form(self, first):
-        report(failures(range(first, first + 500), helpers.check_poisoned))
+        report(failures(range(first, first + 500), accuracy.check_poisoned))
 
 
 class TestCpuCapabilities:
@@ -81,7 +82,7 @@ class TestCpuCapabilities:
             "torch.set_num_threads(1)\n"
             f"assert _C.cpu_capability() == {name!r}, _C.cpu_capability()\n"
             f"messages = test_random.failures(range(10_000, {10_000 + PER_CAPABILITY}), large=0)\n"
-            "messages += test_random.failures(range(200), test_random.helpers.check_poisoned)\n"
+            "messages += test_random.failures(range(200), test_random.accuracy.check_poisoned)\n"
             "test_random.report(messages)\n"
         )
         environment = {

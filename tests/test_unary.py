@@ -6,7 +6,8 @@ Calls that must raise are in test_errors.py, what torch does with the operators 
 import itertools
 import math
 
-import helpers
+import accuracy
+import cases
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ import dnl_ext
 from dnl_ext import reference, unary_attention, unary_softmax
 
 pytestmark = pytest.mark.usefixtures("device")
-dtypes = pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 HOT = {torch.float64: 1e6, torch.float32: 1e6, torch.bfloat16: 1e4, torch.float16: 1e4}
 
 
@@ -24,13 +25,13 @@ def close(actual, expected, tolerance=1e-12):
 
 class TestSoftmax:
     @dtypes
-    @pytest.mark.parametrize("layout", helpers.LAYOUTS)
+    @pytest.mark.parametrize("layout", cases.LAYOUTS)
     @pytest.mark.parametrize("mean", [0.0, 10.0, 30.0])
     @pytest.mark.parametrize("nk", [1, 2, 255, 256, 257, 700])
     def test_error_is_within_the_bar(self, dtype, layout, mean, nk):
-        for grad in helpers.GRADIENTS:
-            helpers.check(
-                helpers.make_case("unary_softmax", lead=(3,), nk=nk, dtype=dtype, layout=layout, mean=mean, grad=grad)
+        for grad in cases.GRADIENTS:
+            accuracy.check(
+                cases.make_case("unary_softmax", lead=(3,), nk=nk, dtype=dtype, layout=layout, mean=mean, grad=grad)
             )
 
     @dtypes
@@ -118,13 +119,13 @@ class TestMaskedKeys:
 
 class TestAttention:
     @dtypes
-    @pytest.mark.parametrize("layout", helpers.LAYOUTS)
+    @pytest.mark.parametrize("layout", cases.LAYOUTS)
     @pytest.mark.parametrize("mean", [0.0, 10.0, 30.0])
     @pytest.mark.parametrize(("nk", "dv"), [(131, 67), (1, 5), (7, 1), (700, 3)])
     def test_error_is_within_the_bar(self, dtype, layout, mean, nk, dv):
-        for grad in helpers.GRADIENTS:
-            helpers.check(
-                helpers.make_case("unary_attention", nk=nk, dv=dv, dtype=dtype, layout=layout, mean=mean, grad=grad)
+        for grad in cases.GRADIENTS:
+            accuracy.check(
+                cases.make_case("unary_attention", nk=nk, dv=dv, dtype=dtype, layout=layout, mean=mean, grad=grad)
             )
 
     @pytest.mark.parametrize("size", [1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 130])
@@ -160,7 +161,7 @@ class TestAttention:
             leaf, wide = m.clone().requires_grad_(), m.double().requires_grad_()
             (dm,) = torch.autograd.grad(unary_attention(leaf, value), leaf, dy)
             (truth,) = torch.autograd.grad(reference.unary_attention(wide, value.double()), wide, dy.double())
-            errors.append(helpers.distance(dm, truth) / helpers.norm(truth))
+            errors.append(accuracy.distance(dm, truth) / accuracy.norm(truth))
         assert errors[1] < 30 * errors[0]  # the reference: 64 times in float32, and more
 
     def test_float16_values_and_gradients_near_the_end_of_the_range(self):

@@ -3,7 +3,8 @@
 import itertools
 import math
 
-import helpers
+import accuracy
+import cases
 import pytest
 import torch
 
@@ -11,18 +12,18 @@ import dnl_ext
 from dnl_ext import mean_subtract, reference
 
 pytestmark = pytest.mark.usefixtures("device")
-dtypes = pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 
 
 class TestValues:
     @dtypes
-    @pytest.mark.parametrize("layout", helpers.LAYOUTS)
+    @pytest.mark.parametrize("layout", cases.LAYOUTS)
     @pytest.mark.parametrize("mean", [0.0, 30.0])
     @pytest.mark.parametrize(("nq", "dqk"), [(131, 67), (1, 5), (7, 1), (64, 64), (700, 3)])
     def test_error_is_within_the_bar(self, dtype, layout, mean, nq, dqk):
-        for grad in helpers.GRADIENTS:
-            helpers.check(
-                helpers.make_case(
+        for grad in cases.GRADIENTS:
+            accuracy.check(
+                cases.make_case(
                     "mean_subtract",
                     nq=nq,
                     dqk=dqk,

@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 
-import helpers
+import accuracy
+import cases
+import formulas
 import pytest
 import torch
 from blocks import (
@@ -30,14 +32,14 @@ DEVIATION = ("in", "ln", "fln")
 names = pytest.mark.parametrize("name", NAMES)
 deviations = pytest.mark.parametrize("name", DEVIATION)
 on_every_device = pytest.mark.usefixtures("device")
-dtypes = pytest.mark.parametrize("dtype", helpers.DTYPES, ids=str)
+dtypes = pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
 
 
 def one_group(x, name, index):
     """The elements of x (..., N, C) that share statistics with the one at `index`: a mask."""
     mask = torch.zeros(x.shape, dtype=torch.bool)
     where = list(index)
-    for axis in helpers.WHITEN_AXES[name] or range(-x.dim(), 0):
+    for axis in formulas.WHITEN_AXES[name] or range(-x.dim(), 0):
         where[axis] = slice(None)
     mask[tuple(where)] = True
     return mask
@@ -78,10 +80,10 @@ class TestValues:
     @pytest.mark.parametrize("mean", [0.0, 30.0])
     def test_error_is_within_the_bar(self, dtype, name, mean):
         sizes = [((2, 2), 131, 67), ((3,), 64, 65), ((), 300, 3), ((2,), 5, 130)]
-        grads = itertools.cycle(helpers.GRADIENTS)  # 20 cases and 6 gradients: each meets several sizes and layouts
-        for (lead, nq, dqk), layout in itertools.product(sizes, helpers.LAYOUTS):
-            helpers.check(
-                helpers.make_case(
+        grads = itertools.cycle(cases.GRADIENTS)  # 20 cases and 6 gradients: each meets several sizes and layouts
+        for (lead, nq, dqk), layout in itertools.product(sizes, cases.LAYOUTS):
+            accuracy.check(
+                cases.make_case(
                     "whiten", lead=lead, nq=nq, dqk=dqk, dtype=dtype, layout=layout, mean=mean, grad=next(grads),
                     options={"name": name},
                 )
@@ -108,14 +110,14 @@ class TestRandom:
     @pytest.mark.parametrize("first", range(0, 240, 60))
     def test_random_cases(self, first):
         for seed in range(first, first + 60):
-            helpers.check(helpers.random_case(seed, op="whiten"))
+            accuracy.check(cases.random_case(seed, op="whiten"))
 
     @dtypes
     @names
     def test_before_the_pairwise_term(self, dtype, name):
         for seed, op in itertools.product(range(4), ("disentangled_attention", "pairwise_softmax")):
-            case = helpers.random_case(1000 + seed, op=op, dtype=dtype, large=0)
-            helpers.check(dataclasses.replace(case, options={**case.options, "whiten": name}))
+            case = cases.random_case(1000 + seed, op=op, dtype=dtype, large=0)
+            accuracy.check(dataclasses.replace(case, options={**case.options, "whiten": name}))
 
 
 def test_every_instruction_set():

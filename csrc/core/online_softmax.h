@@ -21,13 +21,11 @@ namespace dnl {
 
 DNL_HOST_DEVICE float exp_of(float x) { return ::expf(x); }
 DNL_HOST_DEVICE double exp_of(double x) { return ::exp(x); }
-DNL_HOST_DEVICE float log_of(float x) { return ::logf(x); }
-DNL_HOST_DEVICE double log_of(double x) { return ::log(x); }
 
 template <class A>
 struct OnlineSoftmax {
   A most = -std::numeric_limits<A>::infinity();
-  A sum = 0;
+  double sum = 0;  // what it is off by, all entries of the row share
 
   // What is taken off before the exponential: the maximum, unless there is none yet (-inf less -inf is NaN).
   DNL_HOST_DEVICE A shift() const { return most == -std::numeric_limits<A>::infinity() ? A(0) : most; }
@@ -49,16 +47,16 @@ struct OnlineSoftmax {
     sum = sum * exp_of(before - off) + other.sum * exp_of(other.most - off);
   }
 
-  DNL_HOST_DEVICE A lse() const { return most + log_of(sum); }
+  DNL_HOST_DEVICE A lse() const { return static_cast<A>(double(most) + ::log(sum)); }
 };
 
-// x + y as an unevaluated sum of two: the sum rounded, and what rounding took from it.
+// What makes the P of a row again from its logits, p_j = 2^(log2(e) x_j - shift) factor: `most` is the maximum in base
+// 2, `sum` that of 2^(log2(e) x_j - most). One number, the lse, would not do: next to the shift the logits of a flat
+// row leave small exponents, next to the lse exponents of the size of log(keys), whose rounding all entries share.
 template <class A>
-DNL_HOST_DEVICE void store_pair(double x, double y, A* pair) {
-  const double sum = x + y, part = sum - x;
-  const double error = (x - (sum - part)) + (y - part);
-  pair[0] = static_cast<A>(sum);
-  pair[1] = static_cast<A>((sum - double(pair[0])) + error);
+DNL_HOST_DEVICE void store_stats(double most, double sum, A* stats) {
+  stats[0] = static_cast<A>(most);
+  stats[1] = static_cast<A>(::exp2(double(stats[0]) - most) / sum);
 }
 
 // One entry of dp -> p (dp - <p, dp>), with `mean` = <p, dp>.

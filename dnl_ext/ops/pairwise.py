@@ -29,7 +29,7 @@ class DisentangledAttention(Function):
     def setup_context(ctx, inputs, output):
         query, key, value, mask_logits, ctx.scale, ctx.whiten, _ = inputs
         ctx.save_for_backward(query, key, value, mask_logits, *output)
-        ctx.mark_non_differentiable(*output[1:])  # lse, residual, pooled, mask_lse
+        ctx.mark_non_differentiable(*output[1:])  # softmax_stats, residual, pooled, mask_lse
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -50,25 +50,26 @@ def _(query, key, value, mask_logits, scale, whiten, save_residual):
     check_pairwise(query, key, value, mask_logits, scale, whiten)
     dtype, lead = accumulate_type(query.dtype), query.shape[:-2]
     output = empty_like_layout(query, (*query.shape[:-1], value.shape[-1]))
-    lse = query.new_empty((*query.shape[:-1], 2), dtype=dtype)
+    softmax_stats = query.new_empty((*query.shape[:-1], 2), dtype=dtype)
     has_residual = save_residual and query.dtype.itemsize == 2
     residual = empty_like_layout(query, output.shape) if has_residual else query.new_empty((*lead, 0))
     if mask_logits is None:
-        return output, lse, residual, query.new_empty((*lead, 0), dtype=dtype), query.new_empty((*lead, 0), dtype=dtype)
+        absent = query.new_empty((*lead, 0), dtype=dtype)
+        return output, softmax_stats, residual, absent, torch.empty_like(absent)
     pooled = value.new_empty((*lead, value.shape[-1]), dtype=dtype)
-    return output, lse, residual, pooled, value.new_empty(lead, dtype=dtype)
+    return output, softmax_stats, residual, pooled, value.new_empty(lead, dtype=dtype)
 
 
 @torch.library.register_fake("dnl_ext::pairwise_backward")
 def _(
-    grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale, whiten,
+    grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse, scale, whiten,
     need_query, need_key, need_value, need_mask,
 ):  # fmt: skip
     check_pairwise(query, key, value, mask_logits, scale, whiten)
     lead, output_shape = query.shape[:-2], (*query.shape[:-1], value.shape[-1])
     check_alike("grad_output", grad_output, "query", query, output_shape)
     check_alike("output", output, "query", query, output_shape)
-    check_saved("lse", lse, "query", query, (*query.shape[:-1], 2))
+    check_saved("softmax_stats", softmax_stats, "query", query, (*query.shape[:-1], 2))
     check_alike("residual", residual, "query", query, output_shape if residual.shape[-1:] != (0,) else (*lead, 0))
     if mask_logits is not None:
         check_saved("pooled", pooled, "query", query, (*lead, value.shape[-1]))

@@ -162,14 +162,14 @@ void test_pairwise(const CpuKernels& kernels, const Shape& shape, DType dtype, b
   Matrix v(B, K, C, dtype, channel_first, 1);
   Matrix dy(B, Q, C, dtype, !channel_first), y(B, Q, C, dtype, channel_first), rest(B, Q, C, dtype, channel_first);
   Matrix dq = q, dk = k, dv = v;
-  std::vector<float> lse(B * Q * 2);
+  std::vector<float> stats(B * Q * 2);
   dnl::PairwiseArgs args{};
   args.query = q.view();
   args.key = k.view();
   args.value = v.view();
   args.output = y.view();
   if (dtype == DType::bf16) args.residual = rest.view();
-  args.lse = lse.data();
+  args.stats = stats.data();
   args.dtype = dtype;
   args.batches = B;
   args.queries = Q;

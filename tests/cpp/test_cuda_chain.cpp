@@ -32,12 +32,12 @@ void test_pairwise(const Case& t) {
       dy(B, N, C, t.layout), m(B, M, 1, t.layout), y(B, N, C, t.layout), rest(B, N, C, Layout::rows);
   Tensor<T> dq(B, N, D, t.layout), dk(B, M, D, t.layout), dv(B, M, C, t.layout), dm(B, M, 1, t.layout);
   const double scale = t.logit / std::sqrt(double(D));
-  std::vector<A> lse(2 * B * N), pooled(B * C), mask_lse(B);
+  std::vector<A> stats(2 * B * N), pooled(B * C), mask_lse(B);
 
   PairwiseArgs args{};
   args.query = q.view, args.key = k.view, args.value = v.view, args.output = y.view;
   if (kHalf<T>) args.residual = rest.view;
-  args.lse = lse.data();
+  args.stats = stats.data();
   args.dtype = kType<T>;
   args.batches = B, args.queries = N, args.keys = M, args.width = D, args.channels = C;
   args.scale = scale;
@@ -76,7 +76,7 @@ void test_pairwise(const Case& t) {
 
   // The definition, in double.
   const Values qc = t.whiten ? centred(q.value, B, N, D) : q.value, kc = t.whiten ? centred(k.value, B, M, D) : k.value;
-  Values want_y(B * N * C), want_lse(B * N), want_dq(B * N * D), want_dk(B * M * D), want_dv(B * M * C), want_dm(B * M);
+  Values want_y(B * N * C), want_dq(B * N * D), want_dk(B * M * D), want_dv(B * M * C), want_dm(B * M);
   for (int64_t b = 0; b < B; ++b) {
     const Values u = t.mask ? softmax(m.value.data() + b * M, M) : Values(M);
     Values pool(C), grad_sum(C);
@@ -337,9 +337,9 @@ void test_special() {
     const int64_t N = 12, D = 8, C = 8;
     Tensor<T> q(1, N, D, Layout::rows), k(1, N, D, Layout::rows), v(1, N, C, Layout::rows), y(1, N, C, Layout::rows);
     (where == 0 ? q : where == 1 ? k : v).set(0, 5, 3, bad);
-    std::vector<AccOf<T>> lse(2 * N);
+    std::vector<AccOf<T>> stats(2 * N);
     PairwiseArgs args{};
-    args.query = q.view, args.key = k.view, args.value = v.view, args.output = y.view, args.lse = lse.data();
+    args.query = q.view, args.key = k.view, args.value = v.view, args.output = y.view, args.stats = stats.data();
     args.dtype = kType<T>, args.batches = 1, args.queries = args.keys = N, args.width = D, args.channels = C;
     args.scale = 0.1, args.whiten = true;
     HostDevice device;

@@ -62,12 +62,12 @@ void map_softmax(int64_t row) {
   using A = AccOf<T>;
   const Sparse<A> logits((row + 1) * kColumns);
   const Sparse<T> probability((row + 1) * kColumns);
-  std::vector<A> inverse(row + 1), lse(2 * (row + 1));
+  std::vector<A> inverse(row + 1), stats(2 * (row + 1));
   for (int64_t j = 0; j < kColumns; ++j) logits.data[row * kColumns + j] = A(logit(j));
   const SoftmaxStep<T> step{logits.data,
                             probability.data,
                             {inverse.data(), row + 1},
-                            {lse.data(), 2 * (row + 1)},
+                            {stats.data(), 2 * (row + 1)},
                             {},
                             row + 1,
                             kColumns,
@@ -103,7 +103,7 @@ template <class T>
 void map_backward(int64_t row) {
   const Sparse<float> logits((row + 1) * kColumns), grad((row + 1) * kColumns);
   const Sparse<T> probability((row + 1) * kColumns), grad_logits((row + 1) * kColumns);
-  std::vector<float> lse(kColumns, kLse), rest(kColumns), delta(kColumns, 0.5f), sum(row + 1);
+  std::vector<float> shift(kColumns, kLse * kLog2E), row_factor(kColumns, 1), delta(kColumns, 0.5f), sum(row + 1);
   double want_sum = 0;
   for (int64_t j = 0; j < kColumns; ++j) {
     logits.data[row * kColumns + j] = float(logit(j));
@@ -113,7 +113,8 @@ void map_backward(int64_t row) {
   SoftmaxBackwardStep<T> step{};
   step.logits = logits.data, step.grad_probability = grad.data;
   step.probability = probability.data, step.grad_logits = grad_logits.data, step.row_sum = sum.data();
-  step.lse = {lse.data(), kColumns}, step.lse_rest = {rest.data(), kColumns}, step.delta = {delta.data(), kColumns};
+  step.shift = {shift.data(), kColumns}, step.row_factor = {row_factor.data(), kColumns};
+  step.delta = {delta.data(), kColumns};
   step.rows = row + 1, step.columns = kColumns, step.pitch = kColumns, step.scale = 1;
   launch_one(row, row + 1, &pairwise_softmax_backward_kernel<T>, step, row + 1);
   for (int64_t j : {int64_t(0), int64_t(77), kColumns - 1}) {
@@ -132,7 +133,7 @@ void fused_map(int64_t row) {
   const int64_t rows = row + 1;
   const Sparse<T> key(rows * kWidth), value(rows * kWidth), probability(rows * kColumns), grad_logits(rows * kColumns);
   const Sparse<T> query(kColumns * kWidth), dy(kColumns * kWidth);
-  std::vector<float> lse(kColumns, kLse), rest(kColumns), delta(kColumns, 0.5f);
+  std::vector<float> shift(kColumns, kLse * kLog2E), row_factor(kColumns, 1), delta(kColumns, 0.5f);
   for (int64_t c = 0; c < kWidth; ++c) {
     key.data[row * kWidth + c] = rounded<T>(0.25f), value.data[row * kWidth + c] = rounded<T>(0.5f);
     for (int64_t i = 0; i < kMapTile; ++i)
@@ -140,7 +141,8 @@ void fused_map(int64_t row) {
   }
   SoftmaxBackwardStep<T> step{};
   step.probability = probability.data, step.grad_logits = grad_logits.data;
-  step.lse = {lse.data(), kColumns}, step.lse_rest = {rest.data(), kColumns}, step.delta = {delta.data(), kColumns};
+  step.shift = {shift.data(), kColumns}, step.row_factor = {row_factor.data(), kColumns};
+  step.delta = {delta.data(), kColumns};
   step.rows = rows, step.columns = kColumns, step.pitch = kColumns, step.scale = 1;
   const auto operand = [&](T* data, int64_t positions) {
     return FusedOperand<T>(dense(static_cast<const T*>(data), 1, positions, kWidth), positions, kWidth);
@@ -285,23 +287,23 @@ void fused_forward(int64_t row) {
   constexpr int64_t kWidth = 16, kKeys = 130, kChannels = 512;
   const int64_t queries = row * kColumns / kChannels + 1;
   const Sparse<T> query(queries * kWidth), key(kKeys * kWidth), value(kKeys * kChannels), output(queries * kChannels);
-  const Sparse<float> lse(2 * queries);
+  const Sparse<float> stats(2 * queries);
   for (int64_t j = 0; j < kKeys; ++j)
     for (int64_t c = 0; c < kChannels; ++c) value.data[j * kChannels + c] = rounded<T>(float(j % 2 * (1 + c % 4)));
   const int64_t first = 0;
   PairwiseArgs args{};
   args.query = {query.data, &first, kWidth, 1}, args.key = {key.data, &first, kWidth, 1};
   args.value = {value.data, &first, kChannels, 1}, args.output = {output.data, &first, kChannels, 1};
-  args.lse = lse.data, args.dtype = kType<T>, args.scale = 1;
+  args.stats = stats.data, args.dtype = kType<T>, args.scale = 1;
   args.batches = 1, args.queries = queries, args.keys = kKeys, args.width = kWidth, args.channels = kChannels;
   ForwardPlan plan = plan_fused_forward(shape_of<T>(args), Gpu{90, 132, shared_bytes_of(90)});
   for (int splits : {1, 2}) {
     plan.splits = splits;
     LastTile device{{}, ceil_div_of(queries, kForwardTiles[plan.tile].queries)};
-    output.data[queries * kChannels - 1] = rounded<T>(-1), lse.data[2 * queries - 2] = -1;
+    output.data[queries * kChannels - 1] = rounded<T>(-1), stats.data[2 * queries - 1] = -1;
     pairwise_fused_forward_cuda<T>(args, device, plan);
     near("fused forward", row, "y", wide(output.data[queries * kChannels - 1]), 2, 1e-2);
-    near("fused forward", row, "lse", lse.data[2 * queries - 2], std::log(double(kKeys)), 1e-5);
+    near("fused forward", row, "factor", stats.data[2 * queries - 1], 1.0 / kKeys, 1e-5);
   }
 }
 

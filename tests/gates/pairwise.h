@@ -35,7 +35,7 @@ struct PairwiseProblem {
   const PairwiseCase t;
   const int64_t B = t.batches, N = t.queries, M = t.keys, D = t.width, C = t.channels;
   Tensor<T> q, k, v, dy, m, y, rest, dq, dk, dv, dm;
-  std::vector<A> lse, pooled, mask_lse;
+  std::vector<A> stats, pooled, mask_lse;
   PairwiseArgs args{};
   HostDevice device;
   PairwiseValues size;  // magnitudes of what is added up
@@ -53,13 +53,13 @@ struct PairwiseProblem {
         dk(B, M, D, t.layout),
         dv(B, M, C, t.layout),
         dm(B, M, 1, t.layout),
-        lse(2 * B * N),
+        stats(2 * B * N),
         pooled(B * C),
         mask_lse(B) {
     device.most_blocks = t.most_blocks;
     args.query = q.view, args.key = k.view, args.value = v.view, args.output = y.view;
     if (kHalf<T>) args.residual = rest.view;
-    args.lse = lse.data();
+    args.stats = stats.data();
     args.dtype = kType<T>;
     args.batches = B, args.queries = N, args.keys = M, args.width = D, args.channels = C;
     args.scale = scale();
@@ -130,7 +130,8 @@ struct PairwiseProblem {
       for (double& value : *x) value += tiny;
     if (forward) {
       Values both(B * N);
-      for (int64_t i = 0; i < B * N; ++i) both[i] = double(lse[2 * i]) + double(lse[2 * i + 1]);
+      for (int64_t i = 0; i < B * N; ++i)
+        both[i] = double(stats[2 * i]) / kLog2OfE - std::log(double(stats[2 * i + 1]));
       close("y", y.value, want.y, eager.y, size.y, 2, u, what);
       close("lse", both, want.lse, want.lse, size.lse, 2, kSumRoundoff<T>, what);
     }

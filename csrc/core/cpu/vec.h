@@ -212,14 +212,8 @@ inline Vec<double> exp2(Vec<double> x) {
   return x < least ? V{} : p;
 }
 
-// One step wider than an accumulator, for the few sums whose rounding every element of a row would share.
-template <class A>
-using Wider = std::conditional_t<std::is_same_v<A, double>, long double, double>;
-
 template <class T>
 constexpr T kLog2e = T(1.44269504088896340735992468100189214L);
-template <class T>
-constexpr T kLn2 = T(0.693147180559945309417232121458176568L);
 
 }  // namespace DNL_ISA
 }  // namespace dnl

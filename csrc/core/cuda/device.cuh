@@ -237,7 +237,7 @@ DNL_DEVICE A block_max(A x, A* scratch) {
 
 // The merged state of the block, in every thread. `most` and `sum`: kWarps values each in shared memory, as above.
 template <class A>
-DNL_DEVICE OnlineSoftmax<A> block_merge(OnlineSoftmax<A> state, A* most, A* sum) {
+DNL_DEVICE OnlineSoftmax<A> block_merge(OnlineSoftmax<A> state, A* most, double* sum) {
   for (int step = kWarp / 2; step > 0; step /= 2) {
     OnlineSoftmax<A> other;
     other.most = __shfl_xor_sync(kAllLanes, state.most, step);

@@ -26,17 +26,17 @@ PairwiseForwardResult pairwise_forward_cpu(const Tensor& query, const Tensor& ke
     const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_forward_workspace(call.args, executor));
     cpu_kernels().pairwise_forward(call.args, workspace.data_ptr(), executor);
   }
-  return {call.output, call.lse, call.residual, call.pooled, call.mask_lse};
+  return {call.output, call.stats, call.residual, call.pooled, call.mask_lse};
 }
 
 PairwiseBackwardResult pairwise_backward_cpu(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                              const Tensor& value, const std::optional<Tensor>& mask_logits,
-                                             const Tensor& output, const Tensor& lse, const Tensor& residual,
+                                             const Tensor& output, const Tensor& softmax_stats, const Tensor& residual,
                                              const Tensor& pooled, const Tensor& mask_lse, double scale,
                                              const std::optional<std::string>& whiten, bool need_query, bool need_key,
                                              bool need_value, bool need_mask) {
-  PairwiseCall call(grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale, whiten,
-                    need_query, need_key, need_value, need_mask);
+  PairwiseCall call(grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse,
+                    scale, whiten, need_query, need_key, need_value, need_mask);
   if (call.args.batches && call.args.queries == 0) {
     for (Tensor* grad : {&call.grad_query, &call.grad_key, &call.grad_value, &call.grad_mask})
       torch::stable::zero_(*grad);
@@ -53,10 +53,11 @@ PairwiseBackwardResult pairwise_backward_cpu(const Tensor& grad_output, const Te
 STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
   m.def(
       "pairwise_forward(Tensor query, Tensor key, Tensor value, Tensor? mask_logits, float scale, str? whiten, bool "
-      "save_residual) -> (Tensor output, Tensor lse, Tensor residual, Tensor pooled, Tensor mask_lse)");
+      "save_residual) -> (Tensor output, Tensor softmax_stats, Tensor residual, Tensor pooled, Tensor mask_lse)");
   m.def(
       "pairwise_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask_logits, Tensor "
-      "output, Tensor lse, Tensor residual, Tensor pooled, Tensor mask_lse, float scale, str? whiten, bool need_query, "
+      "output, Tensor softmax_stats, Tensor residual, Tensor pooled, Tensor mask_lse, float scale, str? whiten, bool "
+      "need_query, "
       "bool need_key, "
       "bool need_value, bool need_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
       "grad_mask_logits)");

@@ -6,7 +6,7 @@
 //             dv_j = sum_i P_ij dy_i + u_j G,  G = sum_i dy_i
 //
 // q' and k' are the centred query and key. Rows of dS sum to zero, so dk needs no mean removed and sums to zero itself.
-// The lse is a pair, unevaluated: its rounding, at a hot logit's size, would scale a whole row of P.
+// The backward makes P again from a row's shift and factor: P_ij = 2^(log2(e) S_ij - shift_i) factor_i.
 // A 16-bit output has lost what Delta needs when values share a large mean; `residual` keeps it for the backward.
 // `pooled` = sum_j u_j v_j and u = softmax(m) come from ops/unary; without mask logits they are absent.
 #pragma once
@@ -15,13 +15,13 @@
 
 namespace dnl {
 
-// Accumulated quantities (lse, pooled, mask_lse) are float, or double where dtype is f64, and dense.
+// Accumulated quantities (stats, pooled, mask_lse) are float, or double where dtype is f64, and dense.
 struct PairwiseArgs {
   View query;                    // (batches, queries, width)
   View key;                      // (batches, keys, width)
   View value;                    // (batches, keys, channels)
   View output;                   // (batches, queries, channels)
-  void* lse;                     // (batches, queries, 2): natural logarithm of the sum, and what rounding took from it
+  void* stats;                   // (batches, queries, 2): shift, in base 2, and factor of a row of P
   View residual;                 // (batches, queries, channels): what rounding took from output, or data = nullptr
   const void* pooled = nullptr;  // (batches, channels), or nullptr
   DType dtype;

@@ -1,6 +1,6 @@
 // Backward of whitened pairwise attention on the CPU.
 //
-//   P = exp(S - lse),  dS = P (dO V^T - Delta),  Delta_i = <dy_i, y_i - pooled>
+//   P = 2^(log2(e) S - shift) factor,  dS = P (dO V^T - Delta),  Delta_i = <dy_i, y_i - pooled>
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
 //
 // A thread owns a tile of keys (on the lanes), packs K and V for it once, and takes blocks of queries: S = Q K and
@@ -38,7 +38,7 @@ struct PairwiseBackward {
 
   Means<Src, E> means;
   E *query_rows, *query_columns, *grad_rows, *grad_columns;
-  A *lse, *lse_rest, *delta, *grad_query, *grad_pooled, *unary;
+  A *shift, *factor, *delta, *grad_query, *grad_pooled, *unary;
   size_t bytes;
 
   struct Slot {
@@ -116,8 +116,8 @@ struct PairwiseBackward {
     columns_in_place = lies_ready(args.grad_output.position, args.queries);
     grad_rows = need_logits && !rows_in_place ? arena.take<E>(group * args.queries * channel_pitch) : nullptr;
     grad_columns = need_value && !columns_in_place ? arena.take<E>(group * queries * args.channels) : nullptr;
-    lse = arena.take<A>(group * args.queries);
-    lse_rest = arena.take<A>(group * args.queries);
+    shift = arena.take<A>(group * args.queries);
+    factor = arena.take<A>(group * args.queries);
     delta = arena.take<A>(group * args.queries);
     grad_query = want_query ? arena.take<A>(group * width_panels * args.queries * L) : nullptr;
     const bool has_unary = args.mask.data;
@@ -198,12 +198,8 @@ struct PairwiseBackward {
       pack_rows(by_channel<Src>(args.grad_output, batch, first, nullptr), args.channels, count, kQueryBlock,
                 grad_columns + column * args.channels);
 
-    const A* saved = static_cast<const A*>(args.lse) + (batch * args.queries + first) * 2;
-    for (int64_t i = 0; i < count; ++i) {
-      const Wider<A> value = (Wider<A>(saved[2 * i]) + Wider<A>(saved[2 * i + 1])) * kLog2e<Wider<A>>;
-      lse[row + i] = static_cast<A>(value);
-      lse_rest[row + i] = static_cast<A>(value - lse[row + i]);
-    }
+    const A* stats = static_cast<const A*>(args.stats) + (batch * args.queries + first) * 2;
+    for (int64_t i = 0; i < count; ++i) shift[row + i] = stats[2 * i], factor[row + i] = stats[2 * i + 1];
     if (need_logits) compute_delta(batch, first, count, delta + row);
     if (grad_query)
       for (int64_t p = 0; p < width_panels; ++p) {
@@ -308,9 +304,10 @@ struct PairwiseBackward {
       return slot.grad;
   }
 
-  // P = 2^(c S + bias - lse), dS = P (dP - Delta), for one panel (queries x keys); `row` is the first query's place.
+  // P = 2^(c S + bias - shift) factor, dS = P (dP - Delta), for one panel (queries x keys); `row` is the first query's
+  // place.
   void softmax_step(const Slot& slot, int64_t panel, int64_t rows, int64_t row) const {
-    const A *row_lse = lse + row, *row_rest = lse_rest + row, *row_delta = delta + row;
+    const A *row_shift = shift + row, *row_factor = factor + row, *row_delta = delta + row;
     A *s = slot.logits + panel * kQueryBlock * L, *d = slot.grad + panel * kQueryBlock * L;
     constexpr int V = B::kVectors;
     Vec<A> bias[V], column_sum[V];
@@ -325,7 +322,7 @@ struct PairwiseBackward {
           p[i] = g[i] = Vec<A>{};
           if (G > 1 && r + i >= rows) continue;
           const int64_t at = (r + i) * L + v * W;
-          p[i] = exp2(multiply_add(load(s + at), broadcast(c), bias[v] - row_lse[r + i]) - row_rest[r + i]);
+          p[i] = exp2(multiply_add(load(s + at), broadcast(c), bias[v] - row_shift[r + i])) * row_factor[r + i];
           if (need_logits) g[i] = p[i] * (load(d + at) - row_delta[r + i]);
         }
         if constexpr (G == 1) {

@@ -2,7 +2,7 @@
 // key); float and double go by rows of the map (pairwise_backward_rows_cuda.cuh):
 //
 //   S' = K Q^T, dP' = V dO^T         library products, float out    (keys x queries)
-//   P' = exp(scale S' + bias_j - lse_i)   our kernel, a block per key    (keys x queries, in 16 bits)
+//   P' = 2^(log2(e) (scale S' + bias_j) - shift_i) factor_i       our kernel, a block per key, in 16 bits
 //   dS' = P' (dP' - Delta_i), and its sum over the queries;  Delta_i = <dO_i, y_i - offset>
 //   dv = P' dO + u G                 library product, then our write with the unary term
 //   dk = scale (dS' Q + mean_term (sum_i dS'_ji) mu_q)      where the query mean enters apart (pairwise_cuda.cuh)
@@ -126,7 +126,7 @@ struct PairwiseBackwardChain {
   const bool need_logits;  // any gradient that goes through dS
   const bool fused;        // the map by one kernel, without products in float
   Matrix<const T> grad_output, centred_key;
-  Rows<A> lse, lse_rest, delta;
+  Rows<A> shift, row_factor, delta;
   A *grad_scale = nullptr, *grad_inverse = nullptr;
 
   PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u, bool fused_map)
@@ -143,12 +143,12 @@ struct PairwiseBackwardChain {
   }
 
  private:
-  // lse and Delta in rows of whole quads; the gradient's power of two.
+  // Shifts, factors and Delta in rows of whole quads; the gradient's power of two.
   void row_statistics(const Matrix<const T>& grad) {
     const int64_t pitch = pitch_of(args.queries);
-    for (Rows<A>* part : {&lse, &lse_rest}) {
+    for (Rows<A>* part : {&shift, &row_factor}) {
       *part = {device.template allocate<A>(args.batches * pitch), pitch};
-      const A* saved = static_cast<const A*>(args.lse) + (part == &lse_rest);
+      const A* saved = static_cast<const A*>(args.stats) + (part == &row_factor);
       affine(device, Affine<A, A>{{saved, single_batch(args.batches, 2 * args.queries), 2, 1},
                                   {part->data, single_batch(args.batches, pitch), 1, 1},
                                   args.batches,
@@ -213,8 +213,8 @@ struct PairwiseBackwardChain {
                                         grad_logits,
                                         row_sum,
                                         in.bias.from(b, first),
-                                        lse.from(b, 0).read(),
-                                        lse_rest.from(b, 0).read(),
+                                        shift.from(b, 0).read(),
+                                        row_factor.from(b, 0).read(),
                                         delta.from(b, 0).read(),
                                         grad_scale ? grad_scale + b : nullptr,
                                         rows,

@@ -22,8 +22,8 @@ struct SoftmaxBackwardStep {
   T* grad_logits;             // (group, rows, pitch): dS', or null: only P' is wanted
   A* row_sum;                 // (group, rows): sum of dS', or null
   Rows<const A> bias;         // (group, rows), or null
-  Rows<const A> lse;          // (group, columns); whole quads
-  Rows<const A> lse_rest;     // (group, columns); whole quads: what rounding took from lse
+  Rows<const A> shift;        // (group, columns); whole quads
+  Rows<const A> row_factor;   // (group, columns); whole quads: P = 2^(log2(e) S - shift) row_factor
   Rows<const A> delta;        // (group, columns); whole quads
   const A* grad_scale;        // (group), or null
   int64_t rows, columns, pitch;
@@ -39,19 +39,20 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t quads = ceil_div_of(step.columns, kQuad);
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t b = task / step.rows, j = task % step.rows, row = task * step.pitch;
-    const A *lse = step.lse.element(b), *rest = step.lse_rest.element(b), *delta = step.delta.element(b);
-    const A bias = step.bias.data ? step.bias.element(b)[j] : A(0);
+    const A *shift = step.shift.element(b), *row_factor = step.row_factor.element(b), *delta = step.delta.element(b);
+    const A bias = step.bias.data ? step.bias.element(b)[j] * kLog2E : A(0), scale = step.scale * kLog2E;
     const A grad_scale = (step.grad_scale ? step.grad_scale[b] : A(1)) / factor;
     A sum = 0;
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
-      const Quad<A> s = load_quad(step.logits + row, quad), l = load_quad(lse, quad), r = load_quad(rest, quad);
+      const Quad<A> s = load_quad(step.logits + row, quad);
+      const Quad<A> off = load_quad(shift, quad), by = load_quad(row_factor, quad);
       Quad<A> p;
       Quad<T> out;
       for (int u = 0; u < kQuad; ++u) {
         // Beyond the last column the buffers hold anything; zeros there are never read but must not reach `sum`.
         const bool inside = quad * kQuad + u < step.columns;
-        const A logit = s.value[u] * step.scale + (bias - l.value[u]) - r.value[u];
-        p.value[u] = inside ? factor * exp_of(logit) : A(0);
+        const A exponent = s.value[u] * scale + (bias - off.value[u]);
+        p.value[u] = inside ? factor * by.value[u] * ::exp2(exponent) : A(0);
         out.value[u] = rounded<T>(p.value[u]);
       }
       if (step.probability) store_quad(step.probability + row, quad, out);

@@ -8,8 +8,8 @@
 //
 // A chunk holds whole rows, so P is normalised by the sum of its own exponentials and Delta is taken from its own P:
 // nothing of the forward is read but its inputs. That is for accuracy. Where the softmax is nearly one-hot, as the
-// paper's temperature makes it, plain PyTorch has P = 1 and dS = 0 without any error; exp(S - lse) with the forward's
-// lse is off by the rounding of S, which at a hot logit's size is many times that of P, whenever the library adds S up
+// paper's temperature makes it, plain PyTorch has P = 1 and dS = 0 without any error; P with the forward's statistics
+// is off by the rounding of S, which at a hot logit's size is many times that of P, whenever the library adds S up
 // in another order than before. Traded away: dK and dV are summed over chunks (keys x (width + channels) values), where
 // the schedule for halves (pairwise_backward_cuda.cuh) sums the narrower dQ; and a row is read three times.
 #pragma once

@@ -31,17 +31,17 @@ PairwiseForwardResult pairwise_forward_on_cuda(const Tensor& query, const Tensor
       pairwise_forward_cuda<T>(call.args, device);
     });
   }
-  return {call.output, call.lse, call.residual, call.pooled, call.mask_lse};
+  return {call.output, call.stats, call.residual, call.pooled, call.mask_lse};
 }
 
 PairwiseBackwardResult pairwise_backward_on_cuda(const Tensor& grad_output, const Tensor& query, const Tensor& key,
                                                  const Tensor& value, const std::optional<Tensor>& mask_logits,
-                                                 const Tensor& output, const Tensor& lse, const Tensor& residual,
-                                                 const Tensor& pooled, const Tensor& mask_lse, double scale,
-                                                 const std::optional<std::string>& whiten, bool need_query,
-                                                 bool need_key, bool need_value, bool need_mask) {
-  PairwiseCall call(grad_output, query, key, value, mask_logits, output, lse, residual, pooled, mask_lse, scale, whiten,
-                    need_query, need_key, need_value, need_mask);
+                                                 const Tensor& output, const Tensor& softmax_stats,
+                                                 const Tensor& residual, const Tensor& pooled, const Tensor& mask_lse,
+                                                 double scale, const std::optional<std::string>& whiten,
+                                                 bool need_query, bool need_key, bool need_value, bool need_mask) {
+  PairwiseCall call(grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse,
+                    scale, whiten, need_query, need_key, need_value, need_mask);
   if (call.args.batches && call.args.queries == 0) {
     for (Tensor* grad : {&call.grad_query, &call.grad_key, &call.grad_value, &call.grad_mask})
       torch::stable::zero_(*grad);

@@ -3,9 +3,10 @@
 //
 // The N x N map is made in chunks: a group of batch elements, or a run of rows of one, small enough that a chunk's
 // buffers stay under a fixed size. The forward cuts queries (a row's softmax needs all its keys), and so does the
-// backward of float and double, which makes the softmax again; the backward of halves, which has the lse, cuts keys, so
-// that dk and dv of a chunk are complete and only dq is summed over chunks (pairwise_forward_cuda.cuh,
-// pairwise_backward_rows_cuda.cuh, pairwise_backward_cuda.cuh). Any width, any number of keys; no atomics.
+// backward of float and double, which makes the softmax again; the backward of halves, which has the forward's row
+// statistics, cuts keys, so that dk and dv of a chunk are complete and only dq is summed over chunks
+// (pairwise_forward_cuda.cuh, pairwise_backward_rows_cuda.cuh, pairwise_backward_cuda.cuh). Any width, any number of
+// keys; no atomics.
 //
 // Centring. Float and double queries and keys are centred in a copy, before any rounding to TF32, whatever `whiten`
 // says: the keys' mean shifts the logits of a row alike and the softmax not at all, and without whitening the query
@@ -28,6 +29,9 @@
 #include "ops/unary/unary_cuda.cuh"
 
 namespace dnl {
+
+constexpr double kLog2OfE = 1.4426950408889634;  // logits times it are exponents of 2
+constexpr float kLog2E = static_cast<float>(kLog2OfE);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Chunks

@@ -196,11 +196,10 @@ struct PairwiseForward {
 
   void write(int64_t batch, int64_t first, int64_t count, const Slot& slot) const {
     const A* pooled = args.pooled ? static_cast<const A*>(args.pooled) + batch * args.channels : nullptr;
-    A* lse = static_cast<A*>(args.lse) + (batch * args.queries + first) * 2;
+    A* stats = static_cast<A*>(args.stats) + (batch * args.queries + first) * 2;
     for (int64_t i = 0; i < count; ++i) {
-      const Wider<A> value = (Wider<A>(slot.most[i]) + std::log2(Wider<A>(slot.sum[i]))) * kLn2<Wider<A>>;
-      lse[2 * i] = static_cast<A>(value);
-      lse[2 * i + 1] = static_cast<A>(value - lse[2 * i]);
+      stats[2 * i] = slot.most[i];
+      stats[2 * i + 1] = A(1) / slot.sum[i];
       slot.alpha[i] = A(1) / slot.divisor[i];
     }
     const A* centre = value_mean(batch);

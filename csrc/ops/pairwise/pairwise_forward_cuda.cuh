@@ -1,13 +1,13 @@
 // Forward of whitened pairwise attention on CUDA, in chunks of query rows:
 //
 //   S = Q K^T                              library product, float out     (rows x keys)
-//   P = exp(scale S + bias - max), lse     our kernel, a block per row    (rows x keys, of the operands' type)
+//   P = exp(scale S + bias - max), stats   our kernel, a block per row    (rows x keys, of the operands' type)
 //   Y = P V                                library product, float out     (rows x channels)
 //   y = Y / sum of P + offset              our kernel, rounded once, in the layout of the output
 //
 // P is kept relative to the row's maximum, not normalised: its largest entry is 1, so float16 does not underflow where
 // the softmax is flat. Y is divided by the sum of P as rounded, so that a mean which values share comes out exact; the
-// lse has the sum before rounding. With float and double P takes the place of S. A row is read twice, for
+// statistics have the sum before rounding. With float and double P takes the place of S. A row is read twice, for
 // the maximum and for the exponentials.
 #pragma once
 
@@ -22,7 +22,7 @@ struct SoftmaxStep {
   const A* logits;     // (group, rows, pitch): S
   T* probability;      // (group, rows, pitch): P, which may take the place of S
   Rows<A> inverse;     // (group, rows): 1 / sum of P as stored
-  Rows<A> lse;         // (group, rows, 2), as a pair
+  Rows<A> stats;       // (group, rows, 2): shift and factor
   Rows<const A> bias;  // (group, columns), or null
   int64_t rows, columns, pitch;
   A scale;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads) pairwise_softmax_kernel(SoftmaxStep<
     stored = block_sum(stored, scratch[2]);
     if (threadIdx.x == 0) {
       step.inverse.element(b)[i] = A(1) / stored;
-      store_pair(double(most), log_of(double(sum)), step.lse.element(b) + 2 * i);
+      store_stats(double(most) * kLog2OfE, double(sum), step.stats.element(b) + 2 * i);
     }
     // No barrier: each sum has its own scratch, which the next row reaches only through the barriers before it.
   }
@@ -80,15 +80,16 @@ void pairwise_forward_cuda(const PairwiseArgs& args, Device& device, const Chunk
     probability = logits;
   A* sums = device.template allocate<A>(like_order_size(chunks.group, chunks.rows, args.channels));
   A* inverse = device.template allocate<A>(chunks.group * chunks.rows);
-  const Rows<A> lse{static_cast<A*>(args.lse), 2 * args.queries};
+  const Rows<A> stats{static_cast<A*>(args.stats), 2 * args.queries};
 
   chunks.for_each(args.batches, args.queries, [&](int64_t b, int64_t group, int64_t first, int64_t rows) {
     const Matrix<A> s = dense(logits, group, rows, pitch);
     const Matrix<T> p = dense(probability, group, rows, pitch);
     device.product(in.query.from(b, first), in.key.from(b, 0).transposed(), s, group, rows, args.keys, args.width);
 
-    const SoftmaxStep<T> step{logits,    probability, {inverse, rows}, lse.from(b, 2 * first), in.bias.from(b, 0), rows,
-                              args.keys, pitch,       in.scale};
+    const SoftmaxStep<T> step{
+        logits,    probability, {inverse, rows}, stats.from(b, 2 * first), in.bias.from(b, 0), rows,
+        args.keys, pitch,       in.scale};
     device.launch(&pairwise_softmax_kernel<T>, group * rows, step, group * rows);
 
     const Matrix<T> out = output.from(b, first);

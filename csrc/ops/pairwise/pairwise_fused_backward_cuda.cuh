@@ -8,7 +8,7 @@
 //     keys  64 - 127  | w4 | w5 | w6 | w7 |
 //
 // It walks over the channels of K and Q, then of V and dO, 64 at a time in two buffers: one loads while the other is
-// multiplied, with one barrier for each 64 channels. So any width will do. Then P' = exp2(S' - lse) and
+// multiplied, with one barrier for each 64 channels. So any width will do. Then P' = exp2(S' - shift) factor and
 // dS' = P' (dP' - Delta) are rounded in registers and leave through shared memory in lines of 16 bytes. Sums of dS'
 // over the block's queries are written per block, and added in order by a second kernel.
 #pragma once
@@ -21,9 +21,6 @@ namespace dnl {
 constexpr int kMapWarpRows = 64, kMapWarpColumns = 32;
 constexpr int kMapColumnWarps = kMapTile / kMapWarpColumns;
 static_assert(kMapTile / kMapWarpRows * kMapColumnWarps == kWarps, "every warp has a piece of the tile");
-
-// log2(e) = kLog2E + kLog2ERest, so that products with it can be kept in two floats.
-constexpr float kLog2ERest = static_cast<float>(1.4426950408889634 - double(kLog2E));
 
 template <class T>
 struct FusedMap {
@@ -64,17 +61,16 @@ DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s
   float* sums = reinterpret_cast<float*>(grad_logits + kMapTile * kPitch);  // (kMapColumnWarps, kMapTile)
   const float grad_scale = (step.grad_scale ? step.grad_scale[b] : 1.0f) / factor;
 
-  // Of this lane's columns: lse in base 2 as a pair, and Delta.
-  float lse[kColumnTiles][2][2], rest[kColumnTiles][2][2], delta[kColumnTiles][2][2];
+  // Of this lane's columns: what makes P, and Delta.
+  float shift[kColumnTiles][2][2], row_factor[kColumnTiles][2][2], delta[kColumnTiles][2][2];
   for (int n = 0; n < kColumnTiles; ++n)
     for (int half = 0; half < 2; ++half)
       for (int u = 0; u < 2; ++u) {
         const int64_t i = first_column + column + n * kFragmentRows + half * 8 + fragment_column() + u;
         const bool inside = i < step.columns;
-        const float l = inside ? step.lse.element(b)[i] : 0.0f, r = inside ? step.lse_rest.element(b)[i] : 0.0f;
         // Beyond the last query P is exp2(-inf) = 0.
-        lse[n][half][u] = inside ? l * kLog2E : std::numeric_limits<float>::infinity();
-        rest[n][half][u] = inside ? fmaf(l, kLog2E, -lse[n][half][u]) + (l * kLog2ERest + r * kLog2E) : 0.0f;
+        shift[n][half][u] = inside ? step.shift.element(b)[i] : std::numeric_limits<float>::infinity();
+        row_factor[n][half][u] = inside ? factor * step.row_factor.element(b)[i] : 0.0f;
         delta[n][half][u] = inside && step.grad_logits ? step.delta.element(b)[i] : 0.0f;
       }
 
@@ -89,8 +85,8 @@ DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s
           const int at = r * kPitch + column + n * kFragmentRows + half * 8 + fragment_column();
           float p[2], ds[2];
           for (int u = 0; u < 2; ++u) {
-            const float logit = s[n][m][half][2 * h + u] * op.scale + (bias - lse[n][half][u]) - rest[n][half][u];
-            p[u] = factor * exp2_approx(logit);
+            const float logit = s[n][m][half][2 * h + u] * op.scale + (bias - shift[n][half][u]);
+            p[u] = row_factor[n][half][u] * exp2_approx(logit);
             ds[u] = softmax_jacobian(p[u] * grad_scale, dp[n][m][half][2 * h + u], delta[n][half][u]);
           }
           store_rounded<T>(probability + at, p[0], p[1]);

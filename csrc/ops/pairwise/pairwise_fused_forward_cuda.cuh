@@ -16,8 +16,8 @@
 //   wait for K | load V | S = Q K^T, maxima | barrier | load K' | P = exp2(S - max) | wait for V, barrier | O += P V
 //
 // Statistics are float. Logits are base 2: one fma from the accumulator to the argument of exp2. y is divided by the
-// sum of P as rounded, the lse has the sum before rounding (docs/numerics.md). Channels beyond a slice take further
-// passes that know the maximum of each row, so that nothing is rescaled there. Splits of the keys leave their
+// sum of P as rounded, the statistics have the sum before rounding (docs/numerics.md). Channels beyond a slice take
+// further passes that know the maximum of each row, so that nothing is rescaled there. Splits of the keys leave their
 // unnormalised O and statistics in float to a second kernel, which merges them in a fixed order. Traded away: one
 // buffer each for K and V leaves a load one product's time to arrive.
 #pragma once
@@ -224,7 +224,7 @@ void pairwise_fused_forward_cuda(const PairwiseArgs& args, Device& device, const
   op.output = matrix_of<T>("query", args.output, args.batches);
   op.residual = matrix_of<T>("query", args.residual, args.batches);
   op.offset = in.offset;
-  op.lse = static_cast<float*>(args.lse);
+  op.stats = static_cast<float*>(args.stats);
   op.batches = args.batches, op.queries = args.queries, op.keys = args.keys, op.channels = args.channels;
   op.width = plan.width;
   op.slice_channels = plan.slice_channels;
@@ -237,7 +237,7 @@ void pairwise_fused_forward_cuda(const PairwiseArgs& args, Device& device, const
   if (plan.splits > 1) {
     const int64_t rows = plan.splits * args.batches * args.queries;
     op.partial = device.template allocate<float>(rows * args.channels);
-    op.statistics = device.template allocate<float>(rows * 3);
+    op.split_statistics = device.template allocate<float>(rows * 3);
   }
   // The first slice finds the maxima that the others take.
   for (int first = 0; first < plan.slices; first = first ? plan.slices : 1) {

@@ -2,8 +2,8 @@
 // parameters, which block and warp own what, the last step of a block, and the kernel that merges splits of the keys.
 //
 // Results leave through shared memory in steps of 32 channels, so that lanes write neighbours whichever order the
-// output has. A block that saw all keys writes y, its residual and the lse; one that saw a split of them leaves its
-// unnormalised O and (maximum, sum, sum as rounded) of each row in float, for fused_merge_kernel.
+// output has. A block that saw all keys writes y, its residual and the row statistics; one that saw a split of them
+// leaves its unnormalised O and (maximum, sum, sum as rounded) of each row in float, for fused_merge_kernel.
 #pragma once
 
 #include "ops/pairwise/pairwise_cuda.cuh"
@@ -13,7 +13,6 @@
 namespace dnl {
 
 constexpr int kWarpRows = 32, kWarpChannels = 128;
-constexpr double kLn2 = 0.6931471805599453;
 
 // Sizes of a tile and who owns what of it.
 template <int kQueries_, int kKeys_>
@@ -38,10 +37,10 @@ struct FusedForward {
   Rows<const float> bias;      // (batches, keys), or null
   Matrix<T> output, residual;  // (batches, queries, channels); residual.data may be null
   const float* offset;         // (batches, channels), or null
-  float* lse;                  // (batches, queries, 2), as a pair
+  float* stats;                // (batches, queries, 2): shift and factor
   float* maxima;               // (batches, queries), of base-2 logits: from slice 0 to the others; null with one slice
   float* partial;              // (splits, batches, queries, channels) if splits > 1
-  float* statistics;           // (splits, batches, queries, 3): maximum, sum, sum as rounded, if splits > 1
+  float* split_statistics;     // (splits, batches, queries, 3): maximum, sum, sum as rounded, if splits > 1
   int64_t batches, queries, keys, channels;
   int width, first_slice, slices, slice_channels, group_channels, splits;
   bool position_fast;  // the output is channel-first
@@ -108,7 +107,8 @@ struct ForwardPlace {
   DNL_DEVICE bool known() const { return slice > 0; }
 };
 
-// What a block found, on its way out: the lse, and its piece of y; with several splits, statistics and O as they are.
+// What a block found, on its way out: the statistics of its rows, and its piece of y; with several splits, maximum,
+// sums and O as they are.
 template <class T, class Tiling, int kChannelTiles, int kRowTiles>
 DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&out)[kChannelTiles][kRowTiles][2][4],
                                      const float (&most)[kRowTiles][2], float (&sum)[Tiling::kScoreRowTiles][2],
@@ -147,12 +147,12 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
       const int64_t i = at.first_query + row;
       if (at.column_group || lane % 4 || i >= op.queries) continue;
       if (merge && at.slice == op.first_slice) {
-        float* to = op.statistics + 3 * (part * op.queries + i);
+        float* to = op.split_statistics + 3 * (part * op.queries + i);
         to[0] = at.known() ? 0.0f : most[m][h];
         to[1] = total;
         to[2] = rounded_total;
       } else if (!merge && !at.known()) {
-        store_pair(double(most[m][h]) * kLn2, log_of(double(total)), op.lse + 2 * (at.b * op.queries + i));
+        store_stats(double(most[m][h]), double(total), op.stats + 2 * (at.b * op.queries + i));
         if (op.maxima) op.maxima[at.b * op.queries + i] = most[m][h];
       }
     }
@@ -195,7 +195,7 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
 // Splits of the keys
 // ---------------------------------------------------------------------------------------------------------------------
 
-// y = sum_s w_s O_s + offset with w_s = exp2(maximum_s - maximum) / sum of P as rounded, and the lse, for channels
+// y = sum_s w_s O_s + offset with w_s = exp2(maximum_s - maximum) / sum of P as rounded, and the row statistics, for
 // first_channel .. end_channel. A block per 32 queries.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t part = op.batches * op.queries;  // of a split
   if (threadIdx.x < kWarp && first + threadIdx.x < op.queries) {
     const int64_t i = b * op.queries + first + threadIdx.x;
-    const float* statistics = op.statistics + 3 * i;
+    const float* statistics = op.split_statistics + 3 * i;
     float most = -std::numeric_limits<float>::infinity(), sum = 0, stored = 0;
     for (int s = 0; s < op.splits; ++s) most = fmaxf(most, statistics[3 * part * s]);
     const float off = most == -std::numeric_limits<float>::infinity() ? 0.0f : most;
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     for (int s = 0; s < op.splits; ++s) weight[s][threadIdx.x] /= stored;
     if (op.first_slice == 0) {
-      store_pair(double(most) * kLn2, log_of(double(sum)), op.lse + 2 * i);
+      store_stats(double(most), double(sum), op.stats + 2 * i);
       if (op.maxima) op.maxima[i] = most;
     }
   }

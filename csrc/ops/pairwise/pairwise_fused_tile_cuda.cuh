@@ -22,7 +22,6 @@ namespace dnl {
 constexpr int kLineElements = kLine / kElement;  // a line moves at once
 constexpr int kFragmentRows = 16;                // of a fragment
 constexpr int kDepth = 2 * kLineElements;        // of a fragment, and of one product instruction
-constexpr float kLog2E = 1.4426950408889634f;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Global memory

@@ -47,7 +47,7 @@ inline Tensor absent(const Tensor& like, ScalarType type) {
 }
 
 struct PairwiseCall {
-  Tensor output, lse, residual, pooled, mask_lse;
+  Tensor output, stats, residual, pooled, mask_lse;
   Tensor grad_query, grad_key, grad_value, grad_mask;
   PairwiseArgs args{};
 
@@ -55,7 +55,7 @@ struct PairwiseCall {
   PairwiseCall(const Tensor& query, const Tensor& key, const Tensor& value, const std::optional<Tensor>& mask_logits,
                double scale, const std::optional<std::string>& whiten, bool save_residual)
       : output(query),
-        lse(query),
+        stats(query),
         residual(query),
         pooled(query),
         mask_lse(query),
@@ -66,7 +66,7 @@ struct PairwiseCall {
     args.whiten = parse_whiten(whiten);
     check_pairwise(query, key, value, mask_logits, scale);
     output = empty_like_layout(query, leading(query, 1) + std::initializer_list<int64_t>{value.size(-1)});
-    lse = dnl::empty(query, leading(query, 1) + std::initializer_list<int64_t>{2}, accumulate_type(query));
+    stats = dnl::empty(query, leading(query, 1) + std::initializer_list<int64_t>{2}, accumulate_type(query));
     residual = save_residual && query.element_size() == 2 ? empty_like_layout(query, sizes_of(output))
                                                           : absent(query, query.scalar_type());
     pooled = absent(query, accumulate_type(query));
@@ -81,14 +81,14 @@ struct PairwiseCall {
     args.mask_lse = mask_lse.data_ptr();
   }
 
-  // Backward: output, lse, residual, pooled and mask_lse are what the forward returned.
+  // Backward: output, stats, residual, pooled and mask_lse are what the forward returned.
   PairwiseCall(const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value,
-               const std::optional<Tensor>& mask_logits, const Tensor& forward_output, const Tensor& forward_lse,
+               const std::optional<Tensor>& mask_logits, const Tensor& forward_output, const Tensor& forward_stats,
                const Tensor& forward_residual, const Tensor& forward_pooled, const Tensor& forward_mask_lse,
                double scale, const std::optional<std::string>& whiten, bool need_query, bool need_key, bool need_value,
                bool need_mask)
       : output(forward_output),
-        lse(forward_lse),
+        stats(forward_stats),
         residual(forward_residual),
         pooled(forward_pooled),
         mask_lse(forward_mask_lse),
@@ -104,8 +104,8 @@ struct PairwiseCall {
     check_sizes("grad_output", grad_output, out_sizes);
     check_alike("output", output, "query", query);
     check_sizes("output", output, out_sizes);
-    check_saved("lse", lse, "query", query, leading(query, 1) + std::initializer_list<int64_t>{2});
-    lse = torch::stable::contiguous(lse);
+    check_saved("softmax_stats", stats, "query", query, leading(query, 1) + std::initializer_list<int64_t>{2});
+    stats = torch::stable::contiguous(stats);
     check_alike("residual", residual, "query", query);
     check_dims("residual", residual, 1, "(..., Nq, Dv)");
     check_sizes("residual", residual, residual.size(-1) ? out_sizes : lead + std::initializer_list<int64_t>{0});
@@ -150,7 +150,7 @@ struct PairwiseCall {
     args.key = view(key_, key, 2);
     args.value = view(value_, value, 2);
     args.output = view(output_, output, 2);
-    args.lse = lse.data_ptr();
+    args.stats = stats.data_ptr();
     if (residual.numel() != 0) args.residual = view(residual_, residual, 2);
     args.dtype = query_.dtype;
     args.batches = static_cast<int64_t>(query_.offsets.size());

@@ -22,7 +22,8 @@ __global__ void __launch_bounds__(kThreads)
                    AccOf<T>* lse,      // (rows), or nullptr
                    int64_t columns, int64_t rows) {
   using A = AccOf<T>;
-  __shared__ A most[kWarps], sum[kWarps];
+  __shared__ A most[kWarps];
+  __shared__ double sum[kWarps];
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const T* in = x.element(row);
     OnlineSoftmax<A> state;
@@ -38,9 +39,9 @@ __global__ void __launch_bounds__(kThreads)
     if (lse && threadIdx.x == 0) lse[row] = state.lse();
     if (out.data) {
       Out* to = out.element(row);
-      const A inverse = A(1) / state.sum, shift = state.shift();
+      const A shift = state.shift(), factor = static_cast<A>(1 / state.sum);
       for (int64_t j = threadIdx.x; j < columns; j += kThreads)
-        to[j * out.position] = rounded<Out>(exp_of(wide(in[j * x.position]) - shift) * inverse);
+        to[j * out.position] = rounded<Out>(exp_of(wide(in[j * x.position]) - shift) * factor);
     }
     __syncthreads();  // before the next row overwrites `most` and `sum`
   }

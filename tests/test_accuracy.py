@@ -1,4 +1,4 @@
-"""The helpers are tests' foundation: the formulas are right, cases cover what they claim, and the check can fail."""
+"""The tests' foundation: the formulas are right, cases cover what they claim, and the check can fail."""
 
 import collections
 import dataclasses
@@ -6,7 +6,9 @@ import functools
 import math
 import random
 
-import helpers
+import accuracy
+import cases
+import formulas
 import numpy as np
 import pytest
 import torch
@@ -14,30 +16,30 @@ import torch
 import dnl_ext
 from dnl_ext import reference
 
-every_op = pytest.mark.parametrize("op", helpers.ARGUMENTS)
+every_op = pytest.mark.parametrize("op", cases.ARGUMENTS)
 
 
 @functools.cache
 def drawn(count=4000):
-    return [helpers.random_case(seed) for seed in range(count)]
+    return [cases.random_case(seed) for seed in range(count)]
 
 
 def make_case(**fields):
     """A plain attention case, large enough that no error in it is a matter of luck."""
-    return helpers.make_case(**{"options": {"scale": 0.4, "whiten": "channel"}, **fields})
+    return cases.make_case(**{"options": {"scale": 0.4, "whiten": "channel"}, **fields})
 
 
 class TestSteps:
-    """The formulas written out in helpers.py are those of autograd through the reference."""
+    """The formulas written out in formulas.py are those of autograd through the reference."""
 
     @every_op
     @pytest.mark.parametrize("seed", range(8))
     def test_equal_autograd_of_the_reference(self, op, seed):
-        case = helpers.random_case(seed, op=op, dtype=torch.float64, large=0)
+        case = cases.random_case(seed, op=op, dtype=torch.float64, large=0)
         case = dataclasses.replace(case, needs=tuple(case.shapes), grad="contiguous", mean=case.mean / 10)
         inputs, grad = case.make()
-        output, gradients = helpers.run(getattr(reference, op), inputs, grad, case.options, case.needs)
-        steps, step_gradients = helpers.STEPS[op](**inputs, grad=grad, **case.options)
+        output, gradients = accuracy.run(getattr(reference, op), inputs, grad, case.options, case.needs)
+        steps, step_gradients = formulas.STEPS[op](**inputs, grad=grad, **case.options)
         torch.testing.assert_close(steps, output, rtol=1e-10, atol=1e-10)
         assert set(step_gradients) == set(gradients)
         for name, expected in gradients.items():
@@ -45,11 +47,11 @@ class TestSteps:
 
     @every_op
     def test_are_the_same_in_long_double(self, op):
-        case = helpers.random_case(5, op=op, dtype=torch.float64, large=0)
+        case = cases.random_case(5, op=op, dtype=torch.float64, large=0)
         inputs, grad = case.make()
-        in_torch, gradients = helpers.STEPS[op](**inputs, grad=grad, **case.options)
-        wide = {name: helpers.widened(x) for name, x in inputs.items()}
-        in_numpy, wide_gradients = helpers.STEPS[op](**wide, grad=helpers.widened(grad), **case.options)
+        in_torch, gradients = formulas.STEPS[op](**inputs, grad=grad, **case.options)
+        wide = {name: accuracy.widened(x) for name, x in inputs.items()}
+        in_numpy, wide_gradients = formulas.STEPS[op](**wide, grad=accuracy.widened(grad), **case.options)
         assert in_numpy.dtype == np.longdouble
         np.testing.assert_allclose(in_torch.numpy(), in_numpy.astype(float), rtol=1e-9, atol=1e-9)
         for name, x in gradients.items():
@@ -59,25 +61,25 @@ class TestSteps:
         case = make_case(dtype=torch.float64)
         inputs, grad = case.make()
         del inputs["mask_logits"]
-        _, gradients = helpers.disentangled_attention_steps(**inputs, grad=grad)
+        _, gradients = formulas.disentangled_attention_steps(**inputs, grad=grad)
         assert set(gradients) == {"query", "key", "value"}
 
 
 class TestLayouts:
-    @pytest.mark.parametrize("layout", [name for name in helpers.LAYOUTS if name != "expanded"])
+    @pytest.mark.parametrize("layout", [name for name in cases.LAYOUTS if name != "expanded"])
     @pytest.mark.parametrize("shape", [(), (7,), (5, 3), (2, 5, 3), (2, 3, 4, 5), (1, 1), (0, 4), (3, 0, 2)])
     def test_keep_every_element(self, layout, shape):
         x = torch.randn(shape)
         for seed in range(5):
-            assert torch.equal(helpers.lay_out(x, layout, random.Random(seed)), x)
+            assert torch.equal(cases.lay_out(x, layout, random.Random(seed)), x)
 
     def test_channel_first_has_positions_innermost(self):
-        assert helpers.lay_out(torch.randn(2, 5, 3), "channel_first", random.Random(0)).stride() == (15, 1, 5)
+        assert cases.lay_out(torch.randn(2, 5, 3), "channel_first", random.Random(0)).stride() == (15, 1, 5)
 
     def test_sliced_is_surrounded_by_nan(self):
         strides = set()
         for seed in range(20):
-            x = helpers.lay_out(torch.ones(4, 6, 5), "sliced", random.Random(seed))
+            x = cases.lay_out(torch.ones(4, 6, 5), "sliced", random.Random(seed))
             everything = x.untyped_storage().nbytes() // 4
             memory = x.as_strided((everything,), (1,), 0)
             assert int(memory.isnan().sum()) == everything - x.numel() > 0
@@ -87,21 +89,21 @@ class TestLayouts:
     def test_expanded_repeats_one_slice_in_place(self):
         dims = collections.Counter()
         for seed in range(50):
-            x = helpers.lay_out(torch.randn(3, 4, 5), "expanded", random.Random(seed))
+            x = cases.lay_out(torch.randn(3, 4, 5), "expanded", random.Random(seed))
             assert x.shape == (3, 4, 5) and x.stride().count(0) == 1
             dims[x.stride().index(0)] += 1
         assert set(dims) == {0, 1, 2}
 
     def test_permuted_reorders_memory(self):
-        strides = {helpers.lay_out(torch.randn(2, 3, 4), "permuted", random.Random(s)).stride() for s in range(50)}
+        strides = {cases.lay_out(torch.randn(2, 3, 4), "permuted", random.Random(s)).stride() for s in range(50)}
         assert len(strides) == 6
 
 
 class TestGradientForms:
     def make(self, form, shape=(2, 5, 3), dtype=torch.float32):
-        return helpers.make_gradient(shape, form, dtype, torch.Generator().manual_seed(0), random.Random(0))
+        return cases.make_gradient(shape, form, dtype, torch.Generator().manual_seed(0), random.Random(0))
 
-    @pytest.mark.parametrize("form", helpers.GRADIENTS)
+    @pytest.mark.parametrize("form", cases.GRADIENTS)
     @pytest.mark.parametrize("shape", [(2, 5, 3), (4,), ()])
     def test_have_the_shape_and_are_finite(self, form, shape):
         grad = self.make(form, shape)
@@ -129,20 +131,20 @@ class TestGradientForms:
 
 class TestRandomCase:
     def test_is_decided_by_its_seed(self):
-        a, b = helpers.random_case(11), helpers.random_case(11)
+        a, b = cases.random_case(11), cases.random_case(11)
         assert str(a) == str(b) and str(a).startswith("Case(seed=11, ")
         (inputs, grad), (again, grad_again) = a.make(), b.make()
         assert all(torch.equal(inputs[name], again[name]) for name in inputs) and torch.equal(grad, grad_again)
-        assert str(helpers.random_case(12)) != str(a)
+        assert str(cases.random_case(12)) != str(a)
 
     def test_covers_every_choice(self):
-        cases = drawn()
-        assert {c.op for c in cases} == set(helpers.ARGUMENTS)
-        assert {c.dtype for c in cases} == set(helpers.DTYPES)
-        assert {layout for c in cases for layout in c.layouts.values()} == set(helpers.LAYOUTS)
-        assert {c.grad for c in cases} == set(helpers.GRADIENTS)
-        assert {c.mean for c in cases} == {0.0, 10.0, 30.0}
-        attention = [c for c in cases if c.op == "disentangled_attention"]
+        every = drawn()
+        assert {c.op for c in every} == set(cases.ARGUMENTS)
+        assert {c.dtype for c in every} == set(cases.DTYPES)
+        assert {layout for c in every for layout in c.layouts.values()} == set(cases.LAYOUTS)
+        assert {c.grad for c in every} == set(cases.GRADIENTS)
+        assert {c.mean for c in every} == {0.0, 10.0, 30.0}
+        attention = [c for c in every if c.op == "disentangled_attention"]
         assert {"mask_logits" in c.shapes for c in attention} == {True, False}
         assert {c.options["whiten"] for c in attention} == {"channel", None}
         scales = {c.options["scale"] for c in attention}
@@ -161,7 +163,7 @@ class TestRandomCase:
 
     def test_inputs_are_what_the_case_says(self):
         for seed in range(60):
-            case = helpers.random_case(seed, large=0)
+            case = cases.random_case(seed, large=0)
             inputs, grad = case.make()
             assert grad.shape == case.output_shape and grad.dtype == case.dtype
             assert getattr(reference, case.op)(*inputs.values(), **case.options).shape == case.output_shape
@@ -178,17 +180,17 @@ class TestRandomCase:
 
 class TestPoisonedCase:
     def test_is_decided_by_its_seed(self):
-        assert str(helpers.poisoned_case(4)) == str(helpers.poisoned_case(4)) != str(helpers.poisoned_case(5))
+        assert str(cases.poisoned_case(4)) == str(cases.poisoned_case(4)) != str(cases.poisoned_case(5))
 
     def test_covers_every_choice(self):
-        drawn = [helpers.poisoned_case(seed) for seed in range(2000)]
+        drawn = [cases.poisoned_case(seed) for seed in range(2000)]
         assert {(case.op, where) for case, where, _, _ in drawn} == {
-            (op, where) for op, names in helpers.ARGUMENTS.items() for where in (*names, "grad")
+            (op, where) for op, names in cases.ARGUMENTS.items() for where in (*names, "grad")
         }
         assert {str(value) for *_, value in drawn} == {"nan", "inf", "-inf"}
 
     def test_poison_where_there_should_be_none_is_found(self, monkeypatch):
-        seed = next(s for s in range(100) if helpers.poisoned_case(s)[0].op == "pairwise_attention")
+        seed = next(s for s in range(100) if cases.poisoned_case(s)[0].op == "pairwise_attention")
         monkeypatch.setattr(
             dnl_ext, "pairwise_attention", lambda *x, **o: reference.pairwise_attention(*x, **o).nan_to_num()
         )
@@ -196,7 +198,7 @@ class TestPoisonedCase:
 
     def fails(self, seed):
         try:
-            helpers.check_poisoned(seed)
+            accuracy.check_poisoned(seed)
         except AssertionError:
             return True
         return False
@@ -204,36 +206,36 @@ class TestPoisonedCase:
 
 class TestDistance:
     def test_is_the_norm_of_the_difference(self):
-        assert helpers.distance(torch.tensor([4.0, 5.0]), torch.tensor([1.0, 1.0]).double()) == pytest.approx(5)
+        assert accuracy.distance(torch.tensor([4.0, 5.0]), torch.tensor([1.0, 1.0]).double()) == pytest.approx(5)
 
     @pytest.mark.parametrize("size", [1e-200, 1e200])
     def test_neither_overflows_nor_underflows(self, size):
         x = np.array([3.0, 4.0], dtype=np.longdouble) * size
-        assert helpers.distance(x, 0 * x) == pytest.approx(5 * size)
+        assert accuracy.distance(x, 0 * x) == pytest.approx(5 * size)
 
     @pytest.mark.parametrize("bad", [math.nan, math.inf])
     def test_is_infinite_where_a_value_is_not_finite(self, bad):
-        assert helpers.distance(torch.tensor([bad, 1.0]), torch.zeros(2, dtype=torch.float64)) == math.inf
+        assert accuracy.distance(torch.tensor([bad, 1.0]), torch.zeros(2, dtype=torch.float64)) == math.inf
 
     def test_of_nothing_is_zero(self):
-        assert helpers.distance(torch.zeros(0, 3), torch.zeros(0, 3).double()) == 0
+        assert accuracy.distance(torch.zeros(0, 3), torch.zeros(0, 3).double()) == 0
 
 
 class TestError:
     def test_passes_up_to_the_bar(self):
-        assert helpers.Error("output", 1, 2.0, 1.0, math.nan).passes
-        assert not helpers.Error("output", 1, 2.01, 1.0, math.nan).passes
-        assert helpers.Error("query", 1, 3.0, 1.0, math.nan).passes
-        assert not helpers.Error("query", 1, 3.01, 1.0, math.nan).passes
+        assert accuracy.Error("output", 1, 2.0, 1.0, math.nan).passes
+        assert not accuracy.Error("output", 1, 2.01, 1.0, math.nan).passes
+        assert accuracy.Error("query", 1, 3.0, 1.0, math.nan).passes
+        assert not accuracy.Error("query", 1, 3.01, 1.0, math.nan).passes
 
     def test_passes_below_the_model_where_the_reference_is_lucky(self):
-        assert helpers.Error("output", 1, 1e-8, 0.0, 1e-7).passes
-        assert not helpers.Error("output", 1, 2e-7, 0.0, 1e-7).passes
+        assert accuracy.Error("output", 1, 1e-8, 0.0, 1e-7).passes
+        assert not accuracy.Error("output", 1, 2e-7, 0.0, 1e-7).passes
 
     def test_fails_where_something_is_not_finite(self):
-        assert not helpers.Error("output", 1, math.inf, 1.0, 1.0).passes
-        assert not helpers.Error("output", 1, math.inf, math.inf, 1.0).passes
-        assert not helpers.Error("output", 1, 1.0, math.inf, 1.0).passes
+        assert not accuracy.Error("output", 1, math.inf, 1.0, 1.0).passes
+        assert not accuracy.Error("output", 1, math.inf, math.inf, 1.0).passes
+        assert not accuracy.Error("output", 1, 1.0, math.inf, 1.0).passes
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,14 +262,14 @@ def from_steps(steps):
             return None, None, *(gradients[name].to(grad.dtype) for name in ctx.names)
 
     def implementation(*inputs, **options):
-        return Steps.apply(helpers.ARGUMENTS["disentangled_attention"][: len(inputs)], options, *inputs)
+        return Steps.apply(cases.ARGUMENTS["disentangled_attention"][: len(inputs)], options, *inputs)
 
     return implementation
 
 
 def widened_steps(**inputs):
     """The formulas in float32 sums on 16-bit tensors, as a careful implementation has them."""
-    return helpers.disentangled_attention_steps(
+    return formulas.disentangled_attention_steps(
         **{name: x.float() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
     )
 
@@ -279,12 +281,12 @@ def tf32(x, kind=None):
 
 
 def tf32_products(**inputs):
-    return helpers.disentangled_attention_steps(**inputs, r=lambda x, kind: x if kind == "result" else tf32(x))
+    return formulas.disentangled_attention_steps(**inputs, r=lambda x, kind: x if kind == "result" else tf32(x))
 
 
 def bias_form(query, key, value, mask_logits, *, grad, scale, whiten):
     """Raw q and k with the query mean as a bias per key, and raw k where dS multiplies it."""
-    _, gradients = helpers.disentangled_attention_steps(
+    _, gradients = formulas.disentangled_attention_steps(
         query, key, value, mask_logits, grad=grad, scale=scale, whiten=whiten
     )
     mean = query.mean(-2, keepdim=True)
@@ -301,7 +303,7 @@ def changed(change):
 
     def steps(**inputs):
         inputs = {name: x.float() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-        output, gradients = helpers.disentangled_attention_steps(**inputs)
+        output, gradients = formulas.disentangled_attention_steps(**inputs)
         grad = inputs.pop("grad")
         return change(output, gradients, inputs, grad)
 
@@ -310,12 +312,12 @@ def changed(change):
 
 def dq_keeps_its_mean(output, gradients, inputs, grad):
     unwhitened = {**inputs, "query": inputs["query"] - inputs["query"].mean(-2, keepdim=True), "whiten": None}
-    _, raw = helpers.disentangled_attention_steps(**unwhitened, grad=grad)
+    _, raw = formulas.disentangled_attention_steps(**unwhitened, grad=grad)
     return output, {**gradients, "query": raw["query"]}
 
 
 def unary_left_out_of_dv(output, gradients, inputs, grad):
-    _, alone = helpers.disentangled_attention_steps(**{**inputs, "mask_logits": None}, grad=grad)
+    _, alone = formulas.disentangled_attention_steps(**{**inputs, "mask_logits": None}, grad=grad)
     return output, {**gradients, "value": alone["value"]}
 
 
@@ -327,7 +329,7 @@ def dm_without_its_offset(output, gradients, inputs, grad):
 
 def last_key_left_out(output, gradients, inputs, grad):
     fewer = {name: inputs[name][..., :-1, :] for name in ("key", "value")}
-    return helpers.disentangled_attention_steps(
+    return formulas.disentangled_attention_steps(
         **{**inputs, **fewer, "mask_logits": inputs["mask_logits"][..., :-1]}, grad=grad
     )[0], gradients
 
@@ -350,7 +352,7 @@ def dk_left_unscaled(output, gradients, inputs, grad):
 
 def lse_rounded_into_the_exponent(output, gradients, inputs, grad):
     """P recomputed as 2^(S c - lse c), lse c rounded: where logits are large, every row is off by |lse c| units."""
-    _, _, s = helpers._logits(inputs["query"], inputs["key"], inputs["scale"], inputs["whiten"], helpers.exact)
+    _, _, s = formulas._logits(inputs["query"], inputs["key"], inputs["scale"], inputs["whiten"], formulas.exact)
     c = math.log2(math.e)
     p = torch.exp2((s.double() * c - (torch.logsumexp(s, -1, keepdim=True) * c).double()).float())
     u = torch.softmax(inputs["mask_logits"], -1)
@@ -359,19 +361,19 @@ def lse_rounded_into_the_exponent(output, gradients, inputs, grad):
 
 class TestCheckCanFail:
     @pytest.mark.parametrize("mean", [0.0, 10.0, 30.0])
-    @pytest.mark.parametrize("dtype", helpers.DTYPES)
+    @pytest.mark.parametrize("dtype", cases.DTYPES)
     @pytest.mark.parametrize("whiten", ["channel", None])
     def test_the_reference_itself_passes(self, dtype, mean, whiten):
-        helpers.check(
+        accuracy.check(
             make_case(dtype=dtype, mean=mean, options={"scale": 0.1, "whiten": whiten}),
             reference.disentangled_attention,
         )
 
     @pytest.mark.parametrize("mean", [0.0, 10.0, 30.0])
-    @pytest.mark.parametrize("dtype", helpers.DTYPES)
+    @pytest.mark.parametrize("dtype", cases.DTYPES)
     def test_the_formulas_pass(self, dtype, mean):
-        steps = widened_steps if dtype in (torch.bfloat16, torch.float16) else helpers.disentangled_attention_steps
-        helpers.check(make_case(dtype=dtype, mean=mean), from_steps(steps))
+        steps = widened_steps if dtype in (torch.bfloat16, torch.float16) else formulas.disentangled_attention_steps
+        accuracy.check(make_case(dtype=dtype, mean=mean), from_steps(steps))
 
     @pytest.mark.parametrize("mean", [0.0, 10.0, 30.0])
     def test_another_order_of_summation_passes(self, mean):
@@ -384,7 +386,7 @@ class TestCheckCanFail:
                 **options,
             )  # fmt: skip
 
-        helpers.check(make_case(mean=mean), reordered)
+        accuracy.check(make_case(mean=mean), reordered)
 
     FAULTS = (
         # name, implementation, what must be found in, case
@@ -413,19 +415,19 @@ class TestCheckCanFail:
 
     @pytest.mark.parametrize(("name", "steps", "where", "fields"), FAULTS, ids=[fault[0] for fault in FAULTS])
     def test_a_planted_fault_is_found(self, name, steps, where, fields):
-        errors = helpers.measure(make_case(**fields), from_steps(steps))
+        errors = accuracy.measure(make_case(**fields), from_steps(steps))
         assert where <= {error.name for error in errors if not error.passes}, "\n".join(map(str, errors))
 
     def test_the_failure_names_the_case_and_its_seed(self):
         case = make_case(seed=1234)
         with pytest.raises(AssertionError, match=r"(?s)Case\(seed=1234, .*output: error"):
-            helpers.check(case, lambda *inputs, **options: 2 * reference.disentangled_attention(*inputs, **options))
+            accuracy.check(case, lambda *inputs, **options: 2 * reference.disentangled_attention(*inputs, **options))
 
     def test_a_wrong_dtype_or_shape_is_found(self):
         with pytest.raises(AssertionError, match="output: dtype"):
-            helpers.check(make_case(dtype=torch.bfloat16), lambda *x, **o: widen_output(*x, **o))
+            accuracy.check(make_case(dtype=torch.bfloat16), lambda *x, **o: widen_output(*x, **o))
         with pytest.raises((AssertionError, RuntimeError)):
-            helpers.check(make_case(), lambda *x, **o: dnl_ext.disentangled_attention(*x, **o)[..., :-1])
+            accuracy.check(make_case(), lambda *x, **o: dnl_ext.disentangled_attention(*x, **o)[..., :-1])
 
     def test_nan_is_found(self):
         def poisoned(*inputs, **options):
@@ -433,17 +435,17 @@ class TestCheckCanFail:
             return torch.where(torch.arange(output.numel()).view_as(output) == 5, math.nan, output)
 
         with pytest.raises(AssertionError, match="output: error inf"):
-            helpers.check(make_case(), poisoned)
+            accuracy.check(make_case(), poisoned)
 
     def test_the_model_is_of_the_size_of_the_references_error(self):
         """It replaces the bar only where the reference is lucky, so it must not be far above it elsewhere."""
-        for dtype in helpers.DTYPES:
+        for dtype in cases.DTYPES:
             case = make_case(dtype=dtype)
             inputs, grad = case.make()
-            output, gradients = helpers.truth_of(case, inputs, grad)
-            models = helpers.modelled_errors(case, inputs, grad, {"output": output, **gradients})
+            output, gradients = accuracy.truth_of(case, inputs, grad)
+            models = accuracy.modelled_errors(case, inputs, grad, {"output": output, **gradients})
             most = 20 if dtype == torch.float64 else 5
-            for error in helpers.measure(case, reference.disentangled_attention):
+            for error in accuracy.measure(case, reference.disentangled_attention):
                 assert 0.05 < models[error.name] / error.reference < most, (dtype, error, models)
 
 
