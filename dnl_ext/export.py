@@ -81,8 +81,8 @@ def _unary_forward(mask_logits, value):
 def _pairwise_forward(query, key, value, mask_logits, scale, whiten, save_residual):
     """output (..., Nq, Dv), softmax_stats (..., Nq, 2), residual like output, pooled (..., Dv) and mask_lse (...).
 
-    softmax_stats and residual are between an operator's forward and its own backward, and every route has them up to other
-    constants. Here they are NaN: a backward operator behind a decomposed forward cannot go unnoticed.
+    softmax_stats and residual are between an operator's forward and its own backward, and of one route: here they are
+    NaN, so that a backward operator behind a decomposed forward cannot go unnoticed.
     """
     wide, lead = accumulate_type(query.dtype), query.shape[:-2]
     q, k, v = (x.to(wide) for x in (query, key, value))
