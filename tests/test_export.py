@@ -11,12 +11,14 @@ import pytest
 import torch
 from blocks import BLOCKS, dimensions, make_input, run, scramble
 from cases import ARGUMENTS, ATTENTION
-from op_inputs import every_op, function, make
+from inputs import function, make
 from toolchain import CMAKE, needs_cmake, needs_compiler
 from torch.export import Dim
 
 import dnl_ext
 from dnl_ext.modules import GlobalContext2d, NonLocal2d, SimplifiedNonLocal2d
+
+every_op = pytest.mark.parametrize("op", ARGUMENTS)
 
 ROOT = pathlib.Path(__file__).parents[1]
 SPATIAL = {1: ((11,), (17,), (3,)), 2: ((5, 6), (9, 4), (2, 2)), 3: ((4, 5, 3), (2, 2, 5), (3, 4, 2))}
