@@ -81,8 +81,8 @@ def _unary_forward(mask_logits, value):
 def _pairwise_forward(query, key, value, mask_logits, scale, whiten, save_residual):
     """output (..., Nq, Dv), softmax_stats (..., Nq, 2), residual like output, pooled (..., Dv) and mask_lse (...).
 
-    softmax_stats and residual are between an operator's forward and its own backward, and every route has them up to
-    other constants. Here they are NaN: a backward operator behind a decomposed forward cannot go unnoticed.
+    softmax_stats and residual are between an operator's forward and its own backward, and of one route: here they are
+    NaN, so that a backward operator behind a decomposed forward cannot go unnoticed.
     """
     wide, lead = accumulate_type(query.dtype), query.shape[:-2]
     q, k, v = (x.to(wide) for x in (query, key, value))
@@ -95,7 +95,7 @@ def _pairwise_forward(query, key, value, mask_logits, scale, whiten, save_residu
         pooled, mask_lse = _unary_forward(mask_logits, value)
         y = y + pooled.unsqueeze(-2)
     output = _laid_out_as(y.to(query.dtype), query)
-    stats = q.new_full((*query.shape[:-1], 2), torch.nan)
+    softmax_stats = q.new_full((*query.shape[:-1], 2), torch.nan)
     has_residual = save_residual and query.dtype.itemsize == 2
     residual = torch.full_like(output, torch.nan) if has_residual else query.new_empty((*lead, 0))
-    return output, stats, residual, pooled, mask_lse
+    return output, softmax_stats, residual, pooled, mask_lse

@@ -5,7 +5,7 @@ import pytest
 import routes
 import torch
 from cases import ARGUMENTS
-from op_inputs import function, make
+from inputs import function, make
 
 import dnl_ext
 from dnl_ext import reference

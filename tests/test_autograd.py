@@ -9,12 +9,13 @@ import itertools
 import pytest
 import torch
 from cases import ARGUMENTS, ATTENTION
-from op_inputs import LAYOUTS, every_op, function, make
+from inputs import LAYOUTS, function, make
 
 import dnl_ext
 from dnl_ext import reference
 
 raw = torch.ops.dnl_ext
+every_op = pytest.mark.parametrize("op", ARGUMENTS)
 
 
 def masks(count):

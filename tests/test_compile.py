@@ -13,14 +13,16 @@ import pytest
 import torch
 from accuracy import BAR, distance
 from blocks import BLOCKS, dimensions, make_input, run, scramble
-from cases import ATTENTION
-from op_inputs import every_op, function, make
+from cases import ARGUMENTS, ATTENTION
+from inputs import function, make
 from toolchain import needs_compiler, needs_gpu
 from torch import nn
 from torch._dynamo.utils import counters
 
 import dnl_ext
 from dnl_ext.modules import GlobalContext2d, NonLocal2d, SimplifiedNonLocal2d
+
+every_op = pytest.mark.parametrize("op", ARGUMENTS)
 
 #: No two sizes alike: torch takes sizes that are equal in the first call for one and the same in all later ones.
 SIZES = (

@@ -5,7 +5,7 @@ import weakref
 import pytest
 import torch
 from cases import ARGUMENTS, ATTENTION
-from op_inputs import function, make
+from inputs import function, make
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, linearize, vjp, vmap
 
 import dnl_ext

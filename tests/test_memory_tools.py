@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 from cases import ARGUMENTS
-from op_inputs import function, make
+from inputs import function, make
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts

@@ -6,11 +6,14 @@ import pytest
 import torch
 from accuracy import BAR, distance
 from blocks import BLOCKS, dimensions, make_input, scramble
-from op_inputs import every_op, function, make
+from cases import ARGUMENTS
+from inputs import function, make
 from test_export import SPATIAL, VARIANTS, export_block, export_function
 from toolchain import needs_onnx
 
 import dnl_ext
+
+every_op = pytest.mark.parametrize("op", ARGUMENTS)
 
 pytestmark = [needs_onnx, pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")]
 

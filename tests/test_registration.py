@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from op_inputs import LAYOUTS, lay_out, make
+from inputs import LAYOUTS, lay_out, make
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
 

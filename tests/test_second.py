@@ -10,7 +10,7 @@ import routes
 import test_memory
 import torch
 from cases import ARGUMENTS, ATTENTION
-from op_inputs import LAYOUTS, function, make
+from inputs import LAYOUTS, function, make
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import dnl_ext

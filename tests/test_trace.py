@@ -6,10 +6,13 @@ import warnings
 import pytest
 import torch
 from blocks import BLOCKS, dimensions, make_input, scramble
-from op_inputs import every_op, function, make
+from cases import ARGUMENTS
+from inputs import function, make
 
 import dnl_ext
 from dnl_ext.modules import GlobalContext2d, NonLocal2d, RelationModule, SimplifiedNonLocal2d
+
+every_op = pytest.mark.parametrize("op", ARGUMENTS)
 
 SIZES = (
     {"lead": (2,), "nq": 4, "nk": 5, "dqk": 3, "dv": 2},

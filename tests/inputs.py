@@ -1,12 +1,10 @@
-"""Small float64 inputs of every operator, for tests of what torch does with operators: all ops alike."""
+"""Small inputs of every operator, in order, for tests of what torch does with them."""
 
-import pytest
 import torch
 from cases import ARGUMENTS
 
 import dnl_ext
 
-every_op = pytest.mark.parametrize("op", ARGUMENTS)
 LAYOUTS = ("contiguous", "channel_first", "sliced")
 
 
