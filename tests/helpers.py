@@ -521,7 +521,8 @@ def modelled_errors(case, inputs, grad, truth, draws=3):
     step = torch.finfo(case.dtype).smallest_normal * torch.finfo(case.dtype).eps
     errors = {}
     for draw in range(draws):
-        output, gradients = STEPS[case.op](**wide, grad=widened(grad), **case.options, r=noise(case.dtype, draw, uses_tf32(case)))
+        r = noise(case.dtype, draw, uses_tf32(case))
+        output, gradients = STEPS[case.op](**wide, grad=widened(grad), **case.options, r=r)
         for name, x in {"output": output, **gradients}.items():
             if name in truth:
                 grid = step * math.sqrt(math.prod(x.shape)) / 2

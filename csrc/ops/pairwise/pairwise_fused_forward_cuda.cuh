@@ -1,5 +1,5 @@
-// Forward of whitened pairwise attention on CUDA in one kernel (fp16, bf16, and float in TF32; sm_80 and later): the map
-// never leaves the chip.
+// Forward of whitened pairwise attention on CUDA in one kernel (fp16, bf16, and float in TF32; sm_80 and later): the
+// map never leaves the chip.
 //
 // A block owns a tile of queries and a slice of the value channels, and passes once over the keys (or over its split of
 // them) in tiles. Eight warps; each owns a 32 x 128 piece of the output in registers, and a piece of each tile of S:
@@ -216,8 +216,11 @@ void pairwise_fused_forward_cuda(const PairwiseArgs& args, Device& device, const
   op.query = {in.query, args.queries, args.width};
   const auto read_often = [&](const Matrix<const T>& x, int64_t channels) {
     const FusedOperand<T> operand(x, args.keys, channels);
-    if (operand.aligned || ceil_div_of(args.queries, tile.queries) < kReadsWorthACopy) return operand;
-    return FusedOperand<T>(product_operand<T>(device, x, args.batches, args.keys, channels, nullptr), args.keys, channels);
+    if constexpr (kHalf<T>)  // of Tf32, the operands are aligned copies already
+      if (!operand.aligned && ceil_div_of(args.queries, tile.queries) >= kReadsWorthACopy)
+        return FusedOperand<T>(product_operand<T>(device, x, args.batches, args.keys, channels, nullptr), args.keys,
+                               channels);
+    return operand;
   };
   op.key = read_often(in.key, args.width);
   op.value = read_often(in.value, args.channels);

@@ -50,8 +50,8 @@ struct FusedOperand {
 // Shared memory
 // ---------------------------------------------------------------------------------------------------------------------
 
-// `positions` x `channels` elements of an operand, both multiples of a line. Where it is read across its rows, the inner
-// one is a multiple of kFragmentRows.
+// `positions` x `channels` elements of an operand, both multiples of a line. Where it is read across its rows, the
+// inner one is a multiple of kFragmentRows.
 template <class T>
 struct Tile {
   T* data;  // [outer][pitch]
@@ -62,9 +62,7 @@ struct Tile {
   DNL_DEVICE int outer() const { return channel_first ? channels : positions; }
   DNL_DEVICE int inner() const { return channel_first ? positions : channels; }
   DNL_DEVICE bool across() const { return rows_are_positions == channel_first; }  // products sum over what is not dense
-  DNL_DEVICE int pitch() const {
-    return inner() + row_padding(sizeof(T), across()) / static_cast<int>(sizeof(T));
-  }
+  DNL_DEVICE int pitch() const { return inner() + row_padding(sizeof(T), across()) / static_cast<int>(sizeof(T)); }
 };
 
 template <class T>
@@ -136,15 +134,16 @@ struct FragmentReader {
   }
 
   DNL_DEVICE void load(uint32_t (&fragment)[4], int row, int depth) const {
-    // An address of its own for either order: from one for both the compiler makes spills.
-    if (!across) {
-      ldmatrix_x4(fragment, lane + row * row_step + depth);
-      return;
-    }
-    const T* from = lane + row + depth * depth_step;
     if constexpr (kHalf<T>) {
-      ldmatrix_x4_trans(fragment, from);
-    } else {
+      const T* from = lane + row * row_step + depth * depth_step;
+      if (across)
+        ldmatrix_x4_trans(fragment, from);
+      else
+        ldmatrix_x4(fragment, from);
+    } else if (!across) {
+      ldmatrix_x4(fragment, lane + row * row_step + depth);
+    } else {  // an address of its own: with one for either order there are spills
+      const T* from = lane + row + depth * depth_step;
       for (int r = 0; r < 4; r += 2, from += 4 * depth_step) {
         fragment[r] = bits_of(from[0]);
         fragment[r + 1] = bits_of(from[8]);
