@@ -216,9 +216,11 @@ void pairwise_fused_forward_cuda(const PairwiseArgs& args, Device& device, const
   op.query = {in.query, args.queries, args.width};
   const auto read_often = [&](const Matrix<const T>& x, int64_t channels) {
     const FusedOperand<T> operand(x, args.keys, channels);
-    if (operand.aligned || ceil_div_of(args.queries, tile.queries) < kReadsWorthACopy) return operand;
-    return FusedOperand<T>(product_operand<T>(device, x, args.batches, args.keys, channels, nullptr), args.keys,
-                           channels);
+    if constexpr (kHalf<T>)  // of Tf32, the operands are aligned copies already
+      if (!operand.aligned && ceil_div_of(args.queries, tile.queries) >= kReadsWorthACopy)
+        return FusedOperand<T>(product_operand<T>(device, x, args.batches, args.keys, channels, nullptr), args.keys,
+                               channels);
+    return operand;
   };
   op.key = read_often(in.key, args.width);
   op.value = read_often(in.value, args.channels);

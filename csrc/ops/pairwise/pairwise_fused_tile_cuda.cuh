@@ -134,15 +134,16 @@ struct FragmentReader {
   }
 
   DNL_DEVICE void load(uint32_t (&fragment)[4], int row, int depth) const {
-    // An address of its own for either order: from one for both the compiler makes spills.
-    if (!across) {
-      ldmatrix_x4(fragment, lane + row * row_step + depth);
-      return;
-    }
-    const T* from = lane + row + depth * depth_step;
     if constexpr (kHalf<T>) {
-      ldmatrix_x4_trans(fragment, from);
-    } else {
+      const T* from = lane + row * row_step + depth * depth_step;
+      if (across)
+        ldmatrix_x4_trans(fragment, from);
+      else
+        ldmatrix_x4(fragment, from);
+    } else if (!across) {
+      ldmatrix_x4(fragment, lane + row * row_step + depth);
+    } else {  // an address of its own: with one for either order there are spills
+      const T* from = lane + row + depth * depth_step;
       for (int r = 0; r < 4; r += 2, from += 4 * depth_step) {
         fragment[r] = bits_of(from[0]);
         fragment[r + 1] = bits_of(from[8]);
