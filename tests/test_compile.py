@@ -17,7 +17,9 @@ from cases import ARGUMENTS, ATTENTION
 from inputs import function, make
 from toolchain import needs_compiler, needs_gpu
 from torch import nn
+from torch._dynamo.exc import RecompileError
 from torch._dynamo.utils import counters
+from torch._inductor.exc import InductorError
 
 import dnl_ext
 from dnl_ext.modules import GlobalContext2d, NonLocal2d, SimplifiedNonLocal2d
@@ -261,7 +263,11 @@ class TestLimitsOfTorch:
         check_block(BLOCKS[2](8), 2, sizes=3, dynamic=True)
 
     @pytest.mark.parametrize("block", [BLOCKS[2](8), nn.Sequential(nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))])
-    @pytest.mark.xfail(strict=True, reason="pytorch #191885: strides of saved activations become constants")
+    @pytest.mark.xfail(
+        strict=True,
+        raises=RecompileError,
+        reason="pytorch #191885: strides of saved activations become constants",
+    )
     def test_training_with_dynamic_sizes_compiles_once(self, block):
         compiled = torch.compile(block, fullgraph=True, dynamic=True)
         with one_graph():
@@ -269,7 +275,11 @@ class TestLimitsOfTorch:
                 run(compiled, x)
 
     @pytest.mark.parametrize("name", ["dot product", "concatenation"])
-    @pytest.mark.xfail(strict=True, reason="pytorch #185510: inductor compares symbolic strides of two outputs")
+    @pytest.mark.xfail(
+        strict=True,
+        raises=InductorError,
+        reason="pytorch #185510: inductor compares symbolic strides as if they were numbers",
+    )
     def test_modes_without_a_softmax_train_with_dynamic_sizes(self, name):
         check_block(VARIANTS[name](), 2, sizes=1, dynamic=True)
 
