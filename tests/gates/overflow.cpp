@@ -96,6 +96,26 @@ void row_backward(int64_t row) {
   }
 }
 
+void part_row_backward(int64_t row) {
+  const Sparse<float> map((row + 1) * kColumns), grad((row + 1) * kColumns);
+  for (int64_t j = 0; j < kColumns; ++j) {
+    map.data[row * kColumns + j] = float(logit(j));
+    grad.data[row * kColumns + j] = float(j % 3);
+  }
+  const Sparse<float> stats(2 * (row + 1)), delta(row + 1);
+  stats.data[2 * row] = 6, stats.data[2 * row + 1] = 0.5f, delta.data[row] = 0.75f;
+  launch_one(
+      row, row + 1, &pairwise_part_row_backward_kernel<float>,
+      PartRowStep<float>{
+          map.data, grad.data, {stats.data, 2 * (row + 1)}, {delta.data, row + 1}, row + 1, kColumns, kColumns, 1},
+      row + 1);
+  for (int64_t j : {int64_t(0), int64_t(77), kColumns - 1}) {
+    const double p = 0.5 * std::exp(logit(j)) / 64;
+    near("part", row, "P", map.data[row * kColumns + j], p, 1e-3);
+    near("part", row, "dS", grad.data[row * kColumns + j], p * (j % 3 - 0.75), 1e-3);
+  }
+}
+
 constexpr float kLse = 4;  // keeps P below 1, as a real one does
 
 // P' and dS' of the backward for halves, by the chain's kernel.
@@ -316,21 +336,14 @@ void fused_forward(int64_t row) {
 
 // A case is one kernel family at one size, in turn; arguments as of the other programs.
 int main(int argc, char** argv) {
-  void (*const tests[])(int64_t) = {&map_softmax<float>,
-                                    &map_softmax<__nv_bfloat16>,
-                                    &map_softmax<__half>,
-                                    &row_backward,
-                                    &map_backward<__nv_bfloat16>,
-                                    &map_backward<__half>,
-                                    &fused_map<__nv_bfloat16>,
-                                    &fused_map<__half>,
-                                    &elementwise,
-                                    &column_sum,
-                                    &fused_forward<__nv_bfloat16>,
-                                    &fused_forward<Tf32>,
-                                    &standardise,
-                                    &far_softmax,
-                                    &row_sum};
+  void (*const tests[])(int64_t) = {&map_softmax<float>,   &map_softmax<__nv_bfloat16>,
+                                    &map_softmax<__half>,  &row_backward,
+                                    &part_row_backward,    &map_backward<__nv_bfloat16>,
+                                    &map_backward<__half>, &fused_map<__nv_bfloat16>,
+                                    &fused_map<__half>,    &elementwise,
+                                    &column_sum,           &fused_forward<__nv_bfloat16>,
+                                    &fused_forward<Tf32>,  &standardise,
+                                    &far_softmax,          &row_sum};
   const int64_t kinds = std::size(tests);
   std::vector<char*> arguments(argv, argv + argc);
   std::string count = std::to_string(2 * kinds);
