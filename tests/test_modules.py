@@ -230,9 +230,10 @@ class TestGradients:
         assert torch.autograd.gradcheck(call, (x, *parameters))
 
     @backends
-    def test_twice(self, backend):
+    def test_gradgradcheck(self, backend):
+        x = make_input(2, 3, 1, spatial=(2, 2))
         block = scramble(DisentangledNonLocal2d(3, 2, norm=None, backend=backend).double())
-        assert torch.autograd.gradgradcheck(block, (make_input(2, 3, 1, spatial=(2, 2)),))
+        assert torch.autograd.gradgradcheck(block, (x,))
 
     @backends
     def test_frozen_parameters(self, backend):
