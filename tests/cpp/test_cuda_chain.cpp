@@ -126,7 +126,9 @@ void test_pairwise(const Case& t) {
   }
   if (t.whiten) want_dq = centred(want_dq, B, N, D);
 
-  const double bound = kTf32 ? kBound<__half> : kBound<T>;  // both have 11 bits
+  // TF32 has the 11 bits of float16, but inputs that are not rounded to them yet: logits are off by half a unit in the
+  // last place of their size, and P by as much.
+  const double bound = kTf32 ? kBound<__half> + t.logit * 0x1p-12 : kBound<T>;
   const auto check = [&](const char* name, const Values& got, const Values& want, double factor) {
     const double error = relative(got, want);
     CHECK(error <= bound * factor,

@@ -11,9 +11,9 @@
 //
 //   queries x keys   channels of a slice   KiB with Dqk = 256 and a full slice: rows, channel-first
 //                                          16-bit types      TF32
-//   128 x 64         at most 256           152, 160          297, 304
-//   64 x 64          at most 512           142, 155          277, 290
-//   64 x 32          at most 512           89, 103           173, 187
+//   128 x 64         at most 256           152, 160          297, 312
+//   64 x 64          at most 512           142, 155          279, 299
+//   64 x 32          at most 512           89, 103           174, 195
 #pragma once
 
 #include <algorithm>
