@@ -55,15 +55,19 @@ class TestFunctions:
 
 class TestBlocks:
     def compare(self, block, dims):
+        """The bar is on all three sizes together: of the smallest, 32 numbers, plain PyTorch may be right by luck."""
         block = scramble(block).eval()
         plain, wide = (copy.deepcopy(block) for _ in range(2))
         plain.backend = wide.backend = "reference"
         wide.double()
+        results = []
         with torch.no_grad():
             session = session_of(export_block(block, dims, torch.float32))
             for batch, spatial in zip((2, 3, 1), SPATIAL[dims], strict=True):
                 x = make_input(dims, batch=batch, spatial=spatial, dtype=torch.float32).detach()
-                assert_within_the_bar(run_session(session, x), plain(x), wide(x.double()))
+                results.append((run_session(session, x), plain(x), wide(x.double())))
+                torch.testing.assert_close(*results[-1][:2], rtol=1e-5, atol=1e-5)
+        assert_within_the_bar(*(torch.cat([x.flatten() for x in column]) for column in zip(*results, strict=True)))
 
     def test_three_sizes(self):
         self.compare(BLOCKS[2].mmseg(8, reduction=2), 2)
@@ -74,6 +78,11 @@ class TestBlocks:
         self.compare(BLOCKS[dims](8), dims)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", VARIANTS)
+    @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "concatenation"])
     def test_three_sizes_of_variants(self, name):
         self.compare(VARIANTS[name](), 2)
+
+    def test_concatenation_has_no_translation(self):
+        """torch translates no searchsorted: what docs/pytorch.md says does not work."""
+        with pytest.raises(torch.onnx.OnnxExporterError, match="searchsorted"):
+            self.compare(VARIANTS["concatenation"](), 2)
