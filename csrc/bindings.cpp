@@ -30,8 +30,8 @@ static dnl::DType dtype_of(const std::string& name) {
                               : dnl::DType::f32;
 }
 
-// Asks torch's newer setting, fp32_precision, where there is one: allow_tf32 writes to it too, and raises when it is read
-// after both have been used.
+// Asks torch's newer setting, fp32_precision, where there is one: allow_tf32 writes to it too, and raises when it is
+// read after both have been used.
 static bool torch_allows_tf32() {
   if (!Py_IsInitialized()) return false;
   const py::gil_scoped_acquire gil;

@@ -214,8 +214,10 @@ struct PairwiseProblem {
           std::abs(ds) * (1 + sums * spread) + scale() * p[j] * (dps[j] + deltas) * 4 * sums * (1 + spread);
       for (int64_t d = 0; d < D; ++d) {
         const int64_t at_query = (b * N + i) * D + d, at_key = (b * M + j) * D + d;
-        x.dq[at_query] += round.operand(ds) * round.operand(kc[at_key]), size.dq[at_query] += magnitude * std::abs(key[at_key]);
-        x.dk[at_key] += round.operand(ds) * round.operand(qc[at_query]), size.dk[at_key] += magnitude * std::abs(q.value[at_query]);
+        x.dq[at_query] += round.operand(ds) * round.operand(kc[at_key]),
+            size.dq[at_query] += magnitude * std::abs(key[at_key]);
+        x.dk[at_key] += round.operand(ds) * round.operand(qc[at_query]),
+            size.dk[at_key] += magnitude * std::abs(q.value[at_query]);
       }
     }
   }

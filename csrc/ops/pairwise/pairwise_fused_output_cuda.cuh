@@ -37,11 +37,11 @@ struct FusedForward {
   FusedOperand<T> query, key, value;
   Rows<const float> bias;           // (batches, keys), or null
   Matrix<Result> output, residual;  // (batches, queries, channels); residual.data may be null
-  const float* offset;         // (batches, channels), or null
-  float* stats;                // (batches, queries, 2): shift and factor
-  float* maxima;               // (batches, queries), of base-2 logits: from slice 0 to the others; null with one slice
-  float* partial;              // (splits, batches, queries, channels) if splits > 1
-  float* split_statistics;     // (splits, batches, queries, 3): maximum, sum, sum as rounded, if splits > 1
+  const float* offset;              // (batches, channels), or null
+  float* stats;                     // (batches, queries, 2): shift and factor
+  float* maxima;            // (batches, queries), of base-2 logits: from slice 0 to the others; null with one slice
+  float* partial;           // (splits, batches, queries, channels) if splits > 1
+  float* split_statistics;  // (splits, batches, queries, 3): maximum, sum, sum as rounded, if splits > 1
   int64_t batches, queries, keys, channels;
   int width, first_slice, slices, slice_channels, group_channels, splits;
   bool position_fast;  // the output is channel-first
