@@ -113,12 +113,17 @@ DNL_DEVICE void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const ui
 #endif
 }
 
-// The nearest TF32 value (10 bits of fraction), ties away from zero.
-DNL_DEVICE uint32_t to_tf32(float x) {
-#ifdef __CUDACC__
+// The nearest TF32 value (10 bits of fraction), ties away from zero. Host code can name it, as rounded<T>() is for
+// both.
+DNL_HOST_DEVICE uint32_t to_tf32(float x) {
+#if defined(__CUDA_ARCH__)
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
+#elif defined(__CUDACC__)
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return x != x ? 0x7fffffffu : (bits + 0x1000u) & ~0x1fffu;
 #else
   return emulator::to_tf32(x);
 #endif
@@ -131,7 +136,7 @@ DNL_DEVICE uint32_t bits_of(Tf32 x) {
 }
 
 template <>
-DNL_DEVICE Tf32 rounded<Tf32>(float x) {
+DNL_HOST_DEVICE Tf32 rounded<Tf32>(float x) {
   const uint32_t bits = to_tf32(x);
   Tf32 result;
   memcpy(&result, &bits, sizeof(bits));
