@@ -1,14 +1,18 @@
 // The Python module dnl_ext._C: build information and capability queries. Nothing here is on the forward path, which
-// goes through torch.ops.dnl_ext.* (a pybind11 call would break torch.compile's graph).
+// goes through torch.ops.dnl_ext.* (a pybind11 call would break torch.compile's graph). The operators are a library of
+// their own, libdnl_ext.so, which knows no Python and which this one links to: a C++ program loads that alone.
 
 // torch's copy of pybind11 refuses to serve files that ask for the stable ABI; this one uses nothing else of torch.
 #undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 
 #include "core/cpu/kernels.h"
 #include "core/errors.h"
+#include "core/tf32.h"
 #include "ops/pairwise/pairwise_plan.h"
 
 #ifndef DNL_EXT_CUDA_ARCHS
@@ -27,6 +31,17 @@ static dnl::DType dtype_of(const std::string& name) {
                               : dnl::DType::f32;
 }
 
+// Asks torch's newer setting, fp32_precision, where there is one: allow_tf32 writes to it too, and raises when it is
+// read after both have been used.
+static bool torch_allows_tf32() {
+  if (!Py_IsInitialized()) return false;
+  const py::gil_scoped_acquire gil;
+  const py::module_ torch = py::module_::import("torch._C");
+  if (py::hasattr(torch, "_get_fp32_precision_getter"))
+    return torch.attr("_get_fp32_precision_getter")("cuda", "matmul").cast<std::string>() == "tf32";
+  return torch.attr("_get_cublas_allow_tf32")().cast<bool>();
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Build information of dnl_ext; the operators are torch.ops.dnl_ext.*";
 
@@ -39,6 +54,9 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetString(PyExc_NotImplementedError, e.what());
     }
   });
+
+  dnl::set_tf32_query(&torch_allows_tf32);
+  m.def("tf32_allowed", &dnl::tf32_allowed, "Whether torch lets products of float32 on CUDA use TF32.");
 
   m.def("build_info", [] {
     py::dict info;
@@ -105,10 +123,15 @@ PYBIND11_MODULE(_C, m) {
       "cuda_plan",
       [](const std::string& dtype, int64_t batches, int64_t queries, int64_t keys, int64_t width, int64_t channels,
          bool query_channel_first, bool key_channel_first, bool value_channel_first, bool backward, int capability,
-         int multiprocessors, int shared_bytes) {
-        const dnl::PairwiseShape shape{
-            dtype_of(dtype),    batches, queries, keys, width, channels, query_channel_first, key_channel_first,
-            value_channel_first};
+         int multiprocessors, int shared_bytes, std::optional<bool> tf32) {
+        dnl::PairwiseShape shape;
+        shape.dtype = dtype_of(dtype);
+        shape.tf32 = shape.dtype == dnl::DType::f32 && (tf32 ? *tf32 : dnl::tf32_allowed());
+        shape.batches = batches, shape.queries = queries, shape.keys = keys;
+        shape.width = width, shape.channels = channels;
+        shape.query_channel_first = query_channel_first;
+        shape.key_channel_first = key_channel_first;
+        shape.value_channel_first = value_channel_first;
         const dnl::Gpu gpu{capability, multiprocessors, shared_bytes ? shared_bytes : dnl::shared_bytes_of(capability)};
         const dnl::PairwisePlan plan = dnl::plan_pairwise(shape, gpu, dnl::requested_cuda_path(), backward);
         py::dict result;
@@ -128,9 +151,9 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dtype"), py::arg("batches"), py::arg("queries"), py::arg("keys"), py::arg("width"), py::arg("channels"),
       py::kw_only(), py::arg("query_channel_first") = false, py::arg("key_channel_first") = false,
       py::arg("value_channel_first") = false, py::arg("backward") = false, py::arg("capability") = 80,
-      py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 0,
+      py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 0, py::arg("tf32") = py::none(),
       "Path, reason and tiles that a CUDA call takes under the present DNL_EXT_CUDA_PATH. shared_bytes = 0: what the "
-      "architecture has.");
+      "architecture has. tf32 = None: what torch allows now.");
   m.def(
       "pairwise_compute_type",
       [](const std::string& dtype) {

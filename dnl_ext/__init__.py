@@ -3,11 +3,12 @@
 Functions: :func:`disentangled_attention`, :func:`pairwise_attention`, :func:`unary_attention`, :func:`whiten`,
 :func:`mean_subtract`, :func:`pairwise_softmax`, :func:`unary_softmax`, and without a softmax
 :func:`dot_product_attention`, :func:`concatenation_attention`, :func:`shared_key_logits`; the same names in plain
-PyTorch under :mod:`dnl_ext.reference`. Blocks: see :mod:`dnl_ext.modules`.
+PyTorch under :mod:`dnl_ext.reference`. Blocks: see :mod:`dnl_ext.modules`. Programs without Python or without this
+library: see :mod:`dnl_ext.export`.
 """
 
 from . import _load as _load  # first: the compiled operators, before anything that calls them
-from . import reference
+from . import export, reference
 from .config import show_config
 from .modules import (
     DisentangledMultiheadAttention,
@@ -58,6 +59,7 @@ __all__ = [
     "concatenation_attention",
     "disentangled_attention",
     "dot_product_attention",
+    "export",
     "mean_subtract",
     "pairwise_attention",
     "pairwise_softmax",

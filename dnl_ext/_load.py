@@ -7,8 +7,9 @@ REBUILD = "rebuild it against the torch you run: pip install --no-build-isolatio
 try:
     from . import _C
 except ImportError as error:
-    if "dnl_ext" in str(error) and "_C" in str(error) and "undefined symbol" not in str(error):
-        reason = "dnl_ext is not built: its compiled part, dnl_ext._C, is missing"
+    missing = any(name in str(error) for name in ("_C", "libdnl_ext.so: cannot open")) and "dnl_ext" in str(error)
+    if missing and "undefined symbol" not in str(error):
+        reason = "dnl_ext is not built: its compiled part, dnl_ext._C or the libdnl_ext.so beside it, is missing"
     else:
         reason = f"dnl_ext._C was built for another torch or Python and does not load into torch {torch.__version__}"
     raise ImportError(f"{reason}; {REBUILD} ({error})") from error

@@ -291,7 +291,7 @@ def cuda_plan(dtype, sizes, channel_first, capability, multiprocessors):
     except (NotImplementedError, ValueError) as error:
         return {"path": "none", "why": str(error)}
     paths = {"chain": CHAIN, "fused": FUSED}
-    tf32 = dtype == "float32" and torch.backends.cuda.matmul.allow_tf32
+    tf32 = dtype == "float32" and _C.tf32_allowed()
     call = {
         "path": paths[forward["path"]],
         "why": forward["why"],

@@ -27,6 +27,11 @@ def pytest_collection_modifyitems(config, items):
             seen.add(function)
 
 
+def pytest_make_parametrize_id(config, val, argname):
+    """Names of dtypes in the tests' ids, so that -k finds them."""
+    return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
@@ -51,6 +56,15 @@ def device(request):
         pytest.skip("needs a GPU and dnl_ext built with CUDA")
     with routes.route(request.param, zlib.crc32(request.node.nodeid.encode())):
         yield request.param
+
+
+@pytest.fixture
+def allow_tf32():
+    """A function that says whether float32 products on a GPU may use TF32, until the test ends."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    yield lambda allowed: setattr(matmul, "allow_tf32", allowed)
+    matmul.allow_tf32 = before
 
 
 @pytest.fixture(scope="session")

@@ -35,8 +35,9 @@ struct NamingDevice {
 template <class T>
 void name_fused(NamingDevice& device) {
   pairwise_fused_forward_cuda<T>(PairwiseArgs{}, device, ForwardPlan{});
-  fused_backward_map<T>(device, SoftmaxBackwardStep<T>{}, FusedOperand<T>{}, FusedOperand<T>{}, FusedOperand<T>{},
-                        FusedOperand<T>{}, nullptr, 0);
+  if constexpr (kHalf<T>)
+    fused_backward_map<T>(device, SoftmaxBackwardStep<T>{}, FusedOperand<T>{}, FusedOperand<T>{}, FusedOperand<T>{},
+                          FusedOperand<T>{}, nullptr, 0);
 }
 
 template <class T>
@@ -49,13 +50,14 @@ void name_all(NamingDevice& device) {
   unary_backward_cuda<T>(UnaryArgs{}, device);
   pairwise_forward_cuda<T>(PairwiseArgs{}, device);
   pairwise_backward_cuda<T>(PairwiseArgs{}, device);
-  if constexpr (kHalf<T>) name_fused<T>(device);
+  if constexpr (!std::is_same_v<T, double>) name_fused<FusedOf<T>>(device);
 }
 
 void name_kernels(NamingDevice& device) {
 #ifdef DNL_FUSED
   name_fused<__nv_bfloat16>(device);
   name_fused<__half>(device);
+  name_fused<Tf32>(device);
 #else
   name_all<double>(device);
   name_all<float>(device);

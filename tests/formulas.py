@@ -1,7 +1,8 @@
 """The formulas of every operator, output and gradients, written out for torch tensors and numpy arrays alike.
 
 r(x, kind) is called on every intermediate that an implementation must round: "sum" is kept in the accumulate type,
-"operand" is multiplied again and may be kept in the tensors' own dtype, "result" is written in it.
+"operand" is multiplied again and may be kept in the tensors' own dtype, "result" is written in it, "factor" enters a
+product, which in TF32 rounds it.
 """
 
 import math
@@ -24,6 +25,10 @@ def _sum(x, axis=-1):
 
 def _mean(x, axis=-2):
     return x.mean(axis=axis, keepdims=True)
+
+
+def _product(x, y, r):
+    return r(x, "factor") @ r(y, "factor")
 
 
 def _softmax(x, r, kind):
@@ -82,11 +87,11 @@ def _scale(query, scale):
 def _logits(query, key, scale, whiten, r):
     """q', k' and S."""
     q, k = _centred(query, whiten, r), _centred(key, whiten, r)
-    return q, k, r(_scale(query, scale) * (q @ k.swapaxes(-1, -2)), "sum")
+    return q, k, r(_scale(query, scale) * _product(q, k.swapaxes(-1, -2), r), "sum")
 
 
 def _logit_gradients(ds, query, key, q, k, scale, whiten, r):
-    dq, dk = ds @ k, ds.swapaxes(-1, -2) @ q
+    dq, dk = _product(ds, k, r), _product(ds.swapaxes(-1, -2), q, r)
     if whiten == "channel":
         dq = r(dq, "sum") - r(_mean(dq), "sum")
     elif whiten is not None:
@@ -131,14 +136,14 @@ def disentangled_attention_steps(query, key, value, mask_logits=None, *, grad, s
     """The unary term is rank one: dv_j += u_j G and dm_j = u_j (<G, v_j> - <G, pooled>), with G = sum_i dy_i."""
     q, k, s = _logits(query, key, scale, whiten, r)
     p = _softmax(s, r, "operand")
-    output, dv, dm = p @ value, p.swapaxes(-1, -2) @ grad, None
+    output, dv, dm = _product(p, value, r), _product(p.swapaxes(-1, -2), grad, r), None
     if mask_logits is not None:
         total = r(grad.sum(axis=-2), "sum")
         pooled, unary = unary_attention_steps(mask_logits, value, grad=total, r=r)
         output, dv, dm = output + pooled[..., None, :], dv + unary["value"], unary["mask_logits"]
     # Delta = <dy, y> from the pairwise output that the forward keeps: a fused backward has no row of P to take it from.
     delta = (grad * r(p @ value, "saved")).sum(axis=-1)[..., None]
-    ds = r(p * (r(grad @ value.swapaxes(-1, -2), "sum") - delta), "operand")
+    ds = r(p * (r(_product(grad, value.swapaxes(-1, -2), r), "sum") - delta), "operand")
     dq, dk = _logit_gradients(ds, query, key, q, k, _scale(query, scale), whiten, r)
     gradients = {"query": dq, "key": dk, "value": r(dv, "result")}
     if dm is not None:

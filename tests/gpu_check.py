@@ -11,7 +11,8 @@ Steps, in this order; each has a share of the time, and what is left over goes t
     repeats    20 shapes, 250 times each, forward and backward, bit-equal, chain and fused
     together   two processes on the GPU at once, both right
     sanitize   compute-sanitizer where it is installed: memcheck, racecheck, synccheck, initcheck on 100 small cases
-    bench      `python -m dnl_ext bench` in bf16, fp16, fp32 beside every peer, most important sizes first
+    bench      `python -m dnl_ext bench` in bf16, fp16, fp32 with and without TF32 beside every peer, most important
+               sizes first
 
 Writes check.json and check.md into a folder named after the device. Prints PASS, or each failure; exits 1 if any step
 failed, 3 where there is no GPU that torch can use. Settings: CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, as for a build.
@@ -124,7 +125,7 @@ class Check:
         return self.record("operators registered", began, status == 0, text[-500:])
 
     def test(self):
-        for path, chosen in (("chain", ()), ("fused", ("-k", "bfloat16 or float16"))):
+        for path, chosen in (("chain", ()), ("fused", ("-k", "bfloat16 or float16 or tf32"))):
             began = time.time()
             # As many of the 2,000 random cases as make up the `values` step run there, under a limit of time.
             skip = ("--deselect", "test_cuda.py::TestValues::test_error_is_within_the_bar")
@@ -185,8 +186,18 @@ class Check:
             else:
                 self.record(name, began, status == 0, detail)
 
+    def fits(self, timing):
+        """Whether the fused forward has tiles for it on this GPU: those of TF32 are large."""
+        if timing.path != "fused":
+            return True
+        from dnl_ext import _C
+
+        capability = int(self.report.device["capability"].replace(".", ""))
+        dtype = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32"}[timing.dtype]
+        return "fused_tile" in _C.cuda_plan(dtype, 1, 4096, 4096, *timing.shape, capability=capability, tf32=True)
+
     def bench(self):
-        wanted = gpu_report.timings()
+        wanted = [timing for timing in gpu_report.timings() if self.fits(timing)]
         done = []
         for timing in wanted:
             # Planned anew before each: estimates err, time does not.
@@ -195,7 +206,7 @@ class Check:
             began = time.time()
             budget = f"{max(1, timing.seconds / 2):.0f}"
             with tempfile.NamedTemporaryFile(suffix=".json") as file:
-                command = [sys.executable, "-m", "dnl_ext", "bench", "--device", "cuda", "--dtype", timing.dtype,
+                command = [sys.executable, "-m", "dnl_ext", "bench", "--device", "cuda", *timing.dtype_options,
                            "--n", ",".join(map(str, timing.positions)), "--shapes", ",".join(map(str, timing.shape)),
                            "--budget", budget, "--memory", "--json", file.name]  # fmt: skip
                 status, text = self.call(command, 1.0, DNL_EXT_CUDA_PATH=timing.path)

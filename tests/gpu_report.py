@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 
 SHAPES = ((256, 256), (256, 512), (256, 1024), (512, 2048))  # Dqk, Dv
 POSITIONS = (4096, 8192, 9409, 16384, 32768)
-DTYPES = ("bf16", "fp16", "fp32")
+DTYPES = ("bf16", "fp16", "tf32", "fp32")  # tf32: fp32 where TF32 is allowed
 PATHS = ("chain", "fused")
 FUSED_WIDTH = 256  # most Dqk of the fused forward (csrc/ops/pairwise/pairwise_plan.h)
 
@@ -29,8 +29,13 @@ class Timing:
     def seconds(self):
         width, channels = self.shape
         flops = sum(2 * n * n * (4 * width + 3 * channels) for n in self.positions)
-        per_type = 8 if self.dtype == "fp32" else 1
+        per_type = {"fp32": 8, "tf32": 2}.get(self.dtype, 1)
         return START_SECONDS + CASE_SECONDS * len(self.positions) + SAMPLES * per_type * flops / RATE
+
+    @property
+    def dtype_options(self):
+        """Of the benchmark's command line."""
+        return ("--dtype", "fp32", "--tf32") if self.dtype == "tf32" else ("--dtype", self.dtype)
 
     @property
     def name(self):
@@ -101,7 +106,8 @@ def rows(report):
                 if result["method"] != "dnl_ext" and entry["timing"]["path"] != "chain":
                     continue
                 method = f"dnl_ext {entry['timing']['path']}" if result["method"] == "dnl_ext" else result["method"]
-                key = (c["dtype"], c["direction"], c["width"], c["channels"], c["queries"])
+                dtype = entry["timing"].get("dtype", c["dtype"])
+                key = (dtype, c["direction"], c["width"], c["channels"], c["queries"])
                 yield *key, method, best and best * 1e3, result.get("gflops"), result["status"]
 
 

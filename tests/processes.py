@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+#: What the fork server imports. The last two, of a second each, come with a first optimizer and a first sharding.
+PRELOAD = ["torch", "torch.distributed", "dnl_ext", "torch._dynamo", "torch.distributed.fsdp"]
 #: Seconds beyond the time limit for a process to start, and to end.
 GRACE = 30
 #: Seconds after the first failure in which an earlier one may still be reported.
@@ -29,14 +31,14 @@ class RankError(Exception):
     """A rank raised, died or ran out of time. The message has its number, and its traceback where there is one."""
 
 
-def run(function, world_size, *args, timeout=120, backend="gloo"):
+def run(function, world_size, *args, timeout=300, backend="gloo"):
     """Call ``function(rank, world_size, *args)`` in every process of a group.
 
     Args:
         function: defined at the top level of a module. It finds the default group of torch.distributed initialised.
         world_size: number of processes.
         args: pickled, as are the results; tensors are copied.
-        timeout: seconds that each process may take.
+        timeout: seconds that the function may take in a process, and that joining the group may take before it.
         backend: ``"gloo"``, or ``"nccl"``, where the current CUDA device is the rank's number.
 
     Returns:
@@ -46,7 +48,7 @@ def run(function, world_size, *args, timeout=120, backend="gloo"):
         RankError: the failure that was first in time. The other processes have been ended.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "dnl_ext"])
+    context.set_forkserver_preload(PRELOAD)
     processes, pipes = [], {}
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -61,7 +63,7 @@ def run(function, world_size, *args, timeout=120, backend="gloo"):
                 process.start()
                 processes.append(process)
                 sender.close()
-            return _gather(processes, pipes, time.monotonic() + timeout + GRACE, folder)
+            return _gather(processes, pipes, time.monotonic() + 2 * timeout + GRACE, folder)
         finally:
             for process in processes:
                 process.kill()
@@ -119,6 +121,7 @@ def _process(sender, call, rank, world_size, folder, timeout, backend):
             store = dist.FileStore(str(Path(folder) / "store"), world_size)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
             function, args = pickle.loads(call)
+            faulthandler.dump_traceback_later(timeout, exit=True, file=stack)
             report = (time.monotonic(), None, function(rank, world_size, *args))
             # Without it, the first rank to end could end a collective that another is still in.
             dist.barrier()

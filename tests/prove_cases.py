@@ -5,7 +5,8 @@
 Prints one JSON object: cases that ran, and what failed. Kinds:
 
 - ``random``     every operator on the CPU against the bar of accuracy.py, values and gradients;
-- ``emulated``   the same by the emulated CUDA route; DNL_EXT_CUDA_PATH=fused takes the fused kernels where they can;
+- ``emulated``   the same by the emulated CUDA route; DNL_EXT_CUDA_PATH=fused takes the fused kernels where they can,
+                 with TF32 allowed;
 - ``positions``  NaN and infinities come out where the reference has them;
 - ``repeats``    a case is a shape: forward and backward 250 times, bit-equal;
 - ``cuda``, ``cuda-repeats``    as ``emulated`` and ``repeats``, on a GPU.
@@ -21,12 +22,14 @@ import torch
 import dnl_ext
 
 REPEATS = 250
+FUSED = (torch.bfloat16, torch.float16, torch.float32)
+WIDEST = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 176}  # of query and key, with tiles on every GPU
 
 
-def repeat(seed, halves=False):
+def repeat(seed, fused=False):
     generator = torch.Generator().manual_seed(seed)
     every = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
-    dtype = every[seed % 2 * 2 + 1] if halves else every[seed % 4]
+    dtype = FUSED[seed % 3] if fused else every[seed % 4]
     n, m, d, c = 17 + 11 * (seed % 10), 29 + 13 * (seed % 7), 8 + 3 * (seed % 20), 5 + 7 * (seed % 6)
     sizes = ((2, n, d), (2, m, d), (2, m, c), (2, m))
     inputs = [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in sizes]
@@ -48,9 +51,9 @@ def fused_case(seed):
     """A random case that the fused kernels take; None if this seed's is wider."""
     import cases
 
-    dtype = (torch.bfloat16, torch.float16)[seed % 2]
+    dtype = FUSED[seed % 3]
     case = cases.random_case(seed, op="disentangled_attention", dtype=dtype, large=0)
-    return case if case.shapes["query"][-1] <= 256 and case.shapes["value"][-1] else None
+    return case if case.shapes["query"][-1] <= WIDEST[dtype] and case.shapes["value"][-1] else None
 
 
 def checks(kind):
@@ -59,6 +62,7 @@ def checks(kind):
     import cases
 
     fused = os.environ.get("DNL_EXT_CUDA_PATH") == "fused"
+    torch.backends.cuda.matmul.allow_tf32 = fused  # for float32, which is fused in TF32 alone
     route, _, what = kind.partition("-")
 
     def random(seed):
@@ -72,7 +76,7 @@ def checks(kind):
     if kind == "positions":
         return "cpu", accuracy.check_poisoned
     if kind in ("repeats", "cuda-repeats"):
-        return "cpu" if kind == "repeats" else route, lambda seed: repeat(seed, halves=fused and what == "repeats")
+        return "cpu" if kind == "repeats" else route, lambda seed: repeat(seed, fused=fused and what == "repeats")
     raise SystemExit(f"no kind '{kind}'")
 
 

@@ -69,19 +69,24 @@ def build_emulated():
 
 @functools.cache
 def emulated_library():
-    """Builds and loads it; torch.ops.dnl_cuda_emulated then has every operator. Returns what must stay alive."""
+    """Builds and loads it; torch.ops.dnl_cuda_emulated then has every operator. Returns what must stay alive.
+
+    Products of float32 in it use TF32 where torch allows that.
+    """
     path = build_emulated()
     library = torch.library.Library(NAME, "DEF")
     for name in OPERATORS:
         schema = str(getattr(torch.ops.dnl_ext, name).default._schema)
         library.define(schema.removeprefix("dnl_ext::"))
     torch.ops.load_library(path)
-    return ctypes.CDLL(str(path)), library
+    loaded, query = ctypes.CDLL(str(path)), ctypes.CFUNCTYPE(ctypes.c_bool)(dnl_ext._C.tf32_allowed)
+    loaded.set_emulated_tf32_query(query)
+    return loaded, library, query
 
 
 def configure(turns="ascending", seed=0, max_threads=1024):
     """Sets the emulator's options (tests/emulator/state.h)."""
-    library, _ = emulated_library()
+    library, *_ = emulated_library()
     library.configure_emulator(TURNS.index(turns), ctypes.c_uint64(seed), ctypes.c_int64(max_threads))
 
 

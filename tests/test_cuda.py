@@ -51,7 +51,7 @@ def failures(seeds, route=lambda op: getattr(dnl_ext, op), **draw):
     messages = []
     for seed in seeds:
         case = cases.random_case(seed, **draw)
-        failed = [error for error in accuracy.measure(case, route(case.op)) if not error.passes]
+        failed = accuracy.failures(case, route(case.op))
         if failed:
             messages.append(f"{case}\n  " + "\n  ".join(map(str, failed)))
     return messages
@@ -145,11 +145,20 @@ class TestValues:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("tf32", [False, True])
-    def test_large_means(self, dtype, tf32, monkeypatch):
+    def test_large_means(self, dtype, tf32, allow_tf32):
         """Centring comes before any rounding to TF32. The bar is the reference's error under the same setting."""
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", tf32)
+        allow_tf32(tf32)
         q, k, v, m = inputs_on("cuda", dtype, queries=512, keys=512, width=64, channels=64)
         assert_within_bar((q + 30, k + 30, v + 30, m), dtype)
+
+    @pytest.mark.parametrize("channel_first", [False, True])
+    @pytest.mark.parametrize(("width", "channels"), [(16, 48), (64, 256), (176, 300)])
+    def test_tf32(self, width, channels, channel_first, allow_tf32):
+        """float32 where TF32 is allowed, by either path; tails of every tile, and several slices."""
+        allow_tf32(True)
+        inputs = inputs_on("cuda", torch.float32, queries=523, keys=389, width=width, channels=channels,
+                           channel_first=channel_first)  # fmt: skip
+        assert_within_bar(inputs, torch.float32)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_empty_batch_and_no_queries(self, dtype):

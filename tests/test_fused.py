@@ -4,6 +4,7 @@ Random cases are held to the bar of tests/accuracy.py. Which tiles, slices and s
 the emulated one changes from case to case: see GPUS. The short form runs CASES of them, --slow runs SLOW_CASES.
 """
 
+import concurrent.futures
 import math
 import random
 
@@ -15,27 +16,30 @@ import torch
 
 import dnl_ext
 
-HALVES = (torch.bfloat16, torch.float16)
+#: What the fused kernels take; float32 because the fixture `fused` allows TF32.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+#: Of what is multiplied: 10 bits of fraction in TF32.
+EPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: accuracy.EPS_TF32}
 #: Compute capability (hence shared memory: 163, 99, 227 KiB) and multiprocessors (more of them, more splits).
 GPUS = ("80,4", "89,2", "90,132", "89,24")
 CASES, SLOW_CASES, AT_ONCE = 100, 6000, 100
-#: A gradient that is truly zero (a single key, equal queries) comes out exactly zero in the reference, whose error then
-#: allows none. There the chain misses the bar too, now and then, and the fused path may be off as far as the chain is.
-ZERO, NO_WORSE = 1e-12, 1.25
+#: Most Dqk of float32 where a block has 99 KiB of shared memory.
+WIDTH_IN_99_KIB = 176
 
 
 @pytest.fixture(params=["emulated", "cuda"])
-def fused(request, monkeypatch):
-    """dnl_ext on CPU tensors, by the fused path of a route; a function that sets the emulated GPU."""
+def fused(request, monkeypatch, allow_tf32):
+    """dnl_ext on CPU tensors, by the fused path of a route, TF32 allowed; a function that sets the emulated GPU."""
     if request.param == "cuda" and not routes.HAS_GPU:
         pytest.skip("needs a GPU and dnl_ext built with CUDA")
     monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fused")
+    allow_tf32(True)
     with routes.route(request.param):
         yield lambda gpu: monkeypatch.setenv("DNL_EXT_EMULATED_GPU", gpu)
 
 
-def fused_case(seed):
-    """A case within the fused path's limits: Dqk <= 256, any Dv; few keys more often than many."""
+def fused_case(seed, gpu):
+    """A case within the fused path's limits on `gpu`: Dqk <= 256, any Dv; few keys more often than many."""
     rng = random.Random(seed)
 
     def size(most):
@@ -47,6 +51,9 @@ def fused_case(seed):
         return rng.randint(1, min(80, most)) if kind < 0.7 else rng.randint(1, most)
 
     nq, nk, dqk, dv = size(200), size(200), size(256), size(700)
+    dtype = rng.choice(DTYPES)
+    if dtype == torch.float32 and gpu.startswith("89"):
+        dqk = min(dqk, WIDTH_IN_99_KIB)
     if rng.random() < 0.15:  # enough tiles of keys to be split
         nk, dv = rng.randint(300, 1000), min(dv, 100)
     lead = rng.choice(((), (1,), (2,), (2, 1)))
@@ -64,7 +71,7 @@ def fused_case(seed):
         dv=dv,
         mask="mask_logits" in names,
         seed=seed,
-        dtype=rng.choice(HALVES),
+        dtype=dtype,
         layouts={name: layout or rng.choice(cases.LAYOUTS) for name in names},
         mean=rng.choice((0.0, 10.0, 30.0)),
         signs=rng.choice(("same", "mixed")),
@@ -77,40 +84,35 @@ def fused_case(seed):
     )
 
 
-def check_cases(seeds, fused, monkeypatch):
+def check_cases(seeds, fused):
     """Fail with every case above the bar."""
     messages = []
     for seed in seeds:
         fused(GPUS[seed % len(GPUS)])
-        case = fused_case(seed)
-        failed = [error for error in accuracy.measure(case) if not error.passes]
-        if failed and all(error.size <= ZERO for error in failed):
-            with monkeypatch.context() as patch:
-                patch.setenv("DNL_EXT_CUDA_PATH", "chain")
-                chain = {error.name: error for error in accuracy.measure(case)}
-            failed = [e for e in failed if chain[e.name].passes or e.ours > NO_WORSE * chain[e.name].ours]
-        if failed:
+        case = fused_case(seed, GPUS[seed % len(GPUS)])
+        if failed := accuracy.failures(case):
             messages.append(f"{case} on {GPUS[seed % len(GPUS)]}\n  " + "\n  ".join(map(str, failed)))
     assert not messages, f"{len(messages)} cases failed\n" + "\n".join(messages)
 
 
 class TestError:
     @pytest.mark.parametrize("first", range(0, CASES, AT_ONCE))
-    def test_is_within_the_bar(self, fused, monkeypatch, first):
-        check_cases(range(first, first + AT_ONCE), fused, monkeypatch)
+    def test_is_within_the_bar(self, fused, first):
+        check_cases(range(first, first + AT_ONCE), fused)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("first", range(CASES, SLOW_CASES, AT_ONCE))
-    def test_is_within_the_bar_long(self, fused, monkeypatch, first):
-        check_cases(range(first, first + AT_ONCE), fused, monkeypatch)
+    def test_is_within_the_bar_long(self, fused, first):
+        check_cases(range(first, first + AT_ONCE), fused)
 
-    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("layout", ["contiguous", "channel_first"])
     def test_widest_tiles(self, fused, dtype, layout):
         """Full tiles on every kind of GPU: aligned, Dqk = 256, slices of 256 and 512 and two of them."""
-        for gpu, dv in (("80,4", 256), ("80,4", 512), ("89,4", 512), ("80,4", 640)):
+        for gpu, dv in (("80,4", 256), ("80,4", 512), ("89,4", 512), ("80,4", 640), ("90,4", 256)):
             fused(gpu)
-            accuracy.check(cases.make_case(lead=(), nq=72, nk=136, dqk=256, dv=dv, dtype=dtype, layout=layout))
+            dqk = WIDTH_IN_99_KIB if dtype == torch.float32 and gpu.startswith("89") else 256
+            accuracy.check(cases.make_case(lead=(), nq=72, nk=136, dqk=dqk, dv=dv, dtype=dtype, layout=layout))
 
 
 def step(inputs, **options):
@@ -127,7 +129,7 @@ def inputs_of(dtype, queries=70, keys=90, width=40, channels=72, batch=(2,)):
 
 
 class TestPath:
-    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_differs_from_the_chain_in_roundings_only(self, fused, monkeypatch, dtype):
         """That the fused kernels ran at all: equal bits would be the chain's."""
         inputs = inputs_of(dtype)
@@ -136,9 +138,9 @@ class TestPath:
         chain = step(inputs)
         assert not all(torch.equal(x, y) for x, y in zip(ours, chain, strict=True))
         for x, y in zip(ours, chain, strict=True):
-            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=4 * torch.finfo(dtype).eps * y.abs().max())
+            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=4 * EPS[dtype] * y.abs().max())
 
-    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_splits_change_roundings_only(self, fused, dtype):
         inputs = inputs_of(dtype, queries=40, keys=600, width=16, channels=520)
         fused("89,1")
@@ -148,18 +150,19 @@ class TestPath:
             str(dtype).removeprefix("torch."), 2, 40, 600, 16, 520, capability=89, multiprocessors=64
         )["splits"] > 1  # fmt: skip
         for x, y in zip(step(inputs, scale=1.0), whole, strict=True):
-            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=2 * torch.finfo(dtype).eps * y.abs().max())
+            torch.testing.assert_close(x.double(), y.double(), rtol=0, atol=2 * EPS[dtype] * y.abs().max())
 
-    @pytest.mark.parametrize("dtype", HALVES)
+    @pytest.mark.parametrize("dtype", DTYPES)
     def test_repeats_are_bit_equal(self, fused, dtype):
         inputs = inputs_of(dtype, keys=400)
         for x, y in zip(step(inputs), step(inputs), strict=True):
             assert torch.equal(x, y)
 
-    def test_not_finite_stays_where_the_reference_has_it(self, fused):
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_not_finite_stays_where_the_reference_has_it(self, fused, dtype):
         for where in range(3):
             for bad in (math.nan, math.inf, -math.inf):
-                inputs = inputs_of(torch.bfloat16)
+                inputs = inputs_of(dtype)
                 inputs[where][0, 3, 5] = bad
                 ours = dnl_ext.disentangled_attention(*inputs)
                 reference = dnl_ext.reference.disentangled_attention(*inputs)
@@ -168,8 +171,8 @@ class TestPath:
     @pytest.mark.parametrize(
         ("dtype", "width", "channels", "words"),
         [
-            (torch.float32, 16, 16, "bfloat16 and float16, got float32"),
-            (torch.float64, 16, 16, "bfloat16 and float16, got float64"),
+            (torch.float64, 16, 16, "and float32 where TF32 is allowed; got float64"),
+            (torch.float32, 257, 16, "at most 256 query channels, got 257"),
             (torch.bfloat16, 257, 16, "at most 256 query channels, got 257"),
             (torch.float16, 16, 0, "value channels"),
         ],
@@ -177,6 +180,20 @@ class TestPath:
     def test_refuses_what_it_cannot_take(self, fused, dtype, width, channels, words):
         with pytest.raises((NotImplementedError, RuntimeError), match=words):
             dnl_ext.disentangled_attention(*inputs_of(dtype, width=width, channels=channels))
+
+    def test_float32_is_refused_where_tf32_is_not_allowed(self, fused, allow_tf32):
+        allow_tf32(False)
+        with pytest.raises((NotImplementedError, RuntimeError), match="got float32 without TF32"):
+            dnl_ext.disentangled_attention(*inputs_of(torch.float32))
+
+    def test_tf32_reaches_the_products_of_the_chain(self, emulated, allow_tf32):
+        """What the library does on a GPU, the emulated route does too: the bar of the fused path rests on it."""
+        inputs = inputs_of(torch.float32)
+        exact = step(inputs)
+        allow_tf32(True)
+        rounded = step(inputs)
+        assert not torch.equal(exact[0], rounded[0])
+        torch.testing.assert_close(exact[0], rounded[0], rtol=0, atol=4 * EPS[torch.float32] * exact[0].abs().max())
 
     def test_old_gpu_and_unknown_path_are_refused(self, emulated, monkeypatch):
         inputs = inputs_of(torch.bfloat16)
@@ -193,12 +210,65 @@ def plan(dtype="bfloat16", batches=1, queries=16384, keys=16384, width=256, chan
     return dnl_ext._C.cuda_plan(dtype, batches, queries, keys, width, channels, **options)
 
 
+class TestTf32:
+    """The operators ask torch, by way of the Python module."""
+
+    def test_both_settings_of_torch_are_read(self, allow_tf32):
+        matmul = torch.backends.cuda.matmul
+        for allowed in (True, False):
+            allow_tf32(allowed)
+            assert dnl_ext._C.tf32_allowed() is allowed
+        if not hasattr(torch._C, "_get_fp32_precision_getter"):
+            pytest.skip("this torch has the older setting alone")
+        before = matmul.fp32_precision
+        try:
+            for precision in ("tf32", "ieee"):
+                matmul.fp32_precision = precision  # reading allow_tf32 may raise from here on
+                assert dnl_ext._C.tf32_allowed() is (precision == "tf32")
+        finally:
+            matmul.fp32_precision = before
+
+    def test_is_asked_from_any_thread(self, allow_tf32):
+        allow_tf32(True)
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            assert all(pool.map(lambda _: dnl_ext._C.tf32_allowed(), range(100)))
+
+    def test_decides_the_plan(self, monkeypatch, allow_tf32):
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fused")
+        allow_tf32(True)
+        assert plan(dtype="float32")["path"] == "fused"
+        assert plan(dtype="float32", backward=True)["path"] == "chain"
+        allow_tf32(False)
+        with pytest.raises(NotImplementedError, match="got float32 without TF32"):
+            plan(dtype="float32")
+        assert plan(dtype="float32", tf32=True)["path"] == "fused"
+        with pytest.raises(NotImplementedError, match="got float64"):
+            plan(dtype="float64", tf32=True)
+        monkeypatch.delenv("DNL_EXT_CUDA_PATH")
+        assert plan(dtype="float32", tf32=True)["path"] == "chain"
+
+    @pytest.mark.parametrize("channel_first", [False, True])
+    def test_tiles_fit(self, channel_first):
+        """163 and 227 KiB hold tiles for every width; 99 KiB for those up to WIDTH_IN_99_KIB."""
+        layout = dict.fromkeys(("query_channel_first", "key_channel_first", "value_channel_first"), channel_first)
+        for capability, limit, widest in ((80, 163, 256), (90, 227, 256), (100, 227, 256), (89, 99, WIDTH_IN_99_KIB)):
+            for width in (1, 16, 64, 100, 176, 256):
+                for channels in (1, 64, 256, 512, 2048):
+                    p = plan("float32", width=width, channels=channels, capability=capability, tf32=True, **layout)
+                    if width > widest:
+                        assert "no tile" in p["why"]
+                        continue
+                    assert 0 < p["shared_bytes"] <= 1024 * limit
+                    assert p["slices"] * p["slice_channels"] >= channels > (p["slices"] - 1) * p["slice_channels"]
+
+
 class TestPlan:
     def test_default_is_the_chain(self, monkeypatch):
         monkeypatch.delenv("DNL_EXT_CUDA_PATH", raising=False)
         for backward in (False, True):
             assert plan(backward=backward)["path"] == "chain" and "not been measured" in plan(backward=backward)["why"]
-        assert "float32" in plan(dtype="float32")["why"] and "at most 256" in plan(width=300)["why"]
+        assert "without TF32" in plan(dtype="float32", tf32=False)["why"]
+        assert "at most 256" in plan(width=300)["why"]
 
     def test_environment_forces_a_path(self, monkeypatch):
         for path in ("chain", "fused"):

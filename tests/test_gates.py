@@ -32,7 +32,7 @@ def test_random_cases(gate):
     assert mutants.verdict(program(gate), 100, "all") is None
 
 
-@pytest.mark.parametrize(("gate", "type"), [("chain", "float"), ("fused", "__nv_bfloat16")])
+@pytest.mark.parametrize(("gate", "type"), [("chain", "float"), ("fused", "__nv_bfloat16"), ("fused_forward", "Tf32")])
 def test_random_cases_of_pairwise_attention(gate, type):
     assert mutants.verdict(program(gate, "plain", type), 40, "all") is None
 

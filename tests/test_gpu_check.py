@@ -16,12 +16,25 @@ class TestPlan:
     def test_most_important_first(self):
         first = timings()[0]
         assert first == Timing("chain", "bf16", (256, 256), (4096, 9409))
-        assert {t.dtype for t in timings()} == {"bf16", "fp16", "fp32"}
+        assert {t.dtype for t in timings()} == {"bf16", "fp16", "tf32", "fp32"}
         assert {n for t in timings() for n in t.positions} == set(gpu_report.POSITIONS)
 
     def test_fused_only_where_it_can_run(self):
         fused = [t for t in timings() if t.path == "fused"]
         assert fused and all(t.dtype != "fp32" and t.shape[0] <= 256 for t in fused)
+
+    def test_tf32_is_fp32_with_a_flag(self):
+        options = {t.dtype: t.dtype_options for t in timings()}
+        assert options["tf32"] == ("--dtype", "fp32", "--tf32") and options["fp32"] == ("--dtype", "fp32")
+        assert {t.path for t in timings() if t.dtype == "tf32"} == {"chain", "fused"}
+
+    @pytest.mark.parametrize(("capability", "takes"), [("9.0", True), ("8.0", True), ("8.9", False), ("12.0", False)])
+    def test_only_tiles_that_fit_are_timed(self, tmp_path, monkeypatch, capability, takes):
+        monkeypatch.delenv("DNL_EXT_CUDA_PATH", raising=False)
+        check = gpu_check.Check({"name": "x", "capability": capability}, 1, tmp_path)
+        assert check.fits(Timing("fused", "tf32", (256, 512), (4096,))) is takes
+        assert check.fits(Timing("fused", "bf16", (256, 512), (4096,)))
+        assert check.fits(Timing("chain", "fp32", (512, 2048), (4096,)))
 
     def test_fits_into_the_time_in_order(self):
         wanted = timings()

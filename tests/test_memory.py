@@ -40,9 +40,7 @@ def measure(ops, positions, width, channels, dtype, threads):
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak becomes what is resident now
     before = status("VmRSS")
-    y = {"fused": dnl_ext, "reference": dnl_ext.reference}[ops].disentangled_attention(q, k, v, m)
-    y.backward(dy)
-    results = (y, q.grad, k.grad, v.grad, m.grad)
+    results = step(ops, q, k, v, m, dy)
     assert all(x.isfinite().all() for x in results)
     return status("VmHWM") - before - sum(x.numel() * x.element_size() for x in results)
 
@@ -54,13 +52,22 @@ print(json.dumps([measure(*call) for call in calls]))
 """
 
 
+#: What is measured: a function of the name of `ops`, inputs and gradient that returns all results.
+STEP = """
+def step(ops, q, k, v, m, dy):
+    y = getattr(dnl_ext, ops, dnl_ext).disentangled_attention(q, k, v, m)
+    y.backward(dy)
+    return y, q.grad, k.grad, v.grad, m.grad
+"""
+
+
 def call(ops, positions, width=256, channels=512, dtype="float32", threads=2):
     return ops, positions, width, channels, dtype, threads
 
 
 @functools.cache
-def beyond(*calls):
-    """Bytes that forward and backward of each call need beyond inputs, output and gradients."""
+def beyond(*calls, step=STEP):
+    """Bytes that `step` of each call needs beyond its inputs and results."""
     root = pathlib.Path(__file__).parents[1]
     environment = {
         **os.environ,
@@ -68,17 +75,18 @@ def beyond(*calls):
         "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system, and is seen when taken again
     }
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(calls)], env=environment, capture_output=True, text=True
+        [sys.executable, "-c", step + SCRIPT, json.dumps(calls)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-pytestmark = pytest.mark.skipif(
+on_linux = pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak can be reset on Linux only"
 )
 
 
+@on_linux
 class TestPeak:
     MEASURED = (
         call("reference", 2048, 8, 8),

@@ -233,12 +233,12 @@ class TestLayout:
         """Through the public function: a graph holds it, a call without one does not make it."""
         inputs, _ = make(dtype=torch.bfloat16)
         calls = []
-        original = dnl_ext.ops.pairwise.DisentangledAttention.apply
+        original = dnl_ext.ops.pairwise._attend
         for requires, expected in ((True, True), (False, False)):
             leaves = [x.detach().requires_grad_(requires) for x in inputs]
             spy = lambda *x: calls.append(x[-1]) or original(*x)  # noqa: E731
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(dnl_ext.ops.pairwise.DisentangledAttention, "apply", spy)
+                patch.setattr(dnl_ext.ops.pairwise, "_attend", spy)
                 disentangled_attention(*leaves)
             assert calls.pop() is expected
 

@@ -66,9 +66,7 @@ class TestRun:
         assert not multiprocessing.active_children()
 
     def test_time_limit(self, tmp_path):
-        start = time.monotonic()
         with pytest.raises(processes.RankError, match=r"^rank [01] of 2 ran out of time\n(?s:.*)in sleep_on_one"):
             processes.run(sleep_on_one, 2, tmp_path, timeout=5)
-        assert time.monotonic() - start < 5 + processes.GRACE
         pids = [int(path.name) for path in tmp_path.iterdir()]
         assert len(pids) == 2 and not any(map(alive, pids))

@@ -173,13 +173,6 @@ class TestDifferentiation:
         torch.testing.assert_close(torch.autograd.grad(compiled(x), x), expected)
         torch.library.opcheck(torch.ops.dnl_ext.whiten_forward, (x.detach(), name, 0, 1e-5))
 
-    @names
-    def test_a_second_derivative_raises(self, name):
-        x = torch.randn(2, 5, 4, dtype=torch.float64, requires_grad=True)
-        (dx,) = torch.autograd.grad(dnl_ext.whiten(x, name).pow(3).sum(), x, create_graph=True)
-        with pytest.raises(NotImplementedError, match="second derivatives"):
-            dx.sum().backward()
-
 
 @on_every_device
 class TestLayout:

@@ -2,17 +2,20 @@
 // ValueError is std::invalid_argument, which pybind11 maps without our help.
 #pragma once
 
+// Visible outside libdnl_ext.so, where all else is hidden: what dnl_ext._C, another library, catches or calls.
+#define DNL_EXPORT __attribute__((visibility("default")))
+
 #include <sstream>
 #include <stdexcept>
 #include <string>
 
 namespace dnl {
 
-struct TypeError : std::runtime_error {
+struct DNL_EXPORT TypeError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-struct NotImplementedError : std::runtime_error {
+struct DNL_EXPORT NotImplementedError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from dnl_ext._load import _C
 from dnl_ext.config import cpu_model, show_config
 
 from . import timing
@@ -76,7 +77,7 @@ def describe_device(device):
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
             "cuda": torch.version.cuda,
-            "allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+            "allow_tf32": _C.tf32_allowed(),
         }
     return shown
 

@@ -1,16 +1,28 @@
-"""Exit codes of the commands: 2 with one line for what the user can fix, 128 + signal when interrupted."""
+"""Exit codes of the commands: 2 with one line for what the user can fix, 128 + signal when interrupted.
+
+Of several processes in step with each other, the main one speaks for all (`tell`).
+"""
 
 import functools
 import signal
 
 import typer
 
+from ..segmentation import distributed
 from ..segmentation.errors import InputError, Interrupted
 
 
+def tell(message):
+    """Print on stderr, once for all processes. Every process must come here."""
+    if distributed.is_main():
+        typer.echo(message, err=True)
+    # A launcher ends the others as soon as one has ended, and the main process must have spoken before that.
+    distributed.wait()
+
+
 def fail(message):
-    """Print one line on stderr and exit with code 2."""
-    typer.echo(f"error: {message}", err=True)
+    """Print one line on stderr and exit with code 2; see :func:`tell`."""
+    tell(f"error: {message}")
     raise typer.Exit(2)
 
 
@@ -31,19 +43,30 @@ def one_line_errors(command):
             fail(error)
         except Interrupted as stop:
             where = f"; the state is saved, continue with\n  {options_to_resume(stop)}" if stop.checkpoint else ""
-            typer.echo(f"stopped after step {stop.step}{where}", err=True)
+            tell(f"stopped after step {stop.step}{where}")
             raise typer.Exit(128 + stop.signum) from None
         except KeyboardInterrupt:
-            typer.echo("stopped", err=True)
+            if distributed.is_main():
+                typer.echo("stopped", err=True)
             raise typer.Exit(128 + signal.SIGINT) from None
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            fail("out of memory: try --backend fused, a smaller --crop or a smaller --batch-size")
+            # These are of one process: the others are not where it is.
+            if out_of_memory(error):
+                process = f"process {distributed.rank()} is " if distributed.is_distributed() else ""
+                remedy = "try --backend fused, a smaller --crop or a smaller --batch-size"
+                typer.echo(f"error: {process}out of memory: {remedy}", err=True)
+                raise typer.Exit(2) from None
+            if distributed.is_lost(error):
+                if distributed.is_main():
+                    typer.echo("error: another process of this training has ended", err=True)
+                raise typer.Exit(1) from None
+            raise
 
     return wrapped
 
 
 def options_to_resume(stop):
     """The command that continues an interrupted training."""
-    return f"python -m dnl_ext train --resume --out {stop.checkpoint.parent}"
+    processes = distributed.world_size()
+    launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
+    return f"{launch} -m dnl_ext train --resume --out {stop.checkpoint.parent}"

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ..segmentation import distributed
+from ..segmentation.errors import InputError
 from .errors import fail, one_line_errors
 
 RUN, DATA, NETWORK = "Run", "Data", "Network and optimizer"
@@ -34,8 +36,10 @@ def train(
     val_every: Annotated[int | None, option("Steps between validations, 0: at the end only (100).", RUN)] = None,
     save_every: Annotated[int | None, option("Steps between checkpoints (50).", RUN)] = None,
     seed: Annotated[int | None, option("Seed of weights, data order and augmentation (0).", RUN)] = None,
-    threads: Annotated[int | None, option("CPU threads of PyTorch (its own choice).", RUN)] = None,
-    device: Annotated[str | None, option("auto, cpu, cuda or cuda:N (auto).", RUN)] = None,
+    threads: Annotated[int | None, option("CPU threads of PyTorch, in each process (its own choice).", RUN)] = None,
+    device: Annotated[
+        str | None, option("auto, cpu, cuda or cuda:N; under torchrun cuda is one GPU for each process (auto).", RUN)
+    ] = None,
     data: Annotated[str | None, option("Folder of images and label PNGs (mosaics of photographs).", DATA)] = None,
     task: Annotated[
         str | None,
@@ -47,9 +51,9 @@ def train(
     ] = None,
     classes: Annotated[int | None, option("Number of classes, where the layout leaves it open.", DATA)] = None,
     crop: Annotated[str | None, option("Height x width of training crops in pixels (512x1024).", DATA)] = None,
-    batch_size: Annotated[int | None, option("Crops per step (2).", DATA)] = None,
+    batch_size: Annotated[int | None, option("Crops per step, shared out to all processes (2).", DATA)] = None,
     val_images: Annotated[int | None, option("Validation images to use (8 mosaics; all of a folder).", DATA)] = None,
-    workers: Annotated[int | None, option("Threads that prepare images ahead (1).", DATA)] = None,
+    workers: Annotated[int | None, option("Threads that prepare images ahead, in each process (1).", DATA)] = None,
     variant: Annotated[
         str | None,
         option(
@@ -62,6 +66,7 @@ def train(
         option("fused: memory linear in the tokens, reference: plain PyTorch with N x N maps (fused)."),
     ] = None,
     amp: Annotated[str | None, option("none, or bf16: autocast to bfloat16 (none).")] = None,
+    dtype: Annotated[str | None, option("float32, or float64: slow, to compare runs (float32).")] = None,
     optimizer: Annotated[str | None, option("adamw, or sgd with momentum 0.9 (adamw).")] = None,
     lr: Annotated[float | None, option("Peak learning rate; polynomial decay, power 0.9 (0.002).")] = None,
     encoder_lr: Annotated[float | None, option("Factor on the encoder's learning rate (1).")] = None,
@@ -77,12 +82,16 @@ def train(
 
     Without options it runs on mosaics of the photographs in scikit-image's wheel, 8,192 tokens per crop. Ctrl-C saves;
     --resume continues, on a CPU bit for bit. Numbers in parentheses are the defaults.
+
+    In several processes: torchrun --nproc-per-node 2 -m dnl_ext train ... They share each batch, so the same options
+    and seed give the same run, up to rounding, in any number of processes that divides --batch-size.
     """
+    distributed.start()
     typed = {
         "steps": steps, "val_every": val_every, "save_every": save_every, "seed": seed, "threads": threads,
         "device": device, "data": data, "task": task, "layout": layout, "classes": classes, "batch_size": batch_size,
         "val_images": val_images, "workers": workers, "variant": variant, "backend": backend, "amp": amp, "lr": lr,
-        "optimizer": optimizer,
+        "dtype": dtype, "optimizer": optimizer,
         "encoder_lr": encoder_lr, "weight_decay": weight_decay, "block_gain": block_gain, "temperature": temperature,
         "width": width, "crop": parse_size(crop) if crop else None,
     }  # fmt: skip
@@ -96,35 +105,53 @@ def train(
     run(typed, out, resume=resume, overwrite=overwrite, init=init, epochs=epochs, stop_after=stop_after)
 
 
-def run(typed, out, *, resume, overwrite, init, epochs, stop_after):
-    """Open everything, train, say what came out."""
+def read(typed, path, resume, overwrite, init, epochs):
+    """The settings of a run, and the other arguments of its Trainer; ``path`` is that of its checkpoint.
+
+    Raises:
+        InputError: options, files or folders that cannot be used.
+    """
     import dataclasses
-    from pathlib import Path
 
     from ..segmentation import checkpoint
-    from ..segmentation.config import resolve, show
-    from ..segmentation.network import tokens
-    from ..segmentation.progress import TerminalProgress
-    from ..segmentation.trainer import CHECKPOINT, Trainer, open_data
+    from ..segmentation.config import resolve
+    from ..segmentation.trainer import open_data
 
-    path = Path(out) / CHECKPOINT
     if path.exists() and not resume and not overwrite:
-        fail(f"{path} exists: --resume continues that run, --overwrite starts anew")
+        raise InputError(f"{path} exists: --resume continues that run, --overwrite starts anew")
     state = checkpoint.load(path) if resume else None
     config = resolve(typed, state and state["config"], path)
     data = open_data(config)
     if epochs is not None:
         steps = max(1, math.ceil(epochs * data.epoch / config.batch_size))
         if state is not None and steps != config.steps:
-            fail(f"checkpoint {path} was made with --steps {config.steps}, --epochs {epochs:g} are {steps}")
+            raise InputError(f"checkpoint {path} was made with --steps {config.steps}, --epochs {epochs:g} are {steps}")
         config = dataclasses.replace(config, steps=steps)
     weights = checkpoint.load(init) if init else None
-    trainer = Trainer(config, out, state=state, state_path=path, init=weights, init_path=init, data=data)
-    config = trainer.config
+    return config, {"state": state, "state_path": path, "init": weights, "init_path": init, "data": data}
+
+
+def run(typed, out, *, resume, overwrite, init, epochs, stop_after):
+    """Open everything, train, say what came out."""
+    from pathlib import Path
+
+    from ..segmentation.config import show
+    from ..segmentation.network import tokens
+    from ..segmentation.progress import TerminalProgress
+    from ..segmentation.trainer import CHECKPOINT, Trainer
+
+    path = Path(out) / CHECKPOINT
+    config, options = distributed.together(read, typed, path, resume, overwrite, init, epochs)
+    trainer = Trainer(config, out, **options)
+    if not distributed.is_main():
+        trainer.run(stop_after=stop_after)
+        return
+    config, data = trainer.config, trainer.data
     crops = f"{config.batch_size} crops of {show(config.crop)} ({tokens(config.crop):,} tokens)"
+    processes = f"{distributed.world_size()} processes with " if distributed.is_distributed() else ""
     typer.echo(
         f"{config.variant} ({config.backend}) on {data.name}: {len(data.classes)} classes, {crops}, "
-        f"{trainer.device}, {config.threads} threads"
+        f"{trainer.device}, {processes}{config.threads} threads"
     )
     if trainer.step:
         typer.echo(f"resuming {path} after step {trainer.step}")

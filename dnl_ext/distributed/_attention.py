@@ -21,7 +21,7 @@ Blocks of queries bound what an operator needs beside its results; centred copie
 import torch
 from torch.autograd import Function
 
-from ..ops._common import accumulate_type, empty_like_layout, first_derivative, ops
+from ..ops._common import accumulate_type, empty_like_layout, last_derivative, ops
 from . import _exchange
 
 #: Positions that are widened to float64 at a time.
@@ -307,5 +307,6 @@ def _mean_backward(grad_mean, shape, dtype, shards):
     return grad.to(dtype).unsqueeze(-2).expand(shape)
 
 
-_run_backward, _run_unary_backward = first_derivative(_backward), first_derivative(_unary_backward)
-_run_mean_backward = first_derivative(_mean_backward)
+_MISSING = "second derivatives of attention over sharded positions"
+_run_backward, _run_unary_backward = last_derivative(_backward, _MISSING), last_derivative(_unary_backward, _MISSING)
+_run_mean_backward = last_derivative(_mean_backward, _MISSING)

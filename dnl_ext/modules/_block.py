@@ -28,7 +28,7 @@ from ._common import (
 )
 from ._inputs import AttentionInputs
 
-#: Who computes the attention. "reference" holds the N x N map and differentiates twice.
+#: Who computes the attention. "reference" holds the N x N map.
 BACKENDS = {"fused": ops, "reference": reference}
 
 #: Attribute (and state dict) name of each layer, in the order in which the original registers its parameters.

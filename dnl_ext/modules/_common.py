@@ -89,7 +89,12 @@ def check_temperature(value):
 
 
 def check_input(x, dims, channels, window):
-    """Check a block's input (B, channels, *spatial); `window` is the smallest spatial size of each dimension."""
+    """Check a block's input (B, channels, *spatial); `window` is the smallest spatial size of each dimension.
+
+    Not under torch.jit.trace, where sizes are tensors: a comparison would warn, and not be kept.
+    """
+    if torch.jit.is_tracing():
+        return
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"input: expected a torch.Tensor, got {type(x).__name__}")
     if x.dim() != dims + 2:
@@ -103,7 +108,7 @@ def check_input(x, dims, channels, window):
 
 def per_position(layer, x):
     """layer(x) for 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off again."""
-    if x.shape[2]:
+    if torch.jit.is_tracing() or x.shape[2]:
         return layer(x)
     row = x.new_zeros((*x.shape[:2], 1, *x.shape[3:]))
     return layer(torch.cat((x, row), 2)).narrow(2, 0, 0)  # of x and not of zeros alone: the backward must pass here

@@ -189,7 +189,7 @@ class DisentangledNonLocal2d(_DisentangledNonLocal):
         style: names of the layers in the state dict, and their initialisation: ``"plain"`` (``conv_query``,
             ``conv_key``, ``conv_value``, ``conv_mask``, ``conv_out``, ``norm``, ``gamma``), ``"mmseg"`` or
             ``"official"``.
-        backend: ``"fused"``, or ``"reference"``: plain PyTorch with the N x N map, which can be differentiated twice.
+        backend: ``"fused"``, or ``"reference"``: plain PyTorch with the N x N map.
 
     Initialisation: convolutions normal with deviation 0.01 and zero bias; the norm's weight (``conv_out`` where there
     is no norm) zero, so that the block starts as the identity, except where a learned gamma without a unary term does

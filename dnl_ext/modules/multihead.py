@@ -174,6 +174,8 @@ class DisentangledMultiheadAttention(nn.Module):
         return output, weights if batched else weights.squeeze(0)
 
     def _checked(self, query, key, value):
+        if torch.jit.is_tracing():  # as in check_input
+            return query, key, value
         widths = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
         for (name, width), x in zip(widths.items(), (query, key, value), strict=True):
             if not isinstance(x, torch.Tensor):

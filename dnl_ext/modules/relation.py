@@ -86,13 +86,7 @@ class RelationModule(nn.Module):
         Raises:
             TypeError: not a tensor. ValueError: shapes that do not fit.
         """
-        for name, x in (("features", features), ("boxes", boxes)):
-            if not isinstance(x, torch.Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-        if features.dim() < 2 or features.shape[-1] != self.in_channels:
-            raise ValueError(f"features: expected shape (..., N, {self.in_channels}), got {tuple(features.shape)}")
-        if boxes.shape != (*features.shape[:-1], 4):
-            raise ValueError(f"boxes: expected shape {(*features.shape[:-1], 4)}, got {tuple(boxes.shape)}")
+        self._check(features, boxes)
 
         def heads(layer):  # (..., relations, N, width)
             return layer(features).unflatten(-1, (self.num_relations, -1)).transpose(-3, -2)
@@ -107,6 +101,17 @@ class RelationModule(nn.Module):
         logits = logits + weight.to(logits.dtype).clamp(min=self.eps).log()
         relations = torch.softmax(logits, -1).to(value.dtype) @ value
         return features + relations.transpose(-3, -2).flatten(-2)
+
+    def _check(self, features, boxes):
+        if torch.jit.is_tracing():  # as in check_input
+            return
+        for name, x in (("features", features), ("boxes", boxes)):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if features.dim() < 2 or features.shape[-1] != self.in_channels:
+            raise ValueError(f"features: expected shape (..., N, {self.in_channels}), got {tuple(features.shape)}")
+        if boxes.shape != (*features.shape[:-1], 4):
+            raise ValueError(f"boxes: expected shape {(*features.shape[:-1], 4)}, got {tuple(boxes.shape)}")
 
     def extra_repr(self):
         return (

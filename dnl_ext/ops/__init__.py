@@ -1,5 +1,6 @@
 """Operators: one file per operator, with its autograd Function, fake implementation and vmap rule."""
 
+from . import flops as _registers_the_formulas  # noqa: F401
 from . import part as part  # its operators' fake implementations
 from .linear import concatenation_attention, dot_product_attention, shared_key_logits
 from .pairwise import disentangled_attention, pairwise_attention, pairwise_softmax

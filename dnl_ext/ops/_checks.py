@@ -4,6 +4,7 @@ The compiled operators check again (csrc/core/operator.h, csrc/ops/*/*_op.h): th
 and they see physical tensors. Messages name the argument, what was wanted and what came.
 """
 
+import functools
 import importlib
 import math
 
@@ -17,6 +18,17 @@ FLOAT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 def is_dtensor(x):
     """Whether `x` is a torch.distributed.tensor.DTensor, found out without importing that."""
     return type(x).__name__ == "DTensor" and type(x).__module__.startswith("torch.distributed.")
+
+
+def _untraced(check):
+    """Leaves a check out under torch.jit.trace: sizes are tensors there, a comparison would warn, and not be kept."""
+
+    @functools.wraps(check)
+    def run(*args):
+        if not torch.jit.is_tracing():
+            check(*args)
+
+    return run
 
 
 def check_tensor(name, x, shape):
@@ -38,6 +50,7 @@ def check_tensor(name, x, shape):
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")
 
 
+@_untraced
 def check_alike(name, x, other_name, other, shape):
     """`x` is a tensor of the dtype and device of `other`, of exactly `shape`."""
     check_tensor(name, x, "(...)")
@@ -57,12 +70,14 @@ def check_mean(x, dim):
         raise ValueError(f"dim: expected a value from {-x.dim()} to {x.dim() - 1}, got {dim}")
 
 
+@_untraced
 def check_softmax(name, x):
     check_tensor(name, x, "(..., N)")
     if x.shape[-1] == 0:
         raise ValueError(f"{name}: expected at least one column, got shape {tuple(x.shape)}")
 
 
+@_untraced
 def check_unary(mask_logits, value):
     check_tensor("value", value, "(..., Nk, Dv)")
     check_alike("mask_logits", mask_logits, "value", value, value.shape[:-1])
@@ -70,6 +85,7 @@ def check_unary(mask_logits, value):
         raise ValueError(f"value: expected at least one key, got shape {tuple(value.shape)}")
 
 
+@_untraced
 def check_query_key(query, key, scale, whiten):
     check_tensor("query", query, "(..., Nq, Dqk)")
     check_tensor("key", key, "(..., Nk, Dqk)")
@@ -83,6 +99,7 @@ def check_query_key(query, key, scale, whiten):
     check_whiten_name(whiten)
 
 
+@_untraced
 def check_pairwise(query, key, value, mask_logits, scale, whiten):
     check_query_key(query, key, scale, whiten)
     check_tensor("value", value, "(..., Nk, Dv)")

@@ -11,11 +11,8 @@ def accumulate_type(dtype):
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def empty_like_layout(x, sizes, dtype=None):
-    """A dense tensor of `sizes` whose dimensions are ordered in memory as those of `x` (same number of dimensions).
-
-    The same rule as `empty_like_layout` in csrc/core/operator.h; dimensions of stride 0 keep their place.
-    """
+def memory_order(x):
+    """The dimensions of `x` from the slowest in memory to the fastest; those of stride 0 keep their place."""
     order = list(range(x.dim()))
     for i in range(1, x.dim()):
         j = i
@@ -28,26 +25,118 @@ def empty_like_layout(x, sizes, dtype=None):
                 break
             order[j - 1], order[j] = inner, outer
             j -= 1
+    return order
+
+
+def empty_like_layout(x, sizes, dtype=None):
+    """A dense tensor of `sizes` whose dimensions are ordered in memory as those of `x` (same number of dimensions).
+
+    The same rule as `empty_like_layout` in csrc/core/operator.h.
+    """
     strides, step = [0] * x.dim(), 1
-    for dim in reversed(order):
+    for dim in reversed(memory_order(x)):
         strides[dim] = step
         step *= max(sizes[dim], 1)
     return torch.empty_strided(sizes, strides, dtype=dtype or x.dtype, device=x.device)
 
 
-def first_derivative(operator):
-    """The function that runs a backward operator; asking for the derivative of its result raises NotImplementedError.
+def without_autocast(x):
+    """A context in which torch's products on the device of `x` keep the types they are given."""
+    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+
+
+def save(ctx, *tensors):
+    """Keep `tensors` for both modes of differentiation. (vmap wants one list; torch.compile knows no forward mode.)"""
+    ctx.save_for_backward(*tensors)
+    if not torch.compiler.is_compiling():
+        ctx.save_for_forward(*tensors)
+
+
+def in_transform():
+    """Whether a transform of torch.func or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def mark_constant(ctx, *outputs):
+    """Mark `outputs` as what nobody differentiates; in transforms a jvp gives them zeros.
+
+    (Marks are lost under vmap, and forward mode wants a tangent of an output exactly where there is no mark.)
+    """
+    if torch.compiler.is_compiling() or not in_transform():
+        ctx.mark_non_differentiable(*outputs)
+
+
+def zeros_like(tensors):
+    """Zero tangents of outputs that nobody differentiates."""
+    return [torch.zeros_like(x) for x in tensors]
+
+
+def add(first, second):
+    """The sum of two tuples of tensors, either of which may be None for zero."""
+    if first is None or second is None:
+        return second if first is None else first
+    return tuple(x + y for x, y in zip(first, second, strict=True))
+
+
+def traceable(function):
+    """`function`, a Function, without its jvp: torch.compile traces none that has one."""
+    return type(f"Traced{function.__name__}", (function,), {"jvp": staticmethod(Function.jvp)})
+
+
+class Product(Function):
+    """a @ b (..., N, M) of a (..., N, K) and b (..., K, M), and its derivatives, in the inputs' type under autocast."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b):
+        with without_autocast(a):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        save(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        a, b = ctx.saved_tensors
+        need_a, need_b = ctx.needs_input_grad
+        return product(grad, b.mT) if need_a else None, product(a.mT, grad) if need_b else None
+
+    @staticmethod
+    def jvp(ctx, tangent_a, tangent_b):
+        a, b = ctx.saved_tensors
+        return product(tangent_a, b) + product(a, tangent_b)
+
+
+TracedProduct = traceable(Product)
+
+
+def product(a, b):
+    """a @ b of one dtype and the same leading dimensions; autocast changes neither it nor its derivatives.
+
+    A context alone would not do for these: they run under the autocast of whoever calls backward.
+    """
+    if torch.jit.is_tracing():  # a trace holds operators alone
+        with without_autocast(a):
+            return a @ b
+    return (TracedProduct if torch.compiler.is_compiling() else Product).apply(a, b)
+
+
+def last_derivative(function, what):
+    """The function that runs `function`; asking for a derivative of its result raises, naming `what` is missing.
 
     torch's ``once_differentiable`` cuts the graph behind the result, and then a caller who allows unused inputs gets
-    None for a second derivative that is not zero. Here the graph goes on to every input and raises at this node.
+    None for a derivative that is not zero. Here the graph goes on to every input and raises at this node.
     """
+    message = f"dnl_ext: {what} are not implemented"
 
-    class FirstDerivative(Function):
+    class LastDerivative(Function):
         generate_vmap_rule = True
 
         @staticmethod
         def forward(*args):
-            return operator(*args)
+            return function(*args)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
@@ -55,11 +144,32 @@ def first_derivative(operator):
 
         @staticmethod
         def backward(ctx, *grads):
-            raise NotImplementedError("dnl_ext: second derivatives are not implemented")
+            raise NotImplementedError(message)
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            raise NotImplementedError(message)
+
+    return LastDerivative.apply
+
+
+def differentiable(name, function):
+    """The function that runs operator `name` and is differentiated as `function`, an autograd Function around it.
+
+    The derivative is registered with the operator, for exported programs and traced graphs hold operators alone, and it
+    costs half a Function. torch.func's transforms and torch.compile differentiate Functions only, and forward mode
+    passes a registered derivative by without a word; all three get `function`.
+    """
+    operator = getattr(ops, name).default
+    torch.library.register_autograd(f"dnl_ext::{name}", function.backward, setup_context=function.setup_context)
+    traced = traceable(function)
 
     def run(*args):
-        # A compiled graph has no second derivative to guard (torch.compile raises by itself), and no nested Functions.
-        return operator(*args) if torch.compiler.is_compiling() else FirstDerivative.apply(*args)
+        if torch.compiler.is_compiling():
+            return traced.apply(*args)
+        if in_transform():
+            return function.apply(*args)
+        return operator(*args)
 
     return run
 

@@ -8,11 +8,7 @@ the unary logits that share their keys with the pairwise term, which are one pro
 import torch
 
 from ._checks import check_alike, check_pairwise, check_query_key, check_tensor
-from ._common import accumulate_type
-
-
-def _without_autocast(x):
-    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+from ._common import accumulate_type, product, without_autocast
 
 
 def shared_key_logits(query, key):
@@ -32,7 +28,7 @@ def shared_key_logits(query, key):
     """
     check_query_key(query, key, 1.0, None)
     mean = query.mean(-2, dtype=accumulate_type(query.dtype)).to(query.dtype)
-    return (key @ mean.unsqueeze(-1)).squeeze(-1)
+    return product(key, mean.unsqueeze(-1)).squeeze(-1)
 
 
 def dot_product_attention(query, key, value):
@@ -52,9 +48,8 @@ def dot_product_attention(query, key, value):
     """
     check_pairwise(query, key, value, None, 1.0, None)
     wide = accumulate_type(query.dtype)
-    with _without_autocast(query):
-        context = key.to(wide).transpose(-2, -1) @ value.to(wide) / key.shape[-2]  # (..., Dqk, Dv)
-        return (query.to(wide) @ context).to(query.dtype)
+    context = product(key.to(wide).mT, value.to(wide)) / key.shape[-2]  # (..., Dqk, Dv)
+    return product(query.to(wide), context).to(query.dtype)
 
 
 def concatenation_attention(query_logits, key_logits, value):
@@ -82,9 +77,9 @@ def concatenation_attention(query_logits, key_logits, value):
     check_tensor("query_logits", query_logits, "(..., Nq)")
     check_alike("query_logits", query_logits, "value", value, (*value.shape[:-2], query_logits.shape[-1]))
     keys = value.shape[-2]
-    if keys == 0:
+    if not torch.jit.is_tracing() and keys == 0:
         raise ValueError(f"value: expected at least one key, got shape {tuple(value.shape)}")
-    with _without_autocast(value):
+    with without_autocast(value):
         a, v = query_logits.double(), value.double()
         b, order = key_logits.double().sort(dim=-1, descending=True)
         v = v.gather(-2, order.unsqueeze(-1).expand(v.shape))

@@ -4,11 +4,20 @@ import torch
 from torch.autograd import Function
 
 from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, is_dtensor, parse_scale
-from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
-from .unary import Softmax
+from ._common import (
+    accumulate_type,
+    differentiable,
+    empty_like_layout,
+    mark_constant,
+    ops,
+    product,
+    register_batching,
+    save,
+    zeros_like,
+)
+from .pairwise_autograd import AttentionGradient, AttentionTangent
+from .unary import softmax
 from .whiten import whiten as _whiten
-
-_pairwise_backward = first_derivative(ops.pairwise_backward)
 
 
 class DisentangledAttention(Function):
@@ -28,8 +37,8 @@ class DisentangledAttention(Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         query, key, value, mask_logits, ctx.scale, ctx.whiten, _ = inputs
-        ctx.save_for_backward(query, key, value, mask_logits, *output)
-        ctx.mark_non_differentiable(*output[1:])  # softmax_stats, residual, pooled, mask_lse
+        save(ctx, query, key, value, mask_logits, *output)
+        mark_constant(ctx, *output[1:])  # softmax_stats, residual, pooled, mask_lse
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -37,9 +46,18 @@ class DisentangledAttention(Function):
         needs = ctx.needs_input_grad[:4]
         if grad_output is None or not any(needs):
             return (None,) * 7
-        grads = _pairwise_backward(grad_output, *ctx.saved_tensors, ctx.scale, ctx.whiten, *needs)
+        gradient = ops.pairwise_backward if torch.compiler.is_compiling() else AttentionGradient.apply
+        grads = gradient(grad_output, *ctx.saved_tensors, ctx.scale, ctx.whiten, *needs)
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return *grads, None, None, None  # scale, whiten, save_residual
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        tangent = AttentionTangent.apply(*ctx.saved_tensors, *tangents[:4], ctx.scale, ctx.whiten)
+        return tangent, *zeros_like(ctx.saved_tensors[5:])
+
+
+_attend = differentiable("pairwise_forward", DisentangledAttention)
 
 
 @torch.library.register_fake("dnl_ext::pairwise_forward")
@@ -111,7 +129,7 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
 
     Raises:
         TypeError: a non-tensor. ValueError: a shape, dtype, device or option that does not fit.
-        NotImplementedError: complex, sparse, nested or quantised input; second derivatives.
+        NotImplementedError: complex, sparse, nested or quantised input; third derivatives.
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 10.
     """
@@ -125,10 +143,12 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
         if sharded is not None:
             return sharded
     query, key, whiten = _whitened(query, key, whiten)
-    inputs = [x for x in (query, key, value, mask_logits) if x is not None]
     # A 16-bit output alone is too coarse for the backward; what its rounding lost is kept only if there may be one.
-    save_residual = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    return DisentangledAttention.apply(query, key, value, mask_logits, scale, whiten, save_residual)[0]
+    # A trace is the same whoever requires grad, and for inference.
+    inputs = [x for x in (query, key, value, mask_logits) if x is not None]
+    differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    save_residual = differentiated and not torch.jit.is_tracing()
+    return _attend(query, key, value, mask_logits, scale, whiten, save_residual)[0]
 
 
 def pairwise_attention(query, key, value, *, scale=None, whiten="channel"):
@@ -153,6 +173,5 @@ def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
     check_query_key(query, key, scale, whiten)
     wide = accumulate_type(query.dtype)
     wide_query, wide_key = _whiten(query.to(wide), whiten), _whiten(key.to(wide), whiten)
-    with torch.autocast("cuda" if query.is_cuda else "cpu", enabled=False):  # the logits stay wide
-        logits = (wide_query * scale) @ wide_key.transpose(-2, -1)
-    return Softmax.apply(logits).to(query.dtype)
+    logits = product(wide_query * scale, wide_key.mT)
+    return softmax(logits).to(query.dtype)

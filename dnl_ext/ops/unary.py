@@ -4,14 +4,21 @@ import torch
 from torch.autograd import Function
 
 from ._checks import check_alike, check_saved, check_softmax, check_unary
-from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
-
-_softmax_backward = first_derivative(ops.softmax_backward)
-_unary_backward = first_derivative(ops.unary_backward)
+from ._common import (
+    accumulate_type,
+    add,
+    differentiable,
+    empty_like_layout,
+    mark_constant,
+    ops,
+    register_batching,
+    save,
+)
+from .double_backward import unary_double_backward
 
 
 class Softmax(Function):
-    """P = softmax(x) over the last dimension; dx = P * (dP - <P, dP>)."""
+    """P = softmax(x) over the last dimension; dx = P (dP - <P, dP>), and the same map takes dx to dP (forward mode)."""
 
     generate_vmap_rule = True
 
@@ -21,12 +28,53 @@ class Softmax(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(output)
+        save(ctx, output)
 
     @staticmethod
     def backward(ctx, grad_output):
         (output,) = ctx.saved_tensors
-        return _softmax_backward(grad_output, output)
+        gradient = ops.softmax_backward if torch.compiler.is_compiling() else SoftmaxGradient.apply
+        return gradient(grad_output, output)
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return SoftmaxGradient.apply(tangent, *ctx.saved_tensors)
+
+
+class SoftmaxGradient(Function):
+    """dx = P (dP - <P, dP>) as a function of dP, in which it is linear and symmetric, and of P.
+
+    By P, where dx meets t: t (dP - <P, dP>) - dP <P, t>. It can be differentiated any number of times.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_output, output):
+        return ops.softmax_backward(grad_output, output)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        save(ctx, *inputs)
+
+    @staticmethod
+    def backward(ctx, tangent):
+        grad_output, output = ctx.saved_tensors
+        by_output = None
+        if ctx.needs_input_grad[1]:
+            g, p, t = (x.to(accumulate_type(x.dtype)) for x in (grad_output, output, tangent))
+            by_output = (t * (g - (p * g).sum(-1, keepdim=True)) - g * (p * t).sum(-1, keepdim=True)).to(output.dtype)
+        return SoftmaxGradient.apply(tangent, output) if ctx.needs_input_grad[0] else None, by_output
+
+    @staticmethod
+    def jvp(ctx, tangent_grad, tangent_output):
+        grad_output, output = ctx.saved_tensors
+        g, p, t = (x.to(accumulate_type(x.dtype)) for x in (grad_output, output, tangent_output))
+        by_output = t * (g - (p * g).sum(-1, keepdim=True)) - p * (t * g).sum(-1, keepdim=True)
+        return SoftmaxGradient.apply(tangent_grad, output) + by_output.to(output.dtype)
+
+
+softmax = differentiable("softmax", Softmax)
 
 
 class UnaryAttention(Function):
@@ -40,17 +88,69 @@ class UnaryAttention(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs, *output)
-        ctx.mark_non_differentiable(output[1])  # lse
+        save(ctx, *inputs, *output)
+        mark_constant(ctx, output[1])  # lse
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_pooled, _grad_lse):
         if grad_pooled is None:
             return None, None
-        grad_mask, grad_value = _unary_backward(grad_pooled, *ctx.saved_tensors, *ctx.needs_input_grad)
+        gradient = ops.unary_backward if torch.compiler.is_compiling() else UnaryGradient.apply
         need_mask, need_value = ctx.needs_input_grad
+        grad_mask, grad_value = gradient(grad_pooled, *ctx.saved_tensors, need_mask, need_value)
         return grad_mask if need_mask else None, grad_value if need_value else None
+
+    @staticmethod
+    def jvp(ctx, tangent_mask, tangent_value):
+        mask_logits, value, _, lse = ctx.saved_tensors
+        return unary_double_backward(None, mask_logits, value, tangent_mask, tangent_value)[0], torch.zeros_like(lse)
+
+
+class UnaryGradient(Function):
+    """(dm, dv) as functions of dy, m and v. It can be differentiated any number of times.
+
+    pooled and lse are functions of m and v, accounted for in the derivatives by those, and get none.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value):
+        return ops.unary_backward(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        save(ctx, *inputs[:5])
+        ctx.wanted = inputs[5:]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, tangent_mask, tangent_value):
+        if tangent_mask is None and tangent_value is None:
+            return (None,) * 7
+        grad_pooled, mask_logits, value, *_ = ctx.saved_tensors
+        grads = unary_double_backward(grad_pooled, mask_logits, value, tangent_mask, tangent_value)
+        grads = [x.to(y.dtype) for x, y in zip(grads, (grad_pooled, mask_logits, value), strict=True)]
+        return *(x if need else None for x, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 4
+
+    @staticmethod
+    def jvp(ctx, tangent_grad, tangent_mask, tangent_value, *_):
+        saved = ctx.saved_tensors
+        first = second = None
+        if tangent_grad is not None:
+            first = UnaryGradient.apply(tangent_grad, *saved[1:], *ctx.wanted)
+        if first is None or tangent_mask is not None or tangent_value is not None:
+            value = saved[2]
+            absent = value.new_zeros((*value.shape[:-2], 0))  # as the operator returns what is not wanted
+            second = unary_double_backward(*saved[:3], tangent_mask, tangent_value)[1:]
+            second = tuple(
+                x.to(value.dtype) if wanted else absent for x, wanted in zip(second, ctx.wanted, strict=True)
+            )
+        return add(first, second)
+
+
+_pool = differentiable("unary_forward", UnaryAttention)
 
 
 @torch.library.register_fake("dnl_ext::softmax")
@@ -104,12 +204,12 @@ def unary_softmax(mask_logits):
 
     Raises:
         TypeError: not a tensor. ValueError: not a float tensor, or Nk = 0.
-        NotImplementedError: complex, sparse, nested or quantised input; second derivatives.
+        NotImplementedError: complex, sparse, nested or quantised input.
 
     Source: Yin et al., ECCV 2020, equation 10 (second term).
     """
     check_softmax("mask_logits", mask_logits)
-    return Softmax.apply(mask_logits)
+    return softmax(mask_logits)
 
 
 def unary_attention(mask_logits, value):
@@ -124,9 +224,9 @@ def unary_attention(mask_logits, value):
 
     Raises:
         TypeError: not a tensor. ValueError: shape, dtype or device that does not fit.
-        NotImplementedError: complex, sparse, nested or quantised input; second derivatives.
+        NotImplementedError: complex, sparse, nested or quantised input.
 
     Source: Yin et al., ECCV 2020, equation 10; the same pooling is GCNet's global context (Cao et al., 2019).
     """
     check_unary(mask_logits, value)
-    return UnaryAttention.apply(mask_logits, value)[0].to(value.dtype)
+    return _pool(mask_logits, value)[0].to(value.dtype)

@@ -1,21 +1,28 @@
 """Whitening of query and key. See :func:`mean_subtract`, the paper's, and :func:`whiten`, every one in use."""
 
+import math
+
 import torch
 from torch.autograd import Function
 
 from ..reference import check_whiten_name
 from ._checks import check_alike, check_mean, check_saved, check_tensor
-from ._common import accumulate_type, empty_like_layout, first_derivative, ops, register_batching
-
-_mean_subtract = first_derivative(ops.mean_subtract)
-_whiten_backward = first_derivative(ops.whiten_backward)
+from ._common import (
+    accumulate_type,
+    differentiable,
+    empty_like_layout,
+    mark_constant,
+    ops,
+    register_batching,
+    save,
+)
 
 #: Names whose result is divided by a deviation.
 DEVIATION = ("in", "ln", "fln")
 
 
 class MeanSubtract(Function):
-    """y = x - mean(x). The map is a symmetric projection, so the gradient is the same map: dx = dy - mean(dy)."""
+    """y = x - mean(x). The map is a symmetric projection: it takes dy to dx, and a tangent of x to that of y."""
 
     generate_vmap_rule = True
 
@@ -29,12 +36,20 @@ class MeanSubtract(Function):
 
     @staticmethod
     def backward(ctx, grad_output):
-        return _mean_subtract(grad_output, ctx.dim), None  # dim
+        function = ops.mean_subtract if torch.compiler.is_compiling() else MeanSubtract.apply
+        return function(grad_output, ctx.dim), None  # dim
+
+    @staticmethod
+    def jvp(ctx, tangent, _):
+        return MeanSubtract.apply(tangent, ctx.dim)
+
+
+_centre = differentiable("mean_subtract", MeanSubtract)
 
 
 class Whiten(Function):
     """y = (x - mean) rstd over n elements; dx = rstd (dy - mean(dy) - y <dy, y> / (n - 1)), the last term and rstd with
-    a deviation only."""
+    a deviation only. The same map takes a tangent of x to that of y. d rstd / dx = -rstd^2 y / (n - 1)."""
 
     generate_vmap_rule = True
 
@@ -44,17 +59,114 @@ class Whiten(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, ctx.name, ctx.apart, ctx.eps = inputs
-        ctx.save_for_backward(*output)
-        ctx.mark_non_differentiable(output[1])  # rstd
+        ctx.options = inputs[1:]
+        save(ctx, *output)
+        if torch.compiler.is_compiling():  # elsewhere WhitenGradient differentiates rstd
+            mark_constant(ctx, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_output, _grad_rstd):
-        if grad_output is None:
-            return (None,) * 4
-        grad = _whiten_backward(grad_output, *ctx.saved_tensors, ctx.name, ctx.apart, ctx.eps)
+    def backward(ctx, grad_output, grad_rstd):
+        output, rstd = ctx.saved_tensors
+        grad = None
+        if grad_output is not None:
+            gradient = ops.whiten_backward if torch.compiler.is_compiling() else WhitenGradient.apply
+            grad = gradient(grad_output, output, rstd, *ctx.options)
+        if grad_rstd is not None and ctx.options[0] in DEVIATION and not torch.compiler.is_compiling():
+            group = _Group(output, *ctx.options[:2])
+            through = (-output * group.expand(grad_rstd * rstd**2) / (group.count - 1)).to(output.dtype)
+            grad = through if grad is None else grad + through
         return grad, None, None, None  # name, apart, eps
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        output, rstd = ctx.saved_tensors
+        along = torch.zeros_like(rstd)
+        if ctx.options[0] in DEVIATION:
+            group = _Group(output, *ctx.options[:2])
+            along = -(rstd**2) * group.covariance(group.centred(tangent), output).reshape(rstd.shape)
+        return WhitenGradient.apply(tangent, output, rstd, *ctx.options), along
+
+
+class WhitenGradient(Function):
+    """dx as a function of dy, in which it is linear and symmetric, and with a deviation of y and rstd.
+
+    With s = <dy, y> / (n - 1), r = rstd and where dx meets t: by y, -r (t s + dy <t, y> / (n - 1)); by r,
+    <t, dy - mean(dy) - y s>. It can be differentiated any number of times.
+
+    t and dy lose their means first. That changes nothing, for the backward of y takes a mean from what comes by y, but
+    that their products with y no longer feel that y, rounded to 16 bits, does not quite sum to zero.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad_output, output, rstd, name, apart, eps):
+        return ops.whiten_backward(grad_output, output, rstd, name, apart, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        save(ctx, *inputs[:3])
+        ctx.options = inputs[3:]
+
+    @staticmethod
+    def backward(ctx, tangent):
+        grad_output, output, rstd = ctx.saved_tensors
+        need_grad, *need_others = ctx.needs_input_grad[:3]
+        by_grad = WhitenGradient.apply(tangent, output, rstd, *ctx.options) if need_grad else None
+        by_output = by_rstd = None
+        if ctx.options[0] in DEVIATION and any(need_others):
+            group = _Group(output, *ctx.options[:2])
+            g, y, t = group.centred(grad_output), group.wide(output), group.centred(tangent)
+            s = group.covariance(g, y)
+            by_output = (-group.expand(rstd) * (t * s + g * group.covariance(t, y))).to(output.dtype)
+            by_rstd = group.sum(t * (g - y * s)).reshape(rstd.shape)
+        return by_grad, by_output, by_rstd, None, None, None  # name, apart, eps
+
+    @staticmethod
+    def jvp(ctx, tangent_grad, tangent_output, tangent_rstd, *_):
+        grad_output, output, rstd = ctx.saved_tensors
+        total = WhitenGradient.apply(tangent_grad, output, rstd, *ctx.options)
+        if ctx.options[0] not in DEVIATION:
+            return total
+        group = _Group(output, *ctx.options[:2])
+        g, y, t = group.centred(grad_output), group.wide(output), group.wide(tangent_output)
+        s = group.covariance(g, y)
+        by_output = -group.expand(rstd) * (t * s + y * group.covariance(g, t))
+        by_rstd = group.expand(tangent_rstd) * (g - y * s)
+        return total + (by_output + by_rstd).to(output.dtype)
+
+
+class _Group:
+    """The elements of x (..., N, C) that share a mean under a name: sums over them, in the accumulate type."""
+
+    def __init__(self, x, name, apart):
+        everything = tuple(range(apart - x.dim(), 0))
+        dims = {"spatial": (-1,), "ln_nostd": (-2, -1), "ln": (-2, -1), "fln_nostd": everything, "fln": everything}
+        self.dims = dims.get(name, (-2,))
+        self.count = math.prod(x.shape[dim] for dim in self.dims)
+        self.shape = [1 if i - x.dim() in self.dims else n for i, n in enumerate(x.shape)]
+
+    @staticmethod
+    def wide(x):
+        return x.to(accumulate_type(x.dtype))
+
+    def expand(self, rstd):
+        """rstd, one number a group, as it multiplies x."""
+        return rstd.reshape(self.shape)
+
+    def sum(self, x):
+        return self.wide(x).sum(self.dims, keepdim=True)
+
+    def centred(self, x):
+        return self.wide(x) - self.sum(x) / self.count
+
+    def covariance(self, x, y):
+        """<x, y> / (n - 1) of two whose means are zero, as the unbiased variance divides."""
+        return self.sum(self.wide(x) * self.wide(y)) / (self.count - 1)
+
+
+_standardise = differentiable("whiten_forward", Whiten)
 
 
 def _check_whiten(x, name, apart, eps):
@@ -121,12 +233,12 @@ def mean_subtract(x, dim=-2):
     Raises:
         TypeError: ``x`` is not a tensor or ``dim`` not an int.
         ValueError: ``x`` is not a float tensor or has no dimension ``dim``.
-        NotImplementedError: complex, sparse, nested or quantised ``x``; second derivatives.
+        NotImplementedError: complex, sparse, nested or quantised ``x``.
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 8 (whitened pairwise term).
     """
     check_mean(x, dim)
-    return MeanSubtract.apply(x, dim)
+    return _centre(x, dim)
 
 
 def whiten(x, name="channel", *, eps=1e-5):
@@ -152,8 +264,7 @@ def whiten(x, name="channel", *, eps=1e-5):
 
     Raises:
         TypeError: ``x`` is not a tensor or ``name`` not a string. ValueError: an unknown name, a dtype or shape that
-        does not fit, a negative ``eps``. NotImplementedError: complex, sparse, nested or quantised ``x``; second
-        derivatives.
+        does not fit, a negative ``eps``. NotImplementedError: complex, sparse, nested or quantised ``x``.
 
     Source: the names and formulae of the paper's segmentation code (NonLocal2d_bn and NonLocal2d_nowd).
     """
@@ -163,4 +274,4 @@ def whiten(x, name="channel", *, eps=1e-5):
     _check_whiten(x, name, 0, eps)
     if name is None:
         return x
-    return Whiten.apply(x, name, 0, float(eps))[0]
+    return _standardise(x, name, 0, float(eps))[0]

@@ -7,6 +7,7 @@ from .layouts import LAYOUTS
 from .network import STRIDE, VARIANTS
 
 AMP = ("none", "bf16")
+DTYPES = ("float32", "float64")
 BACKENDS = ("fused", "reference")
 #: The built-in data sets: see :mod:`.mosaic` and :mod:`.context`.
 TASKS = ("mosaic", "context")
@@ -23,13 +24,15 @@ class TrainConfig:
     ``data`` None is the built-in data set ``task``; ``layout`` and ``classes`` None are found from the folder.
     ``optimizer`` "sgd" has momentum 0.9. ``encoder_lr`` multiplies the encoder's learning rate. ``val_every`` 0
     validates at the end only. ``val_images`` None is all (8 of the built-in mosaics). ``threads`` 0 is PyTorch's
-    choice. ``workers`` threads prepare images ahead. For ``temperature`` and ``block_gain`` see
+    choice. ``workers`` threads prepare images ahead. Of several processes, ``batch_size`` counts the crops of all, the
+    other numbers are those of each. For ``temperature`` and ``block_gain`` see
     :class:`network.SegmentationNetwork`.
     """
 
     variant: str = "dnl"
     backend: str = "fused"
     amp: str = "none"
+    dtype: str = "float32"
     data: str | None = None
     task: str = "mosaic"
     layout: str | None = None
@@ -55,8 +58,8 @@ class TrainConfig:
     def __post_init__(self):
         self.crop = tuple(self.crop)
         for name, choices in (
-            ("variant", VARIANTS), ("backend", BACKENDS), ("amp", AMP), ("task", TASKS), ("optimizer", OPTIMIZERS),
-            ("layout", LAYOUTS),
+            ("variant", VARIANTS), ("backend", BACKENDS), ("amp", AMP), ("dtype", DTYPES), ("task", TASKS),
+            ("optimizer", OPTIMIZERS), ("layout", LAYOUTS),
         ):  # fmt: skip
             if getattr(self, name) not in choices and not (name == "layout" and self.layout is None):
                 raise InputError(f"{option(name)} must be one of {', '.join(choices)}, got {getattr(self, name)}")
@@ -69,6 +72,8 @@ class TrainConfig:
         for name in ("lr", "temperature", "val_images"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{option(name)} must be above 0, got {getattr(self, name)}")
+        if self.amp != "none" and self.dtype != "float32":
+            raise InputError(f"--amp {self.amp} needs --dtype float32, got {self.dtype}")
         if len(self.crop) != 2 or min(self.crop) < 4 * STRIDE:
             raise InputError(f"--crop must be HEIGHTxWIDTH, each at least {4 * STRIDE}, got {show(self.crop)}")
 

@@ -68,13 +68,15 @@ class SegmentationNetwork(nn.Module):
 
     def features(self, images):
         """What enters the block: (B, 3, H, W) to (B, CHANNELS, H / 8, W / 8), sides rounded up."""
-        return self.encoder((images - 0.5) / 0.25)
+        return self.encoder((images.to(self.classifier.weight.dtype) - 0.5) / 0.25)
 
     def classify(self, features, size):
         """Block, classifier and upsampling: features (B, CHANNELS, h, w) to logits (B, classes, *size)."""
         if self.block is not None:
             features = self.block(features)
-        return F.interpolate(self.classifier(features).float(), size=size, mode="bilinear", align_corners=False)
+        logits = self.classifier(features)
+        logits = logits.float() if logits.dtype.itemsize < 4 else logits  # of autocast
+        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
     def forward(self, images):
         return self.classify(self.features(images), images.shape[-2:])

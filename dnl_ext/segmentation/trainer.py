@@ -2,7 +2,8 @@
 
 A step is a function of the weights, the optimizer's state and the step's number: which images it sees, their order and
 augmentation are drawn from (seed, number of the image), the learning rate from the number of the step. So a run that
-resumes from a checkpoint continues bit for bit on a CPU with as many threads.
+resumes from a checkpoint continues bit for bit on a CPU with as many threads, and the number of processes that share a
+batch (distributed.py) decides the order of sums only.
 """
 
 import contextlib
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from . import checkpoint
+from . import checkpoint, distributed
 from .context import ContextData
 from .errors import InputError, Interrupted
 from .folders import FolderData
@@ -25,6 +26,7 @@ from .log import CsvLog
 from .metrics import IGNORE, Confusion
 from .mosaic import MosaicData
 from .network import SegmentationNetwork, prepare
+from .sync_norm import sync_norms
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
@@ -32,17 +34,26 @@ WARM_UP = 10
 
 
 def pick_device(name):
-    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:1``. Raises InputError where there is none."""
+    """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:1``. Raises InputError where there is none.
+
+    Of several processes each takes the GPU of its number on the machine.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
         raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name}") from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device must be auto, cpu, cuda or cuda:N, got {name}")
+    if device.type == "cuda" and distributed.is_distributed():
+        if device.index is not None:
+            raise InputError(f"--device must be auto, cpu or cuda for several processes, one GPU each, got {name}")
+        device = torch.device("cuda", distributed.local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices")
+        raise InputError(
+            f"--device {device}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        )
     return device
 
 
@@ -97,7 +108,7 @@ class Listener:
 
 
 class Trainer:
-    """One run.
+    """One run. Of several processes each makes one, with the same arguments.
 
     Args:
         config: a :class:`config.TrainConfig`.
@@ -108,13 +119,26 @@ class Trainer:
 
     Attributes:
         step: number of finished steps. miou: the latest validation result. network, data, config, out.
+        model: the network as a step calls it: its gradients are those of all processes.
 
     Raises:
         InputError: settings, data or checkpoint that cannot be used.
     """
 
     def __init__(self, config, out=None, *, state=None, state_path=None, init=None, init_path=None, data=None):
+        distributed.together(self._open, config, out, state, state_path, init, init_path, data)
+        self.model = distributed.parallel(self.network, self.device)
+
+    def _open(self, config, out, state, state_path, init, init_path, data):
+        """All of the constructor that can fail in one process alone."""
         self.device = pick_device(config.device)
+        if config.batch_size % distributed.world_size():
+            raise InputError(
+                f"--batch-size must be a multiple of the {distributed.world_size()} processes that share it, "
+                f"got {config.batch_size}"
+            )
+        if self.device.type == "cuda" and distributed.is_distributed():
+            torch.cuda.set_device(self.device)  # where NCCL and SyncBatchNorm look
         if config.threads:
             torch.set_num_threads(config.threads)
         self.config = config = dataclasses.replace(config, threads=torch.get_num_threads())
@@ -131,7 +155,9 @@ class Trainer:
         )
         if init is not None:
             checkpoint.load_weights(self.network, init, init_path, partial=True)
-        prepare(self.network, self.device)
+        if distributed.is_distributed():
+            self.network = sync_norms(self.network, self.device)
+        prepare(self.network.to(getattr(torch, config.dtype)), self.device)
         groups = [
             {"params": list(self.network.encoder.parameters()), "factor": config.encoder_lr},
             {"params": [p for n, p in self.network.named_parameters() if not n.startswith("encoder.")], "factor": 1.0},
@@ -145,7 +171,7 @@ class Trainer:
             self._restore(state, state_path)
         self.out = None if out is None else Path(out)
         self.log = None
-        if self.out is not None:
+        if self.out is not None and distributed.is_main():
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
                 self.log = CsvLog(self.out / LOG, self.step)
@@ -182,15 +208,23 @@ class Trainer:
         return None if self.out is None else self.out / CHECKPOINT
 
     def save(self):
-        """Write the checkpoint, where there is an ``out`` folder."""
+        """Write the checkpoint, where there is an ``out`` folder: the main process does, and all wait for it."""
         if self.out is not None:
+            distributed.together(self._save)
+
+    def _save(self):
+        if distributed.is_main():
             checkpoint.save(self.state(), self.checkpoint_path)
 
     def batch(self, step):
-        """Training batch of a step: images (B, 3, *crop) float32 and labels (B, *crop) int64, on the CPU."""
-        config = self.config
-        numbers = range(step * config.batch_size, (step + 1) * config.batch_size)
-        images, labels = zip(*(self.data.training_sample(config.seed, n, config.crop) for n in numbers), strict=True)
+        """Training batch of a step: images (B, 3, *crop) float32 and labels (B, *crop) int64, on the CPU.
+
+        Of P processes, each has its B = batch_size / P crops.
+        """
+        config, first = self.config, step * self.config.batch_size
+        numbers = distributed.share(config.batch_size)
+        samples = (self.data.training_sample(config.seed, first + n, config.crop) for n in numbers)
+        images, labels = zip(*samples, strict=True)
         return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.stack(labels)
 
     def autocast(self):
@@ -200,19 +234,22 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def train_step(self, images, labels):
-        """One update of the weights; returns the loss."""
+        """One update of the weights; returns the loss over the batch of all processes."""
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.network.train()
+        labels = labels.to(self.device, non_blocking=True)
+        counted = distributed.total((labels != IGNORE).sum())
         with self.autocast():
-            logits = self.network(images.to(self.device, non_blocking=True))
-        loss = segmentation_loss(logits, labels.to(self.device, non_blocking=True))
+            logits = self.model(images.to(self.device, non_blocking=True))
+        loss = segmentation_loss(logits, labels, counted)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        # The processes' gradients are averaged, those of a sum over all pixels are wanted.
+        (loss * distributed.world_size()).backward()
         self.optimizer.step()
         self.step += 1
-        return float(loss.detach())
+        return float(distributed.total(loss.detach()))
 
     @torch.inference_mode()
     def predict(self, image):
@@ -221,15 +258,23 @@ class Trainer:
         with self.autocast():
             return self.network(image[None].to(self.device)).argmax(1)[0].cpu()
 
-    def validate(self, listener, stop):
-        """mIoU over the validation images, kept in ``miou``; left undone where ``stop`` is set."""
-        confusion = Confusion(len(self.data.classes))
-        for index in range(self.data.validation_size):
+    def _confusion(self, listener, stop):
+        """Counts over this process's part of the validation images, and fewer of them where ``stop`` is set."""
+        confusion, size = Confusion(len(self.data.classes)), self.data.validation_size
+        for index in range(distributed.rank(), size, distributed.world_size()):
             if stop.signum:
-                return
+                break
             image, label = self.data.validation_sample(index)
             confusion.add(label, self.predict(image))
-            listener.validation(self.step, index + 1, self.data.validation_size, None)
+            listener.validation(self.step, min(index + distributed.world_size(), size), size, None)
+        return confusion
+
+    def validate(self, listener, stop):
+        """mIoU over the validation images, kept in ``miou``; left undone where ``stop`` is set."""
+        confusion = distributed.together(self._confusion, listener, stop)
+        if distributed.largest(stop.signum or 0):
+            return
+        confusion.counts = distributed.total(confusion.counts)
         self.validated, self.miou, self.confusion = self.step, confusion.miou(), confusion
         listener.validation(self.step, self.data.validation_size, self.data.validation_size, self.miou)
         if self.log:
@@ -260,10 +305,11 @@ class Trainer:
                 try:
                     if due and self.validated != self.step:
                         self.validate(listener, stop)
-                    if stop.signum or last or (self.step and self.step % config.save_every == 0):
+                    signum = distributed.largest(stop.signum or 0)
+                    if signum or last or (self.step and self.step % config.save_every == 0):
                         self.save()
-                    if stop.signum:
-                        raise Interrupted(stop.signum, self.checkpoint_path, self.step)
+                    if signum:
+                        raise Interrupted(signum, self.checkpoint_path, self.step)
                     if last:
                         return
                     if stop_after is not None and self.step >= stop_after:
@@ -272,7 +318,7 @@ class Trainer:
                     for step in range(self.step, min(self.step + 1 + config.workers, config.steps)):
                         if step not in pending:
                             pending[step] = pool.submit(self.batch, step)
-                    images, labels = pending.pop(self.step).result()
+                    images, labels = distributed.together(pending.pop(self.step).result)
                 except InputError:
                     if self.step:
                         self.save()
@@ -299,7 +345,13 @@ class Trainer:
         return statistics.median(self.step_seconds[1:] or self.step_seconds) if self.step_seconds else None
 
 
-def segmentation_loss(logits, labels):
-    """Mean cross-entropy over pixels that are not IGNORE; 0 where all are. logits (B, C, H, W), labels (B, H, W)."""
+def segmentation_loss(logits, labels, counted=None):
+    """Mean cross-entropy over pixels that are not IGNORE; 0 where all are.
+
+    Args:
+        logits: (B, C, H, W).
+        labels: (B, H, W).
+        counted: number of pixels to divide by, a tensor; None is that of ``labels``.
+    """
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total / (labels != IGNORE).sum().clamp(min=1)
+    return total / ((labels != IGNORE).sum() if counted is None else counted).clamp(min=1)

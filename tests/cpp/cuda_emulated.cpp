@@ -24,6 +24,8 @@ inline AOTITorchError poisoned_empty_strided(int64_t dims, const int64_t* sizes,
 #define aoti_torch_empty_strided poisoned_empty_strided
 #include "core/cuda/launch.h"
 // clang-format on
+#include "core/cuda/ptx.cuh"
+#include "core/tf32.cpp"  // the whole library is this file
 #include "ops/pairwise/pairwise_plan.h"
 
 namespace dnl {
@@ -44,12 +46,13 @@ class CudaDevice : public TensorMemory, public emulator::Launcher {
     return gpu;
   }
 
-  // torch's CPU bmm has no dtype_out: halves are widened first, which is exact.
+  // torch's CPU bmm has no dtype_out: halves are widened first, which is exact. It has no TF32 either: where that is
+  // allowed, floats are rounded to it first.
   template <class T, class Out>
   void product(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<Out>& c, int64_t batches, int64_t m,
                int64_t n, int64_t k) const {
-    if constexpr (std::is_same_v<T, Out>) {
-      TensorMemory::product(a, b, c, batches, m, n, k);
+    if (std::is_same_v<T, double> || (std::is_same_v<T, float> && !tf32_allowed())) {
+      if constexpr (std::is_same_v<T, Out>) TensorMemory::product(a, b, c, batches, m, n, k);
     } else {
       TensorMemory memory(like_);
       const Matrix<float> left = widened(memory, a, batches, m, k), right = widened(memory, b, batches, k, n);
@@ -64,13 +67,21 @@ class CudaDevice : public TensorMemory, public emulator::Launcher {
 
  private:
   template <class T>
+  static float operand(T x) {
+    if constexpr (std::is_same_v<T, float>)
+      return wide(rounded<Tf32>(x));
+    else
+      return wide(x);
+  }
+
+  template <class T>
   static Matrix<float> widened(TensorMemory& memory, const Matrix<const T>& x, int64_t batches, int64_t rows,
                                int64_t columns) {
     const int64_t pitch = pitch_of(columns);
     const Matrix<float> copy = dense(memory.allocate<float>(batches * rows * pitch), batches, rows, pitch);
     for (int64_t e = 0; e < batches; ++e)
       for (int64_t i = 0; i < rows; ++i)
-        for (int64_t j = 0; j < columns; ++j) *copy.element(e, i, j) = wide(*x.element(e, i, j));
+        for (int64_t j = 0; j < columns; ++j) *copy.element(e, i, j) = operand(*x.element(e, i, j));
     return copy;
   }
 };
@@ -85,6 +96,11 @@ extern "C" __attribute__((visibility("default"))) void configure_emulator(int tu
   options.turns = static_cast<emulator::Turns>(turns);
   options.seed = seed;
   options.max_threads = max_threads;
+}
+
+// Whether products of float may use TF32: as torch.backends.cuda.matmul has it, or whatever a test says.
+extern "C" __attribute__((visibility("default"))) void set_emulated_tf32_query(dnl::Tf32Query query) {
+  dnl::set_tf32_query(query);
 }
 
 // The same registrations under another name and for the key that CPU tensors have.

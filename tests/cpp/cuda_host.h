@@ -18,6 +18,7 @@
 // clang-format on
 #include "check.h"
 #include "core/cuda/affine.cuh"
+#include "core/cuda/ptx.cuh"
 
 using namespace dnl;
 
@@ -42,6 +43,7 @@ struct HostDevice : emulator::Launcher {
   HostDevice() { most_blocks = 3; }  // so that blocks take several tasks
 
   std::deque<std::unique_ptr<void, void (*)(void*)>> buffers;
+  bool tf32 = false;  // products of float round their operands to TF32
 
   // Aligned, of its exact size (a sanitizer sees the next byte), and NaN in every type.
   template <class T>
@@ -64,9 +66,16 @@ struct HostDevice : emulator::Launcher {
       for (int64_t i = 0; i < m; ++i)
         for (int64_t j = 0; j < n; ++j) {
           double sum = 0;
-          for (int64_t l = 0; l < k; ++l) sum += double(wide(*a.element(e, i, l))) * double(wide(*b.element(e, l, j)));
+          for (int64_t l = 0; l < k; ++l) sum += factor(*a.element(e, i, l)) * factor(*b.element(e, l, j));
           *c.element(e, i, j) = static_cast<Out>(sum);
         }
+  }
+
+  template <class T>
+  double factor(T x) const {
+    if constexpr (std::is_same_v<T, float>)
+      if (tf32) return wide(rounded<Tf32>(x));
+    return wide(x);
   }
 
   template <class T>

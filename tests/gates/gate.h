@@ -49,17 +49,20 @@ template <class T>
 constexpr double kRoundoff = std::is_same_v<T, double>          ? 0x1p-47
                              : std::is_same_v<T, float>         ? 0x1p-24
                              : std::is_same_v<T, __nv_bfloat16> ? 0x1p-8
-                                                                : 0x1p-11;
+                                                                : 0x1p-11;  // float16 and TF32
 template <class T>
 constexpr double kSumRoundoff = std::is_same_v<T, double> ? 0x1p-47 : 0x1p-24;
 
-// Rounds a result of one step: not at all (the definition), or to T (eager).
+// Rounds a result of one step, and what products multiply: not at all (the definition), or to T (eager). With Tf32,
+// results are float and only the operands of products are rounded to it.
 struct Exact {
   double operator()(double x) const { return x; }
+  double operand(double x) const { return x; }
 };
 template <class T>
 struct Eager {
-  double operator()(double x) const { return wide(rounded<T>(static_cast<AccOf<T>>(x))); }
+  double operator()(double x) const { return wide(rounded<ResultOf<T>>(static_cast<AccOf<T>>(x))); }
+  double operand(double x) const { return wide(rounded<T>(static_cast<AccOf<T>>(x))); }
 };
 
 inline double norm(const Values& x) {

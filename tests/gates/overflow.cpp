@@ -96,6 +96,26 @@ void row_backward(int64_t row) {
   }
 }
 
+void part_row_backward(int64_t row) {
+  const Sparse<float> map((row + 1) * kColumns), grad((row + 1) * kColumns);
+  for (int64_t j = 0; j < kColumns; ++j) {
+    map.data[row * kColumns + j] = float(logit(j));
+    grad.data[row * kColumns + j] = float(j % 3);
+  }
+  const Sparse<float> stats(2 * (row + 1)), delta(row + 1);
+  stats.data[2 * row] = 6, stats.data[2 * row + 1] = 0.5f, delta.data[row] = 0.75f;
+  launch_one(
+      row, row + 1, &pairwise_part_row_backward_kernel<float>,
+      PartRowStep<float>{
+          map.data, grad.data, {stats.data, 2 * (row + 1)}, {delta.data, row + 1}, row + 1, kColumns, kColumns, 1},
+      row + 1);
+  for (int64_t j : {int64_t(0), int64_t(77), kColumns - 1}) {
+    const double p = 0.5 * std::exp(logit(j)) / 64;
+    near("part", row, "P", map.data[row * kColumns + j], p, 1e-3);
+    near("part", row, "dS", grad.data[row * kColumns + j], p * (j % 3 - 0.75), 1e-3);
+  }
+}
+
 constexpr float kLse = 4;  // keeps P below 1, as a real one does
 
 // P' and dS' of the backward for halves, by the chain's kernel.
@@ -260,8 +280,9 @@ void row_sum(int64_t row) {
 }
 
 // Runs of the fused forward only the blocks of the last tile of queries, and only the last block of the merge. Launches
-// of tasks are left out: what they would make (means) is zero, as fresh memory is.
+// of tasks over the queries are left out: what they would make (means, copies) is zero, as fresh memory is.
 struct LastTile {
+  static constexpr int64_t kMostTasks = 100;
   std::deque<Sparse<char>> buffers;
   int64_t tiles;
 
@@ -270,7 +291,9 @@ struct LastTile {
     return reinterpret_cast<T*>(buffers.emplace_back(count * sizeof(T)).data);
   }
   template <class... Parameters, class... Arguments>
-  void launch(void (*)(Parameters...), int64_t, const Arguments&...) const {}
+  void launch(void (*kernel)(Parameters...), int64_t tasks, const Arguments&... arguments) const {
+    if (tasks <= kMostTasks) emulator::Launcher().launch(kernel, tasks, arguments...);
+  }
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), const LaunchShape& shape, const Arguments&... arguments) const {
     auto& only = emulator::machine().options.only_blocks;
@@ -284,23 +307,25 @@ struct LastTile {
 // The fused forward and the merge of its splits, where queries x channels is that large.
 template <class T>
 void fused_forward(int64_t row) {
+  using Result = ResultOf<T>;
   constexpr int64_t kWidth = 16, kKeys = 130, kChannels = 512;
   const int64_t queries = row * kColumns / kChannels + 1;
-  const Sparse<T> query(queries * kWidth), key(kKeys * kWidth), value(kKeys * kChannels), output(queries * kChannels);
+  const Sparse<Result> query(queries * kWidth), key(kKeys * kWidth), value(kKeys * kChannels),
+      output(queries * kChannels);
   const Sparse<float> stats(2 * queries);
   for (int64_t j = 0; j < kKeys; ++j)
-    for (int64_t c = 0; c < kChannels; ++c) value.data[j * kChannels + c] = rounded<T>(float(j % 2 * (1 + c % 4)));
+    for (int64_t c = 0; c < kChannels; ++c) value.data[j * kChannels + c] = rounded<Result>(j % 2 * (1 + c % 4));
   const int64_t first = 0;
   PairwiseArgs args{};
   args.query = {query.data, &first, kWidth, 1}, args.key = {key.data, &first, kWidth, 1};
   args.value = {value.data, &first, kChannels, 1}, args.output = {output.data, &first, kChannels, 1};
-  args.stats = stats.data, args.dtype = kType<T>, args.scale = 1;
+  args.stats = stats.data, args.dtype = kType<Result>, args.scale = 1;
   args.batches = 1, args.queries = queries, args.keys = kKeys, args.width = kWidth, args.channels = kChannels;
-  ForwardPlan plan = plan_fused_forward(shape_of<T>(args), Gpu{90, 132, shared_bytes_of(90)});
+  ForwardPlan plan = plan_fused_forward(shape_of<Result>(args), Gpu{90, 132, shared_bytes_of(90)});
   for (int splits : {1, 2}) {
     plan.splits = splits;
     LastTile device{{}, ceil_div_of(queries, kForwardTiles[plan.tile].queries)};
-    output.data[queries * kChannels - 1] = rounded<T>(-1), stats.data[2 * queries - 1] = -1;
+    output.data[queries * kChannels - 1] = rounded<Result>(-1), stats.data[2 * queries - 1] = -1;
     pairwise_fused_forward_cuda<T>(args, device, plan);
     near("fused forward", row, "y", wide(output.data[queries * kChannels - 1]), 2, 1e-2);
     near("fused forward", row, "factor", stats.data[2 * queries - 1], 1.0 / kKeys, 1e-5);
@@ -311,20 +336,14 @@ void fused_forward(int64_t row) {
 
 // A case is one kernel family at one size, in turn; arguments as of the other programs.
 int main(int argc, char** argv) {
-  void (*const tests[])(int64_t) = {&map_softmax<float>,
-                                    &map_softmax<__nv_bfloat16>,
-                                    &map_softmax<__half>,
-                                    &row_backward,
-                                    &map_backward<__nv_bfloat16>,
-                                    &map_backward<__half>,
-                                    &fused_map<__nv_bfloat16>,
-                                    &fused_map<__half>,
-                                    &elementwise,
-                                    &column_sum,
-                                    &fused_forward<__nv_bfloat16>,
-                                    &standardise,
-                                    &far_softmax,
-                                    &row_sum};
+  void (*const tests[])(int64_t) = {&map_softmax<float>,   &map_softmax<__nv_bfloat16>,
+                                    &map_softmax<__half>,  &row_backward,
+                                    &part_row_backward,    &map_backward<__nv_bfloat16>,
+                                    &map_backward<__half>, &fused_map<__nv_bfloat16>,
+                                    &fused_map<__half>,    &elementwise,
+                                    &column_sum,           &fused_forward<__nv_bfloat16>,
+                                    &fused_forward<Tf32>,  &standardise,
+                                    &far_softmax,          &row_sum};
   const int64_t kinds = std::size(tests);
   std::vector<char*> arguments(argv, argv + argc);
   std::string count = std::to_string(2 * kinds);

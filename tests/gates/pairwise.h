@@ -13,6 +13,7 @@ struct PairwiseCase {
   int64_t batches, queries, keys, width, channels;
   Layout layout;
   bool whiten, mask;
+  bool part = false;    // as a part of all keys (ops/pairwise/pairwise.h)
   unsigned needs = 15;  // bits: query, key, value, mask
   double mean = 0, logit = 3;
   ChunkLimits limits = {};
@@ -20,8 +21,8 @@ struct PairwiseCase {
 
   std::string text(DType dtype) const {
     return message("dtype ", int(dtype), " B ", batches, " Nq ", queries, " Nk ", keys, " D ", width, " C ", channels,
-                   " layout ", int(layout), " whiten ", whiten, " mask ", mask, " needs ", needs, " mean ", mean,
-                   " logit ", logit);
+                   " layout ", int(layout), " whiten ", whiten, " mask ", mask, " part ", part, " needs ", needs,
+                   " mean ", mean, " logit ", logit);
   }
 };
 
@@ -29,13 +30,14 @@ struct PairwiseValues {
   Values y, lse, dq, dk, dv, dm;
 };
 
-template <class T>
+// E is what products multiply: T, or Tf32 for float.
+template <class T, class E = T>
 struct PairwiseProblem {
   using A = AccOf<T>;
   const PairwiseCase t;
   const int64_t B = t.batches, N = t.queries, M = t.keys, D = t.width, C = t.channels;
   Tensor<T> q, k, v, dy, m, y, rest, dq, dk, dv, dm;
-  std::vector<A> stats, pooled, mask_lse;
+  std::vector<A> stats, pooled, mask_lse, delta;
   PairwiseArgs args{};
   HostDevice device;
   PairwiseValues size;  // magnitudes of what is added up
@@ -57,13 +59,14 @@ struct PairwiseProblem {
         pooled(B * C),
         mask_lse(B) {
     device.most_blocks = t.most_blocks;
+    device.tf32 = !std::is_same_v<E, T>;
     args.query = q.view, args.key = k.view, args.value = v.view, args.output = y.view;
     if (kHalf<T>) args.residual = rest.view;
     args.stats = stats.data();
     args.dtype = kType<T>;
     args.batches = B, args.queries = N, args.keys = M, args.width = D, args.channels = C;
     args.scale = scale();
-    args.whiten = t.whiten;
+    args.whiten = t.whiten, args.part = t.part;
     if (!t.mask) return;
     UnaryArgs unary{};
     unary.mask = m.view, unary.value = v.view, unary.pooled = pooled.data(), unary.lse = mask_lse.data();
@@ -74,7 +77,18 @@ struct PairwiseProblem {
   }
   double scale() const { return t.logit / std::sqrt(double(D)); }
 
+  // After the forward. Of a part, the caller takes Delta from whole rows: here those of the part.
   void want_gradients() {
+    if (t.part) {
+      y.read(), rest.read();
+      for (int64_t i = 0; i < B * N; ++i) {
+        double sum = 0;
+        for (int64_t c = 0; c < C; ++c)
+          sum += dy.value[i * C + c] * (y.value[i * C + c] + (kHalf<T> ? rest.value[i * C + c] : 0));
+        delta.push_back(static_cast<A>(sum));
+      }
+      args.delta = delta.data();
+    }
     args.grad_output = dy.view;
     if (t.mask) args.mask = m.view;
     if (t.needs & 1) args.grad_query = dq.view;
@@ -92,8 +106,8 @@ struct PairwiseProblem {
     const Values qc = t.whiten ? less_mean(q.value, N, round) : q.value;
     const Values kc = t.whiten ? less_mean(k.value, M, round) : k.value;
     // Kernels take keys less their mean where dS multiplies them, and logits have the roundoff of a float sum.
-    const Values key = less_mean(k.value, M, Exact{});
-    const double sums = kSumRoundoff<T> / kRoundoff<T>;
+    const Values key = t.part ? k.value : less_mean(k.value, M, Exact{});
+    const double sums = kSumRoundoff<T> / kRoundoff<E>;
     for (int64_t b = 0; b < B; ++b) {
       Values u = t.mask ? softmax(m.value.data() + b * M, M) : Values(M), pool(C), grad_sum(C);
       for (double& value : u) value = round(value);
@@ -123,9 +137,9 @@ struct PairwiseProblem {
   // What came out, against the definition.
   void compare(bool forward, bool backward) {
     for (Tensor<T>* tensor : {&y, &dq, &dk, &dv, &dm}) tensor->read();
-    const PairwiseValues eager = steps(Eager<T>{}), want = steps(Exact{});
+    const PairwiseValues eager = steps(Eager<E>{}), want = steps(Exact{});
     const std::string what = t.text(kType<T>);
-    const double u = kRoundoff<T>, tiny = std::is_same_v<T, __half> ? 0x1p-14 : 0;
+    const double u = kRoundoff<E>, tiny = std::is_same_v<T, __half> ? 0x1p-14 : 0;
     for (Values* x : {&size.y, &size.dq, &size.dk, &size.dv, &size.dm})
       for (double& value : *x) value += tiny;
     if (forward) {
@@ -133,7 +147,7 @@ struct PairwiseProblem {
       for (int64_t i = 0; i < B * N; ++i)
         both[i] = double(stats[2 * i]) / kLog2OfE - std::log(double(stats[2 * i + 1]));
       close("y", y.value, want.y, eager.y, size.y, 2, u, what);
-      close("lse", both, want.lse, want.lse, size.lse, 2, kSumRoundoff<T>, what);
+      close("lse", both, want.lse, device.tf32 ? eager.lse : want.lse, size.lse, 2, kSumRoundoff<T>, what);
     }
     if (!backward) return;
     if (t.needs & 1) close("dq", dq.value, want.dq, eager.dq, size.dq, 3, u, what);
@@ -164,15 +178,18 @@ struct PairwiseProblem {
            Round round, PairwiseValues& x) {
     Values s(M), dp(M), dps(M);
     const double *g = dy.value.data() + (b * N + i) * C, *query = q.value.data() + (b * N + i) * D;
-    double spread = 0;  // of a logit: the largest sum of magnitudes
+    double spread = 0;    // of a logit: the largest sum of magnitudes
+    double rounding = 0;  // of a logit in TF32: the largest sum of independent roundings of what it multiplies
     for (int64_t j = 0; j < M; ++j) {
-      double dot = 0, magnitude = 0;
+      double dot = 0, magnitude = 0, square = 0;
       for (int64_t d = 0; d < D; ++d) {
-        dot += qc[(b * N + i) * D + d] * kc[(b * M + j) * D + d];
-        magnitude += std::abs(query[d] * (kHalf<T> ? k.value : key)[(b * M + j) * D + d]);
+        dot += round.operand(qc[(b * N + i) * D + d]) * round.operand(kc[(b * M + j) * D + d]);
+        const double term = query[d] * (kHalf<T> ? k.value : key)[(b * M + j) * D + d];
+        magnitude += std::abs(term), square += term * term;
       }
       s[j] = round(scale() * round(dot));
       spread = std::max(spread, scale() * magnitude);
+      if (!std::is_same_v<E, T>) rounding = std::max(rounding, scale() * std::sqrt(square));
     }
     Values p = softmax(s.data(), M);
     const double most = *std::max_element(s.begin(), s.end());
@@ -180,22 +197,23 @@ struct PairwiseProblem {
     for (int64_t j = 0; j < M; ++j) sum += std::exp(s[j] - most);
     // Kernels leave out a constant of the row: see the head of ops/pairwise/pairwise_cuda.cuh.
     double constant = 0;
-    if (t.whiten == kHalf<T>)
+    if (t.whiten == kHalf<T> && !t.part)
       for (int64_t d = 0; d < D; ++d)
         constant += scale() * query[d] * (k.value[b * M * D + d] - key[b * M * D + d]) * (kHalf<T> ? 1 : -1);
     x.lse[b * N + i] = most + std::log(sum) + constant,
                   size.lse[b * N + i] = 4 * (1 + std::abs(most) + std::abs(constant) + spread);
+    if (device.tf32) size.lse[b * N + i] += spread / sums;  // operands are rounded, not the lse
     for (double& value : p) value = round(value);
-    const double loose = 1 + 2 * sums * (1 + spread);
+    const double loose = 1 + 2 * (rounding + sums * (1 + spread));
     Values out(C);
     for (int64_t j = 0; j < M; ++j)
       for (int64_t c = 0; c < C; ++c) {
         const double value = v.value[(b * M + j) * C + c];
-        out[c] += p[j] * value;
+        out[c] += round.operand(p[j]) * round.operand(value);
         size.y[(b * N + i) * C + c] += p[j] * std::abs(value) * loose;
-        x.dv[(b * M + j) * C + c] += p[j] * g[c];
+        x.dv[(b * M + j) * C + c] += round.operand(p[j]) * round.operand(g[c]);
         size.dv[(b * M + j) * C + c] += std::abs(p[j] * g[c]) * loose;
-        dp[j] += g[c] * value, dps[j] += std::abs(g[c] * value);
+        dp[j] += round.operand(g[c]) * round.operand(value), dps[j] += std::abs(g[c] * value);
       }
     for (int64_t c = 0; c < C; ++c) {
       x.y[(b * N + i) * C + c] = t.mask ? round(round(out[c]) + pool[c]) : round(out[c]);
@@ -205,14 +223,18 @@ struct PairwiseProblem {
       dp[j] = round(dp[j]);
       delta += p[j] * dp[j], deltas += p[j] * dps[j];
     }
+    // Delta of a part is the caller's, from y and dy, of which dP has the operands rounded to TF32.
+    const double apart = t.part && !std::is_same_v<E, T> ? 2 : 0;
     for (int64_t j = 0; j < M; ++j) {
       const double ds = round(scale() * round(p[j] * (dp[j] - delta)));
-      const double magnitude =
-          std::abs(ds) * (1 + sums * spread) + scale() * p[j] * (dps[j] + deltas) * 4 * sums * (1 + spread);
+      const double magnitude = std::abs(ds) * (1 + rounding + sums * spread) +
+                               scale() * p[j] * (dps[j] + deltas) * (apart + 4 * sums * (1 + spread));
       for (int64_t d = 0; d < D; ++d) {
         const int64_t at_query = (b * N + i) * D + d, at_key = (b * M + j) * D + d;
-        x.dq[at_query] += ds * kc[at_key], size.dq[at_query] += magnitude * std::abs(key[at_key]);
-        x.dk[at_key] += ds * qc[at_query], size.dk[at_key] += magnitude * std::abs(q.value[at_query]);
+        x.dq[at_query] += round.operand(ds) * round.operand(kc[at_key]),
+            size.dq[at_query] += magnitude * std::abs(key[at_key]);
+        x.dk[at_key] += round.operand(ds) * round.operand(qc[at_query]),
+            size.dk[at_key] += magnitude * std::abs(q.value[at_query]);
       }
     }
   }
@@ -224,7 +246,8 @@ inline PairwiseCase any_pairwise(Draw& draw, int64_t most, int64_t most_width, i
   t.queries = draw.size(most), t.keys = draw.size(most);
   t.width = draw.size(most_width), t.channels = draw.size(most_channels);
   t.layout = any_layout(draw);
-  t.whiten = draw.chance(0.7), t.mask = draw.chance(0.6);
+  t.whiten = draw.chance(0.7), t.mask = draw.chance(0.6), t.part = draw.chance(0.15);
+  if (t.part) t.whiten = t.mask = false;
   t.needs = draw.chance(0.7) ? 15 : static_cast<unsigned>(draw.upto(0, 15));
   t.mean = draw.of({0.0, 0.0, 3.0, 10.0});
   t.logit = draw.of({1.0, 3.0, 3.0, 12.0});

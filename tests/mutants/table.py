@@ -37,7 +37,8 @@ TILE, FUSED = "ops/pairwise/pairwise_fused_tile_cuda.cuh", "ops/pairwise/pairwis
 OUTPUT = "ops/pairwise/pairwise_fused_output_cuda.cuh"
 FUSED_MAP = "ops/pairwise/pairwise_fused_backward_cuda.cuh"
 ONLINE = "core/online_softmax.h"
-BF16, F16 = "__nv_bfloat16", "__half"
+PLAN, PTX = "ops/pairwise/pairwise_plan.h", "core/cuda/ptx.cuh"
+BF16, F16, TF32 = "__nv_bfloat16", "__half", "Tf32"
 
 # fmt: off
 MUTANTS = [
@@ -167,18 +168,29 @@ MUTANTS = [
     Mutant("gradient scale: the next element overwrites what is read", BACKWARD,
            "__syncthreads();  // before the next element overwrites `most`", "", "chain", "tsan", F16, cases=60),
     # Row backward of float and double.
-    Mutant("row backward: 32-bit index", ROWS, "step.map + task * step.pitch",
-           "step.map + static_cast<int>(task * step.pitch)", "overflow"),
+    Mutant("row backward: 32-bit index", ROWS,
+           "step.map + task * step.pitch;\n    A* grad = step.grad ? step.grad + task * step.pitch : nullptr;\n\n",
+           "step.map + static_cast<int>(task * step.pitch);\n"
+           "    A* grad = step.grad ? step.grad + task * step.pitch : nullptr;\n\n", "overflow"),
     Mutant("row backward: columns beyond the last reach Delta", ROWS, "if (quad * kQuad + u < step.columns) dot +=",
            "dot +=", "chain"),
     Mutant("row backward: two sums share their scratch", ROWS, "block_sum(dot, scratch[2])",
            "block_sum(dot, scratch[1])", "chain", "tsan", cases=40),
-    Mutant("row backward: Delta left out", ROWS, "softmax_jacobian(p.value[u], ds.value[u], delta)",
-           "softmax_jacobian(p.value[u], ds.value[u], A(0))", "chain"),
+    Mutant("row backward: Delta left out", ROWS, "block_sum(dot, scratch[2]) / sum", "0 * block_sum(dot, scratch[2])",
+           "chain"),
     Mutant("row backward: sums of later chunks are dropped", ROWS, "if (first) add(device, sum,",
            "if (false) add(device, sum,", "chain"),
     Mutant("row backward: later chunks replace earlier ones", ROWS, "target.data = first ? total : more;",
            "target.data = total;", "chain"),
+    Mutant("part: Delta of the first query", ROWS, "step.delta.element(b)[i]", "step.delta.element(b)[0]", "chain"),
+    Mutant("part: the rows' factor left out", ROWS, "exp_of(x[u]) * by", "exp_of(x[u])", "chain"),
+    Mutant("part: statistics of the first batch element", ROWS, "step.stats.element(b) + 2 * i",
+           "step.stats.data + 2 * i", "chain"),
+    Mutant("part: 32-bit index", ROWS,
+           "step.map + task * step.pitch;\n"
+           "    A* grad = step.grad ? step.grad + task * step.pitch : nullptr;\n    const",
+           "step.map + static_cast<int>(task * step.pitch);\n"
+           "    A* grad = step.grad ? step.grad + task * step.pitch : nullptr;\n    const", "overflow"),
     # Gradients.
     Mutant("dq: its mean is left in", GRADIENTS, "      write.beta = -1;\n", "      write.beta = 0;\n", "chain"),
     Mutant("dk: the term of the query mean is missing", GRADIENTS, "write.beta = in.mean_term;", "write.beta = 0;",
@@ -203,10 +215,33 @@ MUTANTS = [
            type=BF16),
     Mutant("tiles: stride of the wrong dimension", TILE, "from[u * stride_inner]", "from[u * stride_outer]", "fused",
            type=BF16),
-    Mutant("fragments: lanes of the second half read the first", TILE, "id / 8 % 2 * 8 : id % 16",
-           "id / 8 % 2 * 8 : id % 8", "fused", type=BF16),
+    Mutant("fragments: lanes of the second half read the first", TILE, "int row = id % 16,", "int row = id % 8,",
+           "fused", type=BF16),
     Mutant("fragments: halves of B exchanged", TILE, "b[half], b[half + 2]", "b[2 * half], b[2 * half + 1]", "fused",
            type=BF16),
+    # TF32: operands that are centred and rounded on their way, elements of 32 bits in tiles and fragments.
+    Mutant("TF32: operands cut off instead of rounded", PTX, "const uint32_t bits = to_tf32(x);",
+           "uint32_t bits;\n  memcpy(&bits, &x, sizeof(bits));\n  bits &= ~0x1fffu;", "fused_forward", type=TF32),
+    Mutant("TF32: operands rounded before they are centred", SHARED, "kCentred ? mean : nullptr);", "nullptr);",
+           "fused_forward", type=TF32),
+    Mutant("TF32: the query mean is lost without whitening", SHARED, "kCentred ? !args.whiten\n", "kCentred ? 0\n",
+           "fused_forward", type=TF32),
+    Mutant("TF32: channels beyond the last whole product are dropped", PLAN,
+           "(shape.width + depth - 1) / depth * depth", "std::max<int64_t>(depth, shape.width / depth * depth)",
+           "fused_forward", type=TF32),
+    Mutant("TF32: a product takes 16 of depth", TILE, "constexpr int kDepth = 2 * kLineElements<T>;",
+           "constexpr int kDepth = 16;", "fused_forward", type=TF32),
+    Mutant("TF32: rows of the second half of a fragment", TILE, "bits_of(from[8])", "bits_of(from[4])",
+           "fused_forward", type=TF32),
+    Mutant("TF32: depth of the second half of a fragment", TILE, "r += 2, from += 4 * depth_step",
+           "r += 2, from += 2 * depth_step", "fused_forward", type=TF32),
+    Mutant("TF32: lanes across the rows of a tile as ldmatrix has them", TILE,
+           "id / 8 % 2 * 8 : id / 4;\n      depth = kHalf<T> ? id / 16 * 8 + id % 8 : id % 4;",
+           "id / 8 % 2 * 8 : id % 8;\n      depth = kHalf<T> ? id / 16 * 8 + id % 8 : id / 8;", "fused_forward",
+           type=TF32),
+    Mutant("TF32: no room for the padding of a tile that is read across", PLAN,
+           "slice_channels, shape.value_channel_first, !shape.value_channel_first);",
+           "slice_channels, shape.value_channel_first, false);", "fused_forward", type=TF32),
     # Fused forward.
     Mutant("fused forward: waits for one copy too few", FUSED, "cp_async_wait<1>();", "cp_async_wait<2>();",
            "fused_forward", type=BF16),

@@ -7,6 +7,7 @@
 
 #include <vector>
 
+#include "core/errors.h"
 #include "core/types.h"
 #include "ops/pairwise/pairwise.h"
 #include "ops/unary/unary.h"
@@ -34,8 +35,8 @@ struct CpuKernels {
 };
 
 // Every table that was built, best last.
-const std::vector<const CpuKernels*>& all_cpu_kernels();
+DNL_EXPORT const std::vector<const CpuKernels*>& all_cpu_kernels();
 // The table in use.
-const CpuKernels& cpu_kernels();
+DNL_EXPORT const CpuKernels& cpu_kernels();
 
 }  // namespace dnl

@@ -59,8 +59,20 @@ using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 template <class T>
 constexpr bool kHalf = std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>;
 
+// A float in TF32 as tensor cores read it: 10 bits of fraction, the last 13 bits zero. rounded<Tf32>() is in ptx.cuh.
+struct Tf32 {
+  float value;
+};
+
+// What the fused kernels multiply in a call of type T, and the type of the call from that.
+template <class T>
+using FusedOf = std::conditional_t<std::is_same_v<T, float>, Tf32, T>;
+template <class T>
+using ResultOf = std::conditional_t<std::is_same_v<T, Tf32>, float, T>;
+
 DNL_HOST_DEVICE double wide(double x) { return x; }
 DNL_HOST_DEVICE float wide(float x) { return x; }
+DNL_HOST_DEVICE float wide(Tf32 x) { return x.value; }
 DNL_HOST_DEVICE float wide(__nv_bfloat16 x) { return __bfloat162float(x); }
 DNL_HOST_DEVICE float wide(__half x) { return __half2float(x); }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "core/cuda/memory.h"
+#include "core/cuda/per_device.h"
 
 // A test on the host has a CudaDevice of its own (tests/cpp/cuda_emulated.cpp).
 #ifdef __CUDACC__
@@ -43,13 +44,17 @@ class CudaDevice : public TensorMemory {
   }
 
   Gpu gpu() const {
+    static PerDevice<Gpu> known;
+    const int device = like_.get_device_index();
     const auto attribute = [&](cudaDeviceAttr name) {
       int value = 0;
-      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, like_.get_device_index()));
+      STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
       return value;
     };
-    return {10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
-            attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    return known.get(device, [&] {
+      return Gpu{10 * attribute(cudaDevAttrComputeCapabilityMajor) + attribute(cudaDevAttrComputeCapabilityMinor),
+                 attribute(cudaDevAttrMultiProcessorCount), attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
+    });
   }
 
  private:

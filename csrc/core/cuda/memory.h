@@ -16,6 +16,7 @@ namespace dnl {
 template <class T>
 constexpr ScalarType kScalarType = std::is_same_v<T, double>          ? ScalarType::Double
                                    : std::is_same_v<T, float>         ? ScalarType::Float
+                                   : std::is_same_v<T, Tf32>          ? ScalarType::Float
                                    : std::is_same_v<T, __nv_bfloat16> ? ScalarType::BFloat16
                                                                       : ScalarType::Half;
 

@@ -124,6 +124,20 @@ DNL_DEVICE uint32_t to_tf32(float x) {
 #endif
 }
 
+DNL_DEVICE uint32_t bits_of(Tf32 x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+
+template <>
+DNL_DEVICE Tf32 rounded<Tf32>(float x) {
+  const uint32_t bits = to_tf32(x);
+  Tf32 result;
+  memcpy(&result, &bits, sizeof(bits));
+  return result;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Matrix loads: 8 x 8 matrices of 16-bit elements. Lane 8 m + r passes the address of row r of matrix m (16 bytes,
 // aligned to 16); in result[m] lane 4 i + j receives elements (i, 2 j) and (i, 2 j + 1), transposed (2 j, i) and

@@ -134,11 +134,11 @@ struct PairwiseBackwardChain {
 
   void run(const ChunkLimits& limits) {
     const auto grad = matrix_of<const T>("grad_output", args.grad_output, args.batches);
-    grad_output = product_operand(device, grad, args.batches, args.queries, args.channels, nullptr);
+    grad_output = product_operand<T>(device, grad, args.batches, args.queries, args.channels, nullptr);
     row_statistics(grad);
     if (out.query.data)
-      centred_key = product_operand(device, matrix_of<const T>("key", args.key, args.batches), args.batches, args.keys,
-                                    args.width, in.key_mean);
+      centred_key = product_operand<T>(device, matrix_of<const T>("key", args.key, args.batches), args.batches,
+                                       args.keys, args.width, in.key_mean);
     run_chunks(limits);
   }
 

@@ -120,8 +120,8 @@ struct PairwiseBackwardRows {
 
   PairwiseBackwardRows(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& unary)
       : args(a), device(d), in(a, d), out(a, d, in, unary) {
-    grad_output = product_operand(device, matrix_of<const T>("grad_output", args.grad_output, args.batches),
-                                  args.batches, args.queries, args.channels, nullptr);
+    grad_output = product_operand<T>(device, matrix_of<const T>("grad_output", args.grad_output, args.batches),
+                                     args.batches, args.queries, args.channels, nullptr);
   }
 
   void run(const ChunkLimits& limits) {

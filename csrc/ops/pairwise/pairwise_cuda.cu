@@ -1,5 +1,6 @@
 // Pairwise attention: the CUDA route.
 #include "core/cuda/launch.h"
+#include "core/tf32.h"
 #include "ops/pairwise/pairwise_backward_cuda.cuh"
 #include "ops/pairwise/pairwise_forward_cuda.cuh"
 #include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
@@ -12,15 +13,23 @@ using PairwiseBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 std::tuple<Tensor, Tensor> unary_forward_on_cuda(const Tensor& mask_logits, const Tensor& value);
 
+template <class T>
+PairwisePlan plan_of(const PairwiseArgs& args, const Gpu& gpu, bool backward) {
+  PairwiseShape shape = shape_of<T>(args);
+  const CudaPath request = requested_cuda_path();
+  shape.tf32 = tf32_matters(shape, gpu, request, backward) && tf32_allowed();
+  return plan_pairwise(shape, gpu, request, backward);
+}
+
 static void run_forward(const PairwiseCall& call, const Tensor& query, const Tensor& key, const Tensor& value) {
   if (call.empty()) return;
   CudaDevice device(query);
   for (const Tensor& x : {query, key, value}) device.know(x);
   dispatch_element(call.args.dtype, [&](auto type) {
     using T = decltype(type);
-    const PairwisePlan plan = plan_pairwise(shape_of<T>(call.args), device.gpu(), requested_cuda_path(), false);
-    if constexpr (kHalf<T>)
-      if (plan.fused) return pairwise_fused_forward_cuda<T>(call.args, device, plan.forward);
+    const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), false);
+    if constexpr (!std::is_same_v<T, double>)
+      if (plan.fused) return pairwise_fused_forward_cuda<FusedOf<T>>(call.args, device, plan.forward);
     pairwise_forward_cuda<T>(call.args, device);
   });
 }
@@ -35,7 +44,7 @@ static void run_backward(PairwiseCall& call, const Tensor& grad_output, const Te
     for (const Tensor& x : {grad_output, query, key, value}) device.know(x);
     dispatch_element(call.args.dtype, [&](auto type) {
       using T = decltype(type);
-      const PairwisePlan plan = plan_pairwise(shape_of<T>(call.args), device.gpu(), requested_cuda_path(), true);
+      const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), true);
       pairwise_backward_cuda<T>(call.args, device, {}, plan.fused);
     });
   }

@@ -80,17 +80,18 @@ bool is_product_operand(const Matrix<const T>& x, int64_t positions, int64_t cha
   return x.position == 1 && x.channel >= positions && x.channel % kAlign == 0;
 }
 
-// x less `mean` (batches, channels; null: nothing), as an operand of products: x itself where it can be, else a copy
-// whose faster dimension stays the faster one.
-template <class T, class Device>
-Matrix<const T> product_operand(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions,
+// x less `mean` (batches, channels; null: nothing), rounded to E, as an operand of products: x itself where it can be,
+// else a copy whose faster dimension stays the faster one.
+template <class E, class T, class Device>
+Matrix<const E> product_operand(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions,
                                 int64_t channels, const AccOf<T>* mean) {
-  if (!mean && is_product_operand(x, positions, channels)) return x;
+  if constexpr (std::is_same_v<E, T>)
+    if (!mean && is_product_operand(x, positions, channels)) return x;
   const bool position_fast = position_is_fast(x, positions, channels);
   const int64_t slow = position_fast ? channels : positions, pitch = pitch_of(position_fast ? positions : channels);
-  Matrix<T> copy = dense(device.template allocate<T>(batches * slow * pitch), batches, slow, pitch);
+  Matrix<E> copy = dense(device.template allocate<E>(batches * slow * pitch), batches, slow, pitch);
   if (position_fast) copy = copy.transposed();
-  Affine<T, T> op{x, copy, batches, positions, channels};
+  Affine<T, E> op{x, copy, batches, positions, channels};
   op.beta = -1;
   op.gamma = mean;
   affine(device, op);
@@ -111,9 +112,11 @@ inline int64_t like_order_size(int64_t batches, int64_t positions, int64_t chann
 
 // Query, key and value as operands, with what centring needs. Base-2 logit of query i and key j, up to a constant of
 // the row: scale * <query_i, key_j> + bias_j. Output: sum_j P_ij value_j + offset.
+//
+// E is what products multiply: T, or Tf32 for float, which the one copy that centres an operand also rounds.
 enum class Placement { products, as_they_lie };  // operands of library products; or never copied, for halves
 
-template <class T, class Device>
+template <class T, class Device, class E = T>
 struct PairwiseOperands {
   using A = AccOf<T>;
   static constexpr bool kCentred = !kHalf<T>;
@@ -121,7 +124,7 @@ struct PairwiseOperands {
   const A* query_mean = nullptr;  // (batches, width), or null where nothing needs it
   const A* key_mean = nullptr;    // (batches, width), or null where nothing is centred
   const A* offset;                // (batches, channels): mean of values where they are centred, plus pooled; or null
-  Matrix<const T> query, key, value;
+  Matrix<const E> query, key, value;
   Rows<const A> bias;  // (batches, keys), or null
   A scale;
 
@@ -144,13 +147,15 @@ struct PairwiseOperands {
       value_mean = means(device, v, args.batches, args.keys, args.channels, true);
       offset = sum_of(device, value_mean, offset, args.batches, args.channels);
     }
-    if (kHalf<T> && placement == Placement::as_they_lie) {
-      query = q, key = k, value = v;
-    } else {
-      query = product_operand(device, q, args.batches, args.queries, args.width, kCentred ? query_mean : nullptr);
-      key = product_operand(device, k, args.batches, args.keys, args.width, kCentred ? key_mean : nullptr);
-      value = product_operand(device, v, args.batches, args.keys, args.channels, value_mean);
-    }
+    const auto operand = [&](const Matrix<const T>& x, int64_t positions, int64_t channels,
+                             const A* mean) -> Matrix<const E> {
+      if constexpr (kHalf<T>)
+        if (placement == Placement::as_they_lie) return x;
+      return product_operand<E>(device, x, args.batches, positions, channels, kCentred ? mean : nullptr);
+    };
+    query = operand(q, args.queries, args.width, query_mean);
+    key = operand(k, args.keys, args.width, key_mean);
+    value = operand(v, args.keys, args.channels, value_mean);
     if (mean_term) {
       // k' rather than k: a constant of the row, but a key that is not finite then reaches every logit, as it should.
       Rows<A> out{device.template allocate<A>(args.batches * pitch_of(args.keys)), pitch_of(args.keys)};

@@ -24,6 +24,7 @@ static_assert(kMapTile / kMapWarpRows * kMapColumnWarps == kWarps, "every warp h
 
 template <class T>
 struct FusedMap {
+  static_assert(kHalf<T>, "float needs P normalised anew");
   SoftmaxBackwardStep<T> step;
   FusedOperand<T> key, query;   // (group, rows, width), (group, columns, width)
   FusedOperand<T> value, grad;  // (group, rows, channels), (group, columns, channels)
@@ -35,8 +36,8 @@ struct FusedMap {
 template <class T, int kRowTiles, int kColumnTiles>
 DNL_DEVICE void multiply_tiles(float (&c)[kColumnTiles][kRowTiles][2][4], const Tile<T>& left, const Tile<T>& right,
                                int row, int column, int depth_end) {
-  const FragmentReader<T> rows(left, true), columns(right, true);
-  for (int depth = 0; depth < depth_end; depth += kDepth) {
+  const FragmentReader<T> rows(left), columns(right);
+  for (int depth = 0; depth < depth_end; depth += kDepth<T>) {
     uint32_t a[kRowTiles][4];
     for (int m = 0; m < kRowTiles; ++m) rows.load(a[m], row + m * kFragmentRows, depth);
     for (int n = 0; n < kColumnTiles; ++n) {
@@ -52,7 +53,7 @@ template <class T, int kRowTiles, int kColumnTiles>
 DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s)[kColumnTiles][kRowTiles][2][4],
                                           const float (&dp)[kColumnTiles][kRowTiles][2][4], unsigned char* memory,
                                           int64_t b, int64_t first_row, int64_t first_column, int row, int column) {
-  constexpr int kPitch = kMapTile + kLineElements;
+  constexpr int kPitch = kMapTile + kLineElements<T>;
   constexpr float factor = 1 << kProbabilityExponent<T>;
   static_assert(2 * kMapTile * kPitch * sizeof(T) + kMapColumnWarps * kMapTile * sizeof(float) <= kMapSharedBytes,
                 "two results and the row sums fit in place of the operands");
@@ -106,9 +107,9 @@ DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s
     const int64_t column_blocks = ceil_div_of(step.columns, kMapTile);
     op.row_part[(b * step.rows + first_row + threadIdx.x) * column_blocks + first_column / kMapTile] = sum;
   }
-  constexpr int kLines = kMapTile / kLineElements;
+  constexpr int kLines = kMapTile / kLineElements<T>;
   for (int index = threadIdx.x; index < rows * kLines; index += kThreads) {
-    const int r = index / kLines, c = index % kLines * kLineElements;
+    const int r = index / kLines, c = index % kLines * kLineElements<T>;
     if (first_column + c >= step.pitch) continue;
     const int64_t to = (b * step.rows + first_row + r) * step.pitch + first_column + c;
     const auto copy = [&](T* out, const T* from) {
@@ -135,7 +136,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_backward_map_kernel(FusedMa
 
   const auto tile = [&](int chunk, int side, bool channel_first) {
     unsigned char* at = memory + (chunk % kMapStages * 2 + side) * kMapOperandBytes;
-    return Tile<T>{reinterpret_cast<T*>(at), kMapTile, kMapDepth, channel_first};
+    return Tile<T>{reinterpret_cast<T*>(at), kMapTile, kMapDepth, channel_first, true};
   };
   const int logit_chunks = static_cast<int>(ceil_div_of(op.key.channels, kMapDepth));
   const int chunks = logit_chunks + (need_logits ? static_cast<int>(ceil_div_of(op.value.channels, kMapDepth)) : 0);

@@ -1,5 +1,5 @@
-// Forward of whitened pairwise attention on CUDA in one kernel (fp16 and bf16, sm_80 and later): the map never leaves
-// the chip.
+// Forward of whitened pairwise attention on CUDA in one kernel (fp16, bf16, and float in TF32; sm_80 and later): the
+// map never leaves the chip.
 //
 // A block owns a tile of queries and a slice of the value channels, and passes once over the keys (or over its split of
 // them) in tiles. Eight warps; each owns a 32 x 128 piece of the output in registers, and a piece of each tile of S:
@@ -10,7 +10,7 @@
 //
 //   128 x 64 tile, 256 channels: four row groups of two warps.  64 x 32 tile: S in pieces of 16 x 16.
 //
-// So a row of P is made by several warps and read by all of its row group: P goes through shared memory in 16 bits, the
+// So a row of P is made by several warps and read by all of its row group: P goes through shared memory as rounded, the
 // maxima of a row and its sums through a few floats beside it. Per tile of keys, with one buffer each for K and V:
 //
 //   wait for K | load V | S = Q K^T, maxima | barrier | load K' | P = exp2(S - max) | wait for V, barrier | O += P V
@@ -35,10 +35,10 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
 
   DNL_DYNAMIC_SHARED(unsigned char, memory);
   const auto shared = [&](int offset) { return reinterpret_cast<T*>(memory + offset); };
-  const Tile<T> query_tile{shared(op.shared.query), kQueries, op.width, op.query.channel_first};
-  const Tile<T> key_tile{shared(op.shared.key), kKeys, op.width, op.key.channel_first};
-  const Tile<T> value_tile{shared(op.shared.value), kKeys, op.slice_channels, op.value.channel_first};
-  const Tile<T> probability_tile{shared(op.shared.probability), kQueries, kKeys, false};
+  const Tile<T> query_tile{shared(op.shared.query), kQueries, op.width, op.query.channel_first, true};
+  const Tile<T> key_tile{shared(op.shared.key), kKeys, op.width, op.key.channel_first, true};
+  const Tile<T> value_tile{shared(op.shared.value), kKeys, op.slice_channels, op.value.channel_first, false};
+  const Tile<T> probability_tile{shared(op.shared.probability), kQueries, kKeys, false, true};
   float* statistics = reinterpret_cast<float*>(memory + op.shared.statistics);  // (2, kScoreGroups, kQueries)
 
   const ForwardPlace<Tiling> at(op);
@@ -50,8 +50,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
   load_tile(key_tile, op.key, key, at.begin * kKeys, 0);
   cp_async_commit();
 
-  const FragmentReader<T> queries(query_tile, true), keys(key_tile, true), values(value_tile, false),
-      probabilities(probability_tile, true);
+  const FragmentReader<T> queries(query_tile), keys(key_tile), values(value_tile), probabilities(probability_tile);
   float out[kChannelTiles][kRowTiles][2][4] = {};
   // Of the rows of `out`: what P is relative to. Of the rows of the scores: sums of P, before and after rounding.
   float most[kRowTiles][2], sum[kScoreRowTiles][2] = {}, stored[kScoreRowTiles][2] = {};
@@ -69,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
     cp_async_commit();
 
     float scores[kScoreColumnTiles][kScoreRowTiles][2][4] = {};
-    for (int depth = 0; depth < op.width; depth += kDepth) {
+    for (int depth = 0; depth < op.width; depth += kDepth<T>) {
       uint32_t a[kScoreRowTiles][4];
       for (int m = 0; m < kScoreRowTiles; ++m) queries.load(a[m], at.score_row + m * kFragmentRows, depth);
       for (int n = 0; n < kScoreColumnTiles; ++n) {
@@ -153,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
         for (int m = 0; m < kRowTiles; ++m)
           for (int e = 0; e < 8; ++e) out[n][m][e / 4][e % 4] *= correction[m][e % 4 / 2];
     }
-    for (int depth = 0; depth < kKeys; depth += kDepth) {
+    for (int depth = 0; depth < kKeys; depth += kDepth<T>) {
       uint32_t a[kRowTiles][4];
       for (int m = 0; m < kRowTiles; ++m) probabilities.load(a[m], at.row + m * kFragmentRows, depth);
       for (int n = 0; n < kChannelTiles; ++n) {
@@ -207,22 +206,27 @@ PairwiseShape shape_of(const PairwiseArgs& args) {
 // once to where they are, in its own order, rather than read element by element each time.
 constexpr int64_t kReadsWorthACopy = 3;
 
+// T is what is multiplied, Tf32 for calls in float.
 template <class T, class Device>
 void pairwise_fused_forward_cuda(const PairwiseArgs& args, Device& device, const ForwardPlan& plan) {
-  const PairwiseOperands<T, Device> in(args, device, Placement::as_they_lie);
+  using Result = ResultOf<T>;
+  const PairwiseOperands<Result, Device, T> in(args, device, Placement::as_they_lie);
   const ForwardTile& tile = kForwardTiles[plan.tile];
   FusedForward<T> op{};
   op.query = {in.query, args.queries, args.width};
   const auto read_often = [&](const Matrix<const T>& x, int64_t channels) {
     const FusedOperand<T> operand(x, args.keys, channels);
-    if (operand.aligned || ceil_div_of(args.queries, tile.queries) < kReadsWorthACopy) return operand;
-    return FusedOperand<T>(product_operand(device, x, args.batches, args.keys, channels, nullptr), args.keys, channels);
+    if constexpr (kHalf<T>)  // of Tf32, the operands are aligned copies already
+      if (!operand.aligned && ceil_div_of(args.queries, tile.queries) >= kReadsWorthACopy)
+        return FusedOperand<T>(product_operand<T>(device, x, args.batches, args.keys, channels, nullptr), args.keys,
+                               channels);
+    return operand;
   };
   op.key = read_often(in.key, args.width);
   op.value = read_often(in.value, args.channels);
   op.bias = in.bias;
-  op.output = matrix_of<T>("query", args.output, args.batches);
-  op.residual = matrix_of<T>("query", args.residual, args.batches);
+  op.output = matrix_of<Result>("query", args.output, args.batches);
+  op.residual = matrix_of<Result>("query", args.residual, args.batches);
   op.offset = in.offset;
   op.stats = static_cast<float*>(args.stats);
   op.batches = args.batches, op.queries = args.queries, op.keys = args.keys, op.channels = args.channels;

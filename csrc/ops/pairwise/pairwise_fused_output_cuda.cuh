@@ -33,14 +33,15 @@ struct ForwardTiling {
 
 template <class T>
 struct FusedForward {
+  using Result = ResultOf<T>;
   FusedOperand<T> query, key, value;
-  Rows<const float> bias;      // (batches, keys), or null
-  Matrix<T> output, residual;  // (batches, queries, channels); residual.data may be null
-  const float* offset;         // (batches, channels), or null
-  float* stats;                // (batches, queries, 2): shift and factor
-  float* maxima;               // (batches, queries), of base-2 logits: from slice 0 to the others; null with one slice
-  float* partial;              // (splits, batches, queries, channels) if splits > 1
-  float* split_statistics;     // (splits, batches, queries, 3): maximum, sum, sum as rounded, if splits > 1
+  Rows<const float> bias;           // (batches, keys), or null
+  Matrix<Result> output, residual;  // (batches, queries, channels); residual.data may be null
+  const float* offset;              // (batches, channels), or null
+  float* stats;                     // (batches, queries, 2): shift and factor
+  float* maxima;            // (batches, queries), of base-2 logits: from slice 0 to the others; null with one slice
+  float* partial;           // (splits, batches, queries, channels) if splits > 1
+  float* split_statistics;  // (splits, batches, queries, 3): maximum, sum, sum as rounded, if splits > 1
   int64_t batches, queries, keys, channels;
   int width, first_slice, slices, slice_channels, group_channels, splits;
   bool position_fast;  // the output is channel-first
@@ -50,14 +51,14 @@ struct FusedForward {
   // Writes y of a batch element, given less the offset: rounded once, and what that took.
   struct Writer {
     const FusedForward& op;
-    T *output, *residual;
+    Result *output, *residual;
     const float* offset;
 
     DNL_DEVICE void operator()(int64_t i, int64_t c, float y) const {
       if (offset) y += offset[c];
-      const T result = rounded<T>(y);
+      const Result result = rounded<Result>(y);
       output[i * op.output.position + c * op.output.channel] = result;
-      if (residual) residual[i * op.residual.position + c * op.residual.channel] = rounded<T>(y - wide(result));
+      if (residual) residual[i * op.residual.position + c * op.residual.channel] = rounded<Result>(y - wide(result));
     }
   };
   DNL_DEVICE Writer writer(int64_t b) const {

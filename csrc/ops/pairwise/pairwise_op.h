@@ -180,7 +180,9 @@ struct PairwiseCall {
     args.keys = key.size(-2);
     args.width = query.size(-1);
     args.channels = value.size(-1);
-    args.scale = scale;
+    // One query less its mean is zero, and so are its logits; halves, multiplied before they are centred, would leave
+    // the rounding of raw logits.
+    args.scale = args.whiten && args.queries == 1 ? 0 : scale;
   }
 
   Tensor delta_ = stats;

@@ -2,16 +2,18 @@
 //
 //   path    for                                         chosen
 //   chain   every size, type and architecture           by default: no GPU has shown the fused path to be faster
-//   fused   16-bit types, sm_80 and later;              by DNL_EXT_CUDA_PATH=fused
-//           forward with Dqk <= 256
+//   fused   16-bit types, and float where TF32 is       by DNL_EXT_CUDA_PATH=fused
+//           allowed; sm_80 and later; forward with
+//           Dqk <= 256 and tiles that fit
 //
 // Tiles of the fused forward, in order of preference. The first that serves all channels in one slice is taken, else
 // the one with the fewest slices; slices shrink until they fit.
 //
 //   queries x keys   channels of a slice   KiB with Dqk = 256 and a full slice: rows, channel-first
-//   128 x 64         at most 256           152, 160
-//   64 x 64          at most 512           142, 155
-//   64 x 32          at most 512           89, 103
+//                                          16-bit types      TF32
+//   128 x 64         at most 256           152, 160          297, 312
+//   64 x 64          at most 512           142, 155          279, 299
+//   64 x 32          at most 512           89, 103           174, 195
 #pragma once
 
 #include <algorithm>
@@ -35,6 +37,7 @@ inline int shared_bytes_of(int capability) {
 
 struct PairwiseShape {
   DType dtype = DType::bf16;
+  bool tf32 = false;  // products of float may round their operands to TF32
   int64_t batches = 1, queries = 1, keys = 1, width = 1, channels = 1;
   bool query_channel_first = false, key_channel_first = false, value_channel_first = false;
 };
@@ -69,28 +72,42 @@ struct ForwardPlan {
 // Eight warps, each with 32 queries and 128 channels of the output.
 constexpr int column_groups_of(const ForwardTile& tile) { return 8 * 32 / tile.queries; }
 
-// Bytes of a tile of `outer` rows of `inner` elements each: rows are one line longer than their elements, so that the
-// rows which are read together lie in different banks.
-constexpr int kElement = 2, kLine = 16;
-constexpr int tile_bytes(int outer, int inner) { return outer * (inner * kElement + kLine); }
+// Tiles hold elements of 2 bytes or, for TF32, of 4. A tile is read *across* its rows where products sum over the
+// dimension that is not dense.
+constexpr int kLine = 16;
+constexpr int element_bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Bytes that a row of a tile is longer than its elements, so that what is read together lies in different banks. With a
+// length in lines that is odd, the eight rows of an ldmatrix do. Across rows of 4-byte elements, which ldmatrix cannot
+// transpose, a load reads eight neighbours in each of four rows: those do where rows are 8 or 24 banks apart, as a
+// multiple of 16 elements and two lines are.
+constexpr int row_padding(int element, bool across) { return element == 4 && across ? 2 * kLine : kLine; }
+// Bytes of a tile of `outer` rows of `inner` elements each.
+constexpr int tile_bytes(int outer, int inner, int element, bool across) {
+  return outer * (inner * element + row_padding(element, across));
+}
 
 // The fused backward makes tiles of the map, kMapTile x kMapTile, from kMapDepth channels at a time in two buffers,
 // either of which may lie channel-first.
 constexpr int kMapTile = 128, kMapDepth = 64, kMapStages = 2;
-constexpr int kMapOperandBytes = std::max(tile_bytes(kMapTile, kMapDepth), tile_bytes(kMapDepth, kMapTile));
+constexpr int kMapOperandBytes =
+    std::max(tile_bytes(kMapTile, kMapDepth, 2, false), tile_bytes(kMapDepth, kMapTile, 2, true));
 constexpr int kMapSharedBytes = 2 * kMapStages * kMapOperandBytes;
 
 inline ForwardShared forward_shared(const ForwardTile& tile, int width, int slice_channels,
                                     const PairwiseShape& shape) {
-  const auto operand = [&](int positions, int channels, bool channel_first) {
-    return channel_first ? tile_bytes(channels, positions) : tile_bytes(positions, channels);
+  const int element = element_bytes_of(shape.dtype);
+  const auto operand = [&](int positions, int channels, bool channel_first, bool across) {
+    return channel_first ? tile_bytes(channels, positions, element, across)
+                         : tile_bytes(positions, channels, element, across);
   };
   ForwardShared shared{};
   shared.query = 0;
-  shared.key = shared.query + operand(tile.queries, width, shape.query_channel_first);
-  shared.value = shared.key + operand(tile.keys, width, shape.key_channel_first);
-  shared.probability = shared.value + operand(tile.keys, slice_channels, shape.value_channel_first);
-  shared.statistics = shared.probability + tile_bytes(tile.queries, tile.keys);
+  shared.key = shared.query + operand(tile.queries, width, shape.query_channel_first, shape.query_channel_first);
+  shared.value = shared.key + operand(tile.keys, width, shape.key_channel_first, shape.key_channel_first);
+  shared.probability =
+      shared.value + operand(tile.keys, slice_channels, shape.value_channel_first, !shape.value_channel_first);
+  shared.statistics = shared.probability + tile_bytes(tile.queries, tile.keys, element, false);
   shared.bytes = std::max(shared.statistics + kStatisticsBytes, kStagingBytes);
   return shared;
 }
@@ -112,7 +129,8 @@ inline int forward_splits(int64_t blocks, int64_t key_tiles, int multiprocessors
 
 inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu) {
   ForwardPlan best;
-  const int width = static_cast<int>((shape.width + 15) / 16 * 16);
+  const int depth = 2 * kLine / element_bytes_of(shape.dtype);  // of a product instruction
+  const int width = static_cast<int>((shape.width + depth - 1) / depth * depth);
   for (int index = 0; index < int(std::size(kForwardTiles)); ++index) {
     const ForwardTile& tile = kForwardTiles[index];
     const int step = 16 * column_groups_of(tile);
@@ -156,11 +174,16 @@ struct PairwisePlan {
   ForwardPlan forward{};  // of a fused forward
 };
 
+// Whether the path depends on shape.tf32: only then need torch be asked.
+inline bool tf32_matters(const PairwiseShape& shape, const Gpu& gpu, CudaPath request, bool backward) {
+  return shape.dtype == DType::f32 && request == CudaPath::fused && gpu.capability >= 80 && !backward;
+}
+
 // Why the fused path cannot take a call; empty where it can.
 inline std::string fused_obstacle(const PairwiseShape& shape, const Gpu& gpu, bool backward) {
-  if (shape.dtype != DType::bf16 && shape.dtype != DType::f16)
-    return message("the fused path takes bfloat16 and float16, got ",
-                   shape.dtype == DType::f32 ? "float32" : "float64");
+  if (shape.dtype == DType::f64 || (shape.dtype == DType::f32 && !shape.tf32))
+    return message("the fused path takes bfloat16 and float16, and float32 where TF32 is allowed; got ",
+                   shape.dtype == DType::f32 ? "float32 without TF32" : "float64");
   if (gpu.capability < 80)
     return message("the fused path needs compute capability 8.0 or later, got ", gpu.capability / 10, ".",
                    gpu.capability % 10);
@@ -175,6 +198,10 @@ inline std::string fused_obstacle(const PairwiseShape& shape, const Gpu& gpu, bo
 
 inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, CudaPath request, bool backward) {
   PairwisePlan plan;
+  if (shape.dtype == DType::f32 && backward) {
+    plan.why = "the backward of float32 makes its softmax again, which the chain does";
+    return plan;
+  }
   std::string obstacle = fused_obstacle(shape, gpu, backward);
   if (obstacle.empty() && !backward) {
     plan.forward = plan_fused_forward(shape, gpu);

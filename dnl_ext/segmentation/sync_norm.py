@@ -1,0 +1,108 @@
+"""Batch norm over the batch of all processes, for any device.
+
+`torch.nn.SyncBatchNorm` is that on GPUs; on a CPU it refuses its input, and DistributedDataParallel refuses the layer.
+Here it is in tensor operations, with one exchange of 2 C + 1 numbers in the forward and one of 2 C in the backward. It
+keeps the normalised input, as large as the input, where torch's kernels keep the input itself.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class SyncBatchNorm(_BatchNorm):
+    """A batch norm of any number of dimensions, with its arguments and state dict. Each process needs a value at least.
+
+    Attributes:
+        process_group: the processes; None is all.
+    """
+
+    process_group = None
+
+    def _check_input_dim(self, x):
+        if x.dim() < 2:
+            raise ValueError(f"input: expected at least 2 dimensions (B, C), got shape {tuple(x.shape)}")
+
+    def forward(self, x):
+        """x (B, C, *spatial) to the same; in training, mean and variance are over B and positions of all processes."""
+        if not self.training:
+            return super().forward(x)
+        self._check_input_dim(x)
+        wide = x.float() if x.dtype.itemsize < 4 else x
+        axes = [0, *range(2, x.dim())]
+        mean, variance, count = _moments(wide, axes, self.process_group)
+        if self.running_mean is not None:
+            self._track(mean, variance * (count / max(count - 1, 1)))
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        inverse_deviation = (variance + self.eps).rsqrt().view(shape)
+        y = _Normalise.apply(wide, mean.view(shape), inverse_deviation, axes, count, self.process_group)
+        if self.affine:
+            y = torch.addcmul(self.bias.view(shape), y, self.weight.view(shape))
+        return y.to(x.dtype)
+
+    @torch.no_grad()
+    def _track(self, mean, variance):
+        """Running statistics, from the mean (C,) and the unbiased variance (C,) of a batch."""
+        self.num_batches_tracked += 1
+        step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
+        self.running_var.lerp_(variance.to(self.running_var.dtype), step)
+
+
+@torch.no_grad()
+def _moments(x, axes, group):
+    """Mean (C,), variance (C,) and number of values per channel over all processes.
+
+    Those of a process first, then theirs merged: sums of raw squares would cancel where the mean is large.
+    """
+    variance, mean = torch.var_mean(x, axes, correction=0)
+    count = x.numel() // x.shape[1]
+    own = torch.cat([mean, variance, mean.new_tensor([count])])
+    every = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(every, own, group=group)
+    means, variances, counts = torch.stack(every).split([len(mean), len(mean), 1], dim=1)
+    share = counts / counts.sum()
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean).square())).sum(0), int(counts.sum())
+
+
+class _Normalise(torch.autograd.Function):
+    """y = (x - mean) * deviation^-1, where mean and deviation are functions of the x of all processes.
+
+    Backward (Ioffe and Szegedy 2015, section 3): dx = deviation^-1 * (dy - mean(dy) - y * mean(dy * y)).
+    """
+
+    @staticmethod
+    def forward(ctx, x, mean, inverse_deviation, axes, count, group):
+        """x (B, C, *spatial); mean, inverse_deviation (1, C, 1, ...)."""
+        y = (x - mean) * inverse_deviation
+        ctx.save_for_backward(y, inverse_deviation)
+        ctx.axes, ctx.count, ctx.group = axes, count, group
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        y, inverse_deviation = ctx.saved_tensors
+        means = torch.stack([grad.sum(ctx.axes, keepdim=True), (grad * y).sum(ctx.axes, keepdim=True)]) / ctx.count
+        dist.all_reduce(means, group=ctx.group)
+        return inverse_deviation * (grad - means[0] - y * means[1]), None, None, None, None, None
+
+
+def sync_norms(network, device):
+    """Make every batch norm of a network one over all processes, with the same parameters and state dict.
+
+    Args:
+        network: any module; it is changed.
+        device: where it runs: on a GPU the norms become torch's, elsewhere this file's.
+
+    Returns:
+        The network, which is another module only where it is a batch norm itself.
+    """
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for module in network.modules():
+        if isinstance(module, _BatchNorm):
+            module.__class__ = SyncBatchNorm  # which has the attributes of any batch norm
+    return network
