@@ -86,6 +86,7 @@ class TestRing:
         assert two < 0.6 * one
         assert four < 0.35 * one
 
+    @pytest.mark.slow
     def test_16384_positions_of_few_channels(self):
         self.check(16_384, 64, 128)
 

@@ -73,7 +73,7 @@ class Means:
             # Where centring is ours and not the caller's, what is not finite must spoil its own products only.
             self.key = self.key.nan_to_num(0, 0, 0)
         if wide:
-            self.value = (sums[..., 2 * width :] / sum(shards.keys)).nan_to_num(0, 0, 0)
+            self.value = (sums[..., 2 * width :] / sum(shards.keys)).nan_to_num(0, 0, 0).to(value.dtype)
 
     def pack(self, key, value):
         """The function that fills a block with a rank's own keys and values, centred: see _exchange.blocks."""
@@ -174,9 +174,10 @@ class ShardedAttention(Function):
                 rows.add(begin, end, *part)
         wide, stats = rows.finish()
         offset = [x for x in (means.value, pooled) if x is not None]
-        offset = sum(offset[1:], offset[0]) if offset else None
+        # Rounded here, once: Delta takes off what y was given, or all rows would share the difference.
+        offset = sum(offset[1:], offset[0]).to(wide.dtype) if offset else None
         if offset is not None:
-            wide += offset.to(wide.dtype).unsqueeze(-2)
+            wide += offset.unsqueeze(-2)
         output, residual = wide, None
         if query.dtype != wide.dtype:
             output = wide.to(query.dtype)
