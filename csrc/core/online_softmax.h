@@ -21,6 +21,7 @@ namespace dnl {
 
 DNL_HOST_DEVICE float exp_of(float x) { return ::expf(x); }
 DNL_HOST_DEVICE double exp_of(double x) { return ::exp(x); }
+DNL_HOST_DEVICE float exp2_of(float x) { return ::exp2f(x); }
 
 template <class A>
 struct OnlineSoftmax {

@@ -161,7 +161,7 @@ MUTANTS = [
            "(step.grad_scale ? step.grad_scale[b] : A(1))", "chain", type=F16),
     Mutant("dS: 32-bit index", MAP, "row = task * step.pitch;", "row = static_cast<int>(task * step.pitch);",
            "overflow"),
-    Mutant("dS: the rows' factor left out", MAP, "factor * by.value[u] * ::exp2", "factor * ::exp2", "chain",
+    Mutant("dS: the rows' factor left out", MAP, "factor * by.value[u] * exp2_of", "factor * exp2_of", "chain",
            type=BF16),
     Mutant("dS: Delta left out", MAP, "dp.value[u], d.value[u])", "dp.value[u], A(0))", "chain", type=BF16),
     Mutant("dS: Delta without the offset", BACKWARD, "if (offset) y -= offset[c];", "", "chain", type=BF16),

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kThreads)
         // Beyond the last column the buffers hold anything; zeros there are never read but must not reach `sum`.
         const bool inside = quad * kQuad + u < step.columns;
         const A exponent = s.value[u] * scale + (bias - off.value[u]);
-        p.value[u] = inside ? factor * by.value[u] * ::exp2(exponent) : A(0);
+        p.value[u] = inside ? factor * by.value[u] * exp2_of(exponent) : A(0);
         out.value[u] = rounded<T>(p.value[u]);
       }
       if (step.probability) store_quad(step.probability + row, quad, out);
