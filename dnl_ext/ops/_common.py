@@ -66,11 +66,6 @@ def mark_constant(ctx, *outputs):
         ctx.mark_non_differentiable(*outputs)
 
 
-def zeros_like(tensors):
-    """Zero tangents of outputs that nobody differentiates."""
-    return [torch.zeros_like(x) for x in tensors]
-
-
 def add(first, second):
     """The sum of two tuples of tensors, either of which may be None for zero."""
     if first is None or second is None:
@@ -118,8 +113,7 @@ def product(a, b):
     A context alone would not do for these: they run under the autocast of whoever calls backward.
     """
     if torch.jit.is_tracing():  # a trace holds operators alone
-        with without_autocast(a):
-            return a @ b
+        return Product.forward(a, b)
     return (TracedProduct if torch.compiler.is_compiling() else Product).apply(a, b)
 
 

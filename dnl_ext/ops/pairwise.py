@@ -13,7 +13,6 @@ from ._common import (
     product,
     register_batching,
     save,
-    zeros_like,
 )
 from .pairwise_autograd import AttentionGradient, AttentionTangent
 from .unary import softmax
@@ -54,7 +53,7 @@ class DisentangledAttention(Function):
     @staticmethod
     def jvp(ctx, *tangents):
         tangent = AttentionTangent.apply(*ctx.saved_tensors, *tangents[:4], ctx.scale, ctx.whiten)
-        return tangent, *zeros_like(ctx.saved_tensors[5:])
+        return tangent, *(torch.zeros_like(x) for x in ctx.saved_tensors[5:])
 
 
 _attend = differentiable("pairwise_forward", DisentangledAttention)

@@ -11,7 +11,6 @@ from ._common import (
     accumulate_type,
     differentiable,
     empty_like_layout,
-    mark_constant,
     ops,
     register_batching,
     save,
@@ -62,7 +61,7 @@ class Whiten(Function):
         ctx.options = inputs[1:]
         save(ctx, *output)
         if torch.compiler.is_compiling():  # elsewhere WhitenGradient differentiates rstd
-            mark_constant(ctx, output[1])
+            ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
