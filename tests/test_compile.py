@@ -199,14 +199,18 @@ def everything_of(module, x):
 
 
 def check_block(block, dims, sizes, dynamic=False):
-    """Training steps of a compiled copy in float32, held to the bar; plain PyTorch is the block's own reference."""
+    """Training steps of a compiled copy in float32, held to the bar.
+
+    Plain PyTorch is the block's own reference, compiled as well: where a map is the same at all positions, as the unary
+    term's, inductor's batch norm is eight times less accurate than eager's.
+    """
     plain = copy.deepcopy(scramble(block))
     plain.backend = "reference"
     wide = copy.deepcopy(plain).double()
-    compiled = torch.compile(block, fullgraph=True, dynamic=dynamic)
+    compiled = [torch.compile(module, fullgraph=True, dynamic=dynamic) for module in (block, plain)]
     for x in itertools.islice(inputs_of(dims), sizes):
         narrow = x.detach().float()
-        results = (everything_of(module, narrow) for module in (compiled, plain))
+        results = (everything_of(module, narrow) for module in compiled)
         assert_within_the_bar(*results, everything_of(wide, narrow.double()))
 
 

@@ -163,6 +163,17 @@ class TestHotSoftmax:
         for a, b in zip(everything(inputs, grad, scale=0.0), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
+    @dtypes
+    @pytest.mark.parametrize("mask", [True, False])
+    @whitens
+    def test_one_key_leaves_query_and_key_no_gradient(self, dtype, mask, whiten):
+        """A softmax over one key is 1: its gradients are zero, not the rounding of dP - Delta."""
+        inputs, grad = make(nk=1, dtype=dtype, mask=mask)
+        _, dq, dk, dv, *_ = everything(inputs, grad, whiten=whiten, scale=1.25)
+        assert not dq.any()
+        assert not dk.any()
+        torch.testing.assert_close(dv, (1 + mask) * grad.double().sum(-2, keepdim=True).to(dtype))
+
 
 class TestMeans:
     """What a common mean of the inputs costs: nothing, where it cancels in exact arithmetic."""

@@ -1,11 +1,13 @@
 """Blocks on slabs of a feature map: the same output, and gradients that add up to those of one process."""
 
 import copy
+from functools import partial
 
 import processes
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from dnl_ext import DisentangledNonLocal1d, DisentangledNonLocal2d, DisentangledNonLocal3d, NonLocal2d
 from dnl_ext.distributed import shard_positions
@@ -46,13 +48,14 @@ def results(block, x, dy):
     return y.detach(), x.grad, {name: p.grad for name, p in block.named_parameters()}
 
 
-def on_slabs(rank, world_size):
-    out = []
+def on_slabs(rank, world_size, by_argument):
+    mesh, out = init_device_mesh("cpu", (world_size,)), []
     for rows in ROWS[world_size]:
         for kind, arguments in BLOCKS:
-            block, x, dy = make(kind, arguments)
-            model = shard_positions(nn.Sequential(nn.Identity(), block))
-            out.append(results(copy.deepcopy(model)[1], *(a.split(rows, 2)[rank] for a in (x, dy))))
+            block, x, dy = make(kind, {**arguments, "mesh": mesh} if by_argument else arguments)
+            if not by_argument:
+                block = shard_positions(nn.Sequential(nn.Identity(), block))[1]
+            out.append(results(copy.deepcopy(block), *(a.split(rows, 2)[rank] for a in (x, dy))))
     return out
 
 
@@ -62,9 +65,9 @@ def assert_equal(x, expected, what, size=None):
     assert error < 1e-12, f"{what} is off by {error:.2g}"
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_equal_to_one_process(world_size):
-    ranks = processes.run(on_slabs, world_size, timeout=TIMEOUT)
+@pytest.mark.parametrize(("world_size", "by_argument"), [(2, True), (3, False)])
+def test_equal_to_one_process(world_size, by_argument):
+    ranks = processes.run(on_slabs, world_size, by_argument, timeout=TIMEOUT)
     cases = [case for _ in ROWS[world_size] for case in BLOCKS]
     for parts, (kind, arguments) in zip(zip(*ranks, strict=True), cases, strict=True):
         y, dx, gradients = results(*make(kind, arguments))
@@ -87,11 +90,18 @@ def refusals(rank, world_size):
         DisentangledNonLocal2d(4, backend="reference"),
         nn.Sequential(DisentangledNonLocal2d(4, norm=lambda channels: nn.GroupNorm(2, channels))),
     ]
+    mesh = init_device_mesh("cpu", (world_size,))
+    calls = [
+        *(partial(shard_positions, module) for module in wrong),
+        partial(DisentangledNonLocal2d.mmseg, 4, sub_sample=True, mesh=mesh),
+        partial(DisentangledNonLocal2d.official, 4, mesh="cpu"),
+        partial(NonLocal2d, 4, mesh=init_device_mesh("cpu", (1, world_size))),
+    ]
     messages = []
-    for module in wrong:
+    for call in calls:
         try:
-            shard_positions(module)
-        except (ValueError, NotImplementedError) as error:
+            call()
+        except (TypeError, ValueError, NotImplementedError) as error:
             messages.append(f"{type(error).__name__} {error}")
     try:
         shard_positions(NonLocal2d(4, norm_cfg={"type": "BN"})).train()(torch.zeros(1, 4, 2, 2))
@@ -109,6 +119,9 @@ def test_what_does_not_shard_is_refused():
         "NotImplementedError expected a whitening without running statistics, got 'bn'",
         "NotImplementedError expected backend='fused'",
         "NotImplementedError module '0': expected no norm, a BatchNorm or SyncBatchNorm, got GroupNorm",
+        "NotImplementedError expected sub_sample=None, got 'after'",
+        "TypeError mesh: expected a ProcessGroup, a DeviceMesh or None, got str",
+        "ValueError mesh: expected a DeviceMesh of one dimension",
         "RuntimeError norm: expected evaluation mode or a SyncBatchNorm",
     ]
     (messages,) = processes.run(refusals, 1, timeout=TIMEOUT)

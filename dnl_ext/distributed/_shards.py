@@ -27,25 +27,27 @@ GATHER_BYTES = 2**20
 EXCHANGES = ("ring", "gather")
 
 
-def process_group(group):
+def process_group(group, name="group"):
     """The process group of what `group` may be: a ProcessGroup, a DeviceMesh of one dimension, or None for the default.
+
+    `name` is what messages call it.
 
     Raises:
         TypeError: anything else. ValueError: a mesh of several dimensions, or a group that this process is not in.
         RuntimeError: no default group.
     """
     if not dist.is_initialized():
-        raise RuntimeError("group: expected an initialised process group, call torch.distributed.init_process_group")
+        raise RuntimeError(f"{name}: expected an initialised process group, call torch.distributed.init_process_group")
     if group is None:
         return dist.group.WORLD
     if hasattr(group, "get_group") and hasattr(group, "ndim"):  # a DeviceMesh, whose import is not cheap
         if group.ndim != 1:
-            raise ValueError(f"group: expected a DeviceMesh of one dimension, as mesh['name'] gives, got {group}")
+            raise ValueError(f"{name}: expected a DeviceMesh of one dimension, as mesh['name'] gives, got {group}")
         return group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group: expected a group that this process belongs to, got one that it does not")
+        raise ValueError(f"{name}: expected a group that this process belongs to, got one that it does not")
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"group: expected a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
+        raise TypeError(f"{name}: expected a ProcessGroup, a DeviceMesh or None, got {type(group).__name__}")
     return group
 
 

@@ -47,6 +47,13 @@ def _check_block(name, block):
         )
 
 
+def shard_block(block, mesh):
+    """What the argument `mesh` of a block does."""
+    group = process_group(mesh, "mesh")
+    _check_block("", block)
+    block.sharded = ShardedFunctions(group)
+
+
 def shard_positions(module, group=None):
     """Make the blocks in a module take slabs of a feature map that is sharded by rows over the ranks of a group.
 

@@ -97,7 +97,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(
         self, in_channels, inter_channels, value_channels, *, variant, mode, use_out, norm, learn_gamma, qk_bias,
-        value_bias, mask_bias, out_bias, use_scale, temperature, sub_sample, unary, whiten, style, backend,
+        value_bias, mask_bias, out_bias, use_scale, temperature, sub_sample, unary, whiten, style, backend, mesh,
     ):  # fmt: skip
         super().__init__()
         self.in_channels = check_width("in_channels", in_channels)
@@ -164,6 +164,10 @@ class AttentionBlock(nn.Module):
         self.pool = MAX_POOL[self.dims](POOL_WINDOW[self.dims]) if sub_sample else None
         self.register_parameter("gamma", nn.Parameter(torch.zeros(1)) if learn_gamma else None)
         self.reset_parameters()
+        if mesh is not None:
+            from ..distributed.blocks import shard_block  # a torch without torch.distributed has no meshes
+
+            shard_block(self, mesh)
 
     def _functions(self):
         return BACKENDS[self.backend] if self.sharded is None else self.sharded

@@ -29,12 +29,13 @@ class _DisentangledNonLocal(AttentionBlock):
         whiten="channel",
         style="plain",
         backend="fused",
+        mesh=None,
     ):
         super().__init__(
             in_channels, inter_channels, value_channels, variant=variant, mode=mode, use_out=use_out, norm=norm,
             learn_gamma=learn_gamma, qk_bias=qk_bias, value_bias=value_bias, mask_bias=mask_bias, out_bias=out_bias,
             use_scale=use_scale, temperature=temperature, sub_sample=sub_sample, unary=unary, whiten=whiten,
-            style=style, backend=backend,
+            style=style, backend=backend, mesh=mesh,
         )  # fmt: skip
 
     @classmethod
@@ -51,6 +52,7 @@ class _DisentangledNonLocal(AttentionBlock):
         variant="dnl",
         whiten="channel",
         backend="fused",
+        mesh=None,
     ):
         """The ``dnl_block`` of mmsegmentation's DNLHead, with its key names.
 
@@ -65,7 +67,7 @@ class _DisentangledNonLocal(AttentionBlock):
                 keeps one logit per position while keys and values are pooled.
             norm: after ``conv_out``: ``"batch"``, a callable ``channels -> nn.Module``, or None.
             mode: as there, where ``"gaussian"`` overwrites its input and the backward of ``"concatenation"`` raises.
-            variant, whiten, backend: as in the class; there ``"dnl"`` and ``"channel"``.
+            variant, whiten, backend, mesh: as in the class; there ``"dnl"`` and ``"channel"``.
         """
         check_width("in_channels", in_channels)
         return cls(
@@ -80,6 +82,7 @@ class _DisentangledNonLocal(AttentionBlock):
             whiten=whiten,
             style="mmseg",
             backend=backend,
+            mesh=mesh,
         )
 
     @classmethod
@@ -98,6 +101,7 @@ class _DisentangledNonLocal(AttentionBlock):
         with_nl=True,
         use_scale=True,
         backend="fused",
+        mesh=None,
     ):
         """The block of the paper's segmentation (NonLocal2d_bn, NonLocal2d_nowd) and detection (NonLocal2dGc) code.
 
@@ -115,7 +119,7 @@ class _DisentangledNonLocal(AttentionBlock):
             with_gc: the unary term with an embedding of its own.
             with_unary: the unary term with shared keys, in place of ``with_gc``.
             with_nl: the pairwise term. Without it there are no ``gamma``, ``conv_query`` and ``conv_key`` either.
-            use_scale, backend: as in the class.
+            use_scale, backend, mesh: as in the class.
 
         In 1-d and 3-d the original works without the unary term only; here it means the same as in 2-d. With
         ``with_unary`` its logits are those of ``"channel"`` whitening, whatever ``whiten_type`` is.
@@ -144,6 +148,7 @@ class _DisentangledNonLocal(AttentionBlock):
             whiten=whiten_type if with_nl else None,
             style="official",
             backend=backend,
+            mesh=mesh,
         )
 
 
@@ -190,6 +195,8 @@ class DisentangledNonLocal2d(_DisentangledNonLocal):
             ``conv_key``, ``conv_value``, ``conv_mask``, ``conv_out``, ``norm``, ``gamma``), ``"mmseg"`` or
             ``"official"``.
         backend: ``"fused"``, or ``"reference"``: plain PyTorch with the N x N map.
+        mesh: DeviceMesh of one dimension, or ProcessGroup, over whose ranks the feature map is sharded by rows: the
+            block takes and gives slabs, see :func:`dnl_ext.distributed.shard_positions`. None: whole maps.
 
     Initialisation: convolutions normal with deviation 0.01 and zero bias; the norm's weight (``conv_out`` where there
     is no norm) zero, so that the block starts as the identity, except where a learned gamma without a unary term does
@@ -197,7 +204,8 @@ class DisentangledNonLocal2d(_DisentangledNonLocal):
     zero but gamma, so its unary term acts from the start.
 
     Raises:
-        ValueError: an option or width that does not fit.
+        ValueError: an option or width that does not fit. NotImplementedError: with a mesh, an option that mixes
+            positions in a way that does not shard.
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 10. See :meth:`mmseg` and
     :meth:`official` for the two blocks in use.

@@ -59,6 +59,7 @@ class _NonLocal(AttentionBlock):
         zeros_init=True,
         *,
         backend="fused",
+        mesh=None,
     ):
         check_conv_cfg(conv_cfg, self.dims)
         check_choice("sub_sample", sub_sample, (False, True, "before", "after"))
@@ -72,7 +73,7 @@ class _NonLocal(AttentionBlock):
             use_out=True, norm=norm_of_cfg(norm_cfg, self.dims), learn_gamma=False, qk_bias=True, value_bias=True,
             mask_bias=True, out_bias=None, use_scale=use_scale, temperature=1.0,
             sub_sample={False: None, True: "after"}.get(sub_sample, sub_sample), unary=None, whiten=None,
-            style="mmseg", backend=backend,
+            style="mmseg", backend=backend, mesh=mesh,
         )  # fmt: skip
 
     def reset_parameters(self):
@@ -116,12 +117,14 @@ class NonLocal2d(_NonLocal):
         std, zeros_init: initialisation. g, theta and phi are normal with deviation ``std``; the norm after
             ``conv_out``, or ``conv_out`` without one, is zero, so that the block starts as the identity, or normal.
         backend: ``"fused"``, or ``"reference"``: plain PyTorch with the N x N map.
+        mesh: as in :class:`dnl_ext.DisentangledNonLocal2d`.
 
     State dict: mmcv's, ``{g,theta,phi}.conv.*``, ``conv_out.conv.*``, ``conv_out.bn.*``,
     ``concat_project.conv.weight``; with ``sub_sample`` ``g.0.conv.*`` and ``phi.0.conv.*``.
 
     Raises:
-        ValueError: an option or width that does not fit.
+        ValueError: an option or width that does not fit. NotImplementedError: with a mesh, an option that mixes
+            positions in a way that does not shard.
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018; arguments and names of mmcv's NonLocal2d. There the
     backward of ``"concatenation"`` raises, and float16 overflows.

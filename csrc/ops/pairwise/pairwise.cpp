@@ -21,14 +21,10 @@ static void run_forward(const PairwiseCall& call, const Tensor& query) {
 }
 
 static void run_backward(PairwiseCall& call, const Tensor& query) {
-  if (call.args.batches && call.args.queries == 0) {
-    for (Tensor* grad : {&call.grad_query, &call.grad_key, &call.grad_value, &call.grad_mask})
-      torch::stable::zero_(*grad);
-  } else if (call.args.batches) {
-    const Executor executor = torch_threads();
-    const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_backward_workspace(call.args, executor));
-    cpu_kernels().pairwise_backward(call.args, workspace.data_ptr(), executor);
-  }
+  if (!call.backward_has_work()) return;
+  const Executor executor = torch_threads();
+  const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_backward_workspace(call.args, executor));
+  cpu_kernels().pairwise_backward(call.args, workspace.data_ptr(), executor);
 }
 
 PairwiseForwardResult pairwise_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,

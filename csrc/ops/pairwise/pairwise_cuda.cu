@@ -36,18 +36,14 @@ static void run_forward(const PairwiseCall& call, const Tensor& query, const Ten
 
 static void run_backward(PairwiseCall& call, const Tensor& grad_output, const Tensor& query, const Tensor& key,
                          const Tensor& value) {
-  if (call.args.batches && call.args.queries == 0) {
-    for (Tensor* grad : {&call.grad_query, &call.grad_key, &call.grad_value, &call.grad_mask})
-      torch::stable::zero_(*grad);
-  } else if (call.args.batches) {
-    CudaDevice device(query);
-    for (const Tensor& x : {grad_output, query, key, value}) device.know(x);
-    dispatch_element(call.args.dtype, [&](auto type) {
-      using T = decltype(type);
-      const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), true);
-      pairwise_backward_cuda<T>(call.args, device, {}, plan.fused);
-    });
-  }
+  if (!call.backward_has_work()) return;
+  CudaDevice device(query);
+  for (const Tensor& x : {grad_output, query, key, value}) device.know(x);
+  dispatch_element(call.args.dtype, [&](auto type) {
+    using T = decltype(type);
+    const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), true);
+    pairwise_backward_cuda<T>(call.args, device, {}, plan.fused);
+  });
 }
 
 PairwiseForwardResult pairwise_forward_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
