@@ -28,6 +28,7 @@ import sys
 import tempfile
 import time
 
+import commands
 import gpu_report
 from gpu_report import Report, Step
 
@@ -73,20 +74,7 @@ class Check:
     def call(self, command, share, **environment):
         """(exit status, output); a command gets its share of the whole time at most, and never less than 20 s."""
         limit = max(20.0, min(self.left, share * self.seconds))
-        try:
-            done = subprocess.run(
-                [str(part) for part in command],
-                cwd=ROOT / "tests",
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=limit,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-            )
-        except subprocess.TimeoutExpired as error:
-            partial = (error.stdout or b"").decode(errors="replace") if isinstance(error.stdout, bytes) else ""
-            return 124, partial + f"\nno end within {limit:.0f} s"
-        return done.returncode, done.stdout + done.stderr
+        return commands.run(command, limit, **environment)
 
     def record(self, name, began, passes, detail="", status=None):
         step = Step(name, status or ("passed" if passes else "failed"), time.time() - began, detail)

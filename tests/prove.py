@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests/gates")]
 
+import commands  # noqa: E402
 import programs  # noqa: E402
 
 
@@ -55,20 +56,7 @@ def each(context, function, items):
 
 
 def call(command, seconds, **environment):
-    """Exit status and output; a program that does not end in time has failed."""
-    try:
-        done = subprocess.run(
-            [str(part) for part in command],
-            cwd=ROOT / "tests",
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=seconds,
-            env={**os.environ, **programs.ENVIRONMENT, "PYTHONPATH": str(ROOT), **environment},
-        )
-    except subprocess.TimeoutExpired:
-        return 124, f"no end within {seconds:.0f} s"
-    return done.returncode, done.stdout + done.stderr
+    return commands.run(command, seconds, **programs.ENVIRONMENT, **environment)
 
 
 def slices(count, at_once):
@@ -227,11 +215,12 @@ def determinism(context, outcome, seconds):
 
 
 def gradients(context, outcome, seconds):
-    pytest_counts(outcome, "test_autograd.py", "test_second.py", "test_func.py", "test_modules.py", seconds=seconds)
+    files = ("autograd", "second", "second_methods", "func", "modules")
+    pytest_counts(outcome, *(f"test_{name}.py" for name in files), seconds=seconds)
 
 
 def bad_inputs(context, outcome, seconds):
-    pytest_counts(outcome, "test_errors.py", seconds=seconds)
+    pytest_counts(outcome, "test_errors.py", "test_empty.py", seconds=seconds)
 
 
 def launches(context, outcome, seconds):
