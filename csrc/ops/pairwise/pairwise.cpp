@@ -21,7 +21,7 @@ static void run_forward(const PairwiseCall& call, const Tensor& query) {
 }
 
 static void run_backward(PairwiseCall& call, const Tensor& query) {
-  if (!call.backward_has_work()) return;
+  if (call.empty()) return call.clear_gradients();
   const Executor executor = torch_threads();
   const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_backward_workspace(call.args, executor));
   cpu_kernels().pairwise_backward(call.args, workspace.data_ptr(), executor);

@@ -41,6 +41,10 @@ struct PairwiseArgs {
   const void* mask_lse = nullptr;  // (batches)
   const void* delta = nullptr;     // (batches, queries), of a part: <dy_i, y_i> with whole rows
   View grad_query, grad_key, grad_value, grad_mask;
+
+  // Of dq and dk. A softmax over one key is 1 whatever its logit: times 0, the rounding of its dS is gone and NaN
+  // stays.
+  double gradient_scale() const { return keys == 1 && !part ? 0 : scale; }
 };
 
 }  // namespace dnl

@@ -367,7 +367,7 @@ struct PairwiseBackward {
     if (slot.grad_key)
       write_panels(args.grad_key, batch, first, count, args.width, slot.grad_key, [&](int64_t ch, int64_t lane, A x) {
         if (query_mean) x -= slot.column_sum[lane] * query_mean[ch];
-        return static_cast<A>(args.scale) * x;
+        return static_cast<A>(args.gradient_scale()) * x;
       });
     if (need_value)
       write_panels(args.grad_value, batch, first, count, args.channels, slot.grad_value,
@@ -398,10 +398,10 @@ struct PairwiseBackward {
       for (int64_t ch = 0; ch < L; ++ch) mean_of[ch] = static_cast<A>(sum[ch] / args.queries);
     }
     const View& view = args.grad_query;
+    const A scale = static_cast<A>(args.gradient_scale());
     Src* out = static_cast<Src*>(view.data) + view.batch[batch] + panel * L * view.channel;
     visit(args.queries, channels, view.position == 1 && view.channel != 1, [&](int64_t i, int64_t ch) {
-      out[i * view.position + ch * view.channel] =
-          narrow<Src>(static_cast<A>(args.scale) * (from[i * L + ch] - mean_of[ch]));
+      out[i * view.position + ch * view.channel] = narrow<Src>(scale * (from[i * L + ch] - mean_of[ch]));
     });
   }
 };

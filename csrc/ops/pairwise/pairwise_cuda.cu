@@ -36,7 +36,7 @@ static void run_forward(const PairwiseCall& call, const Tensor& query, const Ten
 
 static void run_backward(PairwiseCall& call, const Tensor& grad_output, const Tensor& query, const Tensor& key,
                          const Tensor& value) {
-  if (!call.backward_has_work()) return;
+  if (call.empty()) return call.clear_gradients();
   CudaDevice device(query);
   for (const Tensor& x : {grad_output, query, key, value}) device.know(x);
   dispatch_element(call.args.dtype, [&](auto type) {

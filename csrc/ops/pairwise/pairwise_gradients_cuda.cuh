@@ -75,7 +75,7 @@ struct PairwiseGradients {
       write.beta_row = {sum, rows};
       write.gamma = in.query_mean + b * args.width;
     }
-    write.scale = in.scale;
+    write.scale = static_cast<A>(args.gradient_scale());
     write.factor = factor;
     affine(device, write);
   }
@@ -89,7 +89,7 @@ struct PairwiseGradients {
       write.beta = -1;
       write.gamma = mean;
     }
-    write.scale = in.scale;
+    write.scale = static_cast<A>(args.gradient_scale());
     write.factor = factor;
     affine(device, write);
   }

@@ -158,20 +158,12 @@ struct PairwiseCall {
     args.delta = delta_.data_ptr();
   }
 
-  // Nothing to compute in the forward.
+  // Nothing to compute.
   bool empty() const { return args.batches == 0 || args.queries == 0; }
 
-  // Writes the gradients that are zero whatever the numbers; whether the backward has others to compute.
-  bool backward_has_work() {
-    if (empty()) {
-      for (Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_mask}) torch::stable::zero_(*grad);
-      return false;
-    }
-    if (args.keys == 1 && !args.part) {  // a softmax over one key is 1: computed, its dS would be rounding
-      for (Tensor* grad : {&grad_query, &grad_key}) torch::stable::zero_(*grad);
-      args.grad_query = args.grad_key = {};
-    }
-    return args.grad_query.data || args.grad_key.data || args.grad_value.data || args.grad_mask.data;
+  // The backward where there is nothing to compute: without queries, zeros for what they would have added to.
+  void clear_gradients() {
+    for (Tensor* grad : {&grad_query, &grad_key, &grad_value, &grad_mask}) torch::stable::zero_(*grad);
   }
 
  private:
