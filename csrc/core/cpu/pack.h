@@ -1,4 +1,4 @@
-// Packing: from a strided matrix in memory, optionally centred, to the operands of core/cpu/product.h.
+// Packing: from a strided matrix in memory, optionally centred, to the operands of core/cpu/product.h, and back.
 #pragma once
 
 #include <type_traits>
@@ -94,6 +94,38 @@ void pack_panels(const Source<Src>& x, int64_t depth, int64_t lanes, E* out, int
     for (int64_t k = 0; k < filled; ++k)
       for (int64_t lane = k < depth ? std::min(L, lanes - first) : 0; lane < L; ++lane)
         out[first / L * panel + place(k, lane)] = E{};
+}
+
+// Writes f(row)(lane), at most kMostLanes lanes, to memory with any strides. Values are made along the lanes, where
+// their making vectorises; where lanes are not what lies together in memory, a few rows at a time are made first and
+// then transposed.
+constexpr int64_t kMostLanes = 64;
+template <class Dst, class F>
+inline void write_lanes(Dst* out, int64_t row_stride, int64_t lane_stride, int64_t rows, int64_t lanes, const F& f) {
+  if (lane_stride == 1) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const auto value = f(r);
+      for (int64_t lane = 0; lane < lanes; ++lane) out[r * row_stride + lane] = value(lane);
+    }
+    return;
+  }
+  constexpr int64_t T = 32;
+  Dst tile[T][kMostLanes];
+  for (int64_t first = 0; first < rows; first += T) {
+    const int64_t count = std::min(T, rows - first);
+    for (int64_t r = 0; r < count; ++r) {
+      const auto value = f(first + r);
+      for (int64_t lane = 0; lane < lanes; ++lane) tile[r][lane] = value(lane);
+    }
+    Dst* to = out + first * row_stride;
+    if (row_stride == 1) {
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t r = 0; r < count; ++r) to[lane * lane_stride + r] = tile[r][lane];
+    } else {
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t r = 0; r < count; ++r) to[lane * lane_stride + r * row_stride] = tile[r][lane];
+    }
+  }
 }
 
 // Bytes from a workspace in order; with a null base it only counts.

@@ -1,7 +1,6 @@
-// Reductions over positions or channels of a strided matrix, in double and compensated: they read each element once, so
-// memory sets their pace and the wide sums are free. Compensated, because float64 inputs have no wider type, and
-// because what a mean is off by is the same for all positions and does not average out: equal rows must have themselves
-// as mean.
+// Reductions over positions or channels of a strided matrix, in double. What a mean is off by is the same for all
+// positions and does not average out: equal rows must have themselves as mean. The sum of up to 2^29 equal floats is
+// exact in double; float64 has no wider type, and its sums are compensated.
 #pragma once
 
 #include "core/cpu/product.h"
@@ -39,41 +38,56 @@ inline void dispatch_order(const F& f, const Views&... views) {
   f(AnyOrder{});
 }
 
-// sum += x, and rest += what rounding took from it (Knuth's TwoSum).
-inline void add_compensated(double& sum, double& rest, double x) {
-  const double next = sum + x, part = next - sum;
-  rest += (sum - (next - part)) + (x - part);
+// Adds x to a sum of numbers that come from elements of T. For double, `rest` takes what rounding took (Knuth's
+// TwoSum).
+template <class T>
+inline void add_to(double& sum, double& rest, double x) {
+  const double next = sum + x;
+  if constexpr (std::is_same_v<T, double>) {
+    const double part = next - sum;
+    rest += (sum - (next - part)) + (x - part);
+  }
   sum = next;
 }
 // An infinite sum leaves a NaN beside it.
-inline double compensated(double sum, double rest) { return rest - rest == 0 ? sum + rest : sum; }
+inline double with_rest(double sum, double rest) { return rest - rest == 0 ? sum + rest : sum; }
 
 // sum_i f(i) over `count` of them.
-template <class F>
+template <class T, class F>
 inline double lane_sum(int64_t count, const F& f) {
   double lane[kReduceLanes] = {}, lane_rest[kReduceLanes] = {}, sum = 0, rest = 0;
   int64_t i = 0;
   for (; i + kReduceLanes <= count; i += kReduceLanes)
-    for (int64_t l = 0; l < kReduceLanes; ++l) add_compensated(lane[l], lane_rest[l], f(i + l));
-  for (; i < count; ++i) add_compensated(sum, rest, f(i));
+    for (int64_t l = 0; l < kReduceLanes; ++l) add_to<T>(lane[l], lane_rest[l], f(i + l));
+  for (; i < count; ++i) add_to<T>(sum, rest, f(i));
   for (int64_t l = 0; l < kReduceLanes; ++l) {
-    add_compensated(sum, rest, lane[l]);
+    add_to<T>(sum, rest, lane[l]);
     rest += lane_rest[l];
   }
-  return compensated(sum, rest);
+  return with_rest(sum, rest);
+}
+
+// sums[inner - begin] = sum_outer f(outer, inner) for inner from `begin` to `end`, at most kReduceBlock of them.
+template <class T, class F>
+inline void side_by_side_sums(int64_t outers, int64_t begin, int64_t end, double* out, const F& f) {
+  double sum[kReduceBlock] = {}, rest[kReduceBlock] = {};
+  if (end - begin == kReduceBlock) {  // a number that the compiler knows
+    for (int64_t outer = 0; outer < outers; ++outer)
+      for (int64_t i = 0; i < kReduceBlock; ++i) add_to<T>(sum[i], rest[i], f(outer, begin + i));
+  } else {
+    for (int64_t outer = 0; outer < outers; ++outer)
+      for (int64_t i = 0; i < end - begin; ++i) add_to<T>(sum[i], rest[i], f(outer, begin + i));
+  }
+  for (int64_t i = 0; i < end - begin; ++i) out[i] = with_rest(sum[i], rest[i]);
 }
 
 // out[c - begin] = sum_i f(i, c) for channels [begin, end), at most kReduceBlock of them, visiting memory in `Order`.
-template <class Order, class F>
+template <class Order, class T, class F>
 inline void column_sums_of(int64_t positions, int64_t begin, int64_t end, double* out, const F& f) {
-  if constexpr (Order::kChannelOutside) {
-    for (int64_t c = begin; c < end; ++c) out[c - begin] = lane_sum(positions, [&](int64_t i) { return f(i, c); });
-  } else {
-    double sum[kReduceBlock] = {}, rest[kReduceBlock] = {};
-    for (int64_t i = 0; i < positions; ++i)
-      for (int64_t c = begin; c < end; ++c) add_compensated(sum[c - begin], rest[c - begin], f(i, c));
-    for (int64_t c = begin; c < end; ++c) out[c - begin] = compensated(sum[c - begin], rest[c - begin]);
-  }
+  if constexpr (Order::kChannelOutside)
+    for (int64_t c = begin; c < end; ++c) out[c - begin] = lane_sum<T>(positions, [&](int64_t i) { return f(i, c); });
+  else
+    side_by_side_sums<T>(positions, begin, end, out, f);
 }
 
 // out[c - begin] = sum_i weight_i x[i][c] for channels [begin, end) of one batch element; weight may be null.
@@ -85,7 +99,7 @@ inline void column_sums(const Src* x, const View& view, int64_t positions, int64
     const auto term = [&](int64_t i, int64_t c) {
       return double(widen(x[Order::at(view, i, c)])) * (weight ? double(weight[i]) : 1.0);
     };
-    column_sums_of<Order>(positions, begin, end, out, term);
+    column_sums_of<Order, Src>(positions, begin, end, out, term);
   };
   dispatch_order(sums, view);
 }
@@ -104,18 +118,13 @@ void all_column_sums(const View& view, int64_t batches, int64_t positions, int64
   });
 }
 
-// out[i - begin] = sum_c f(i, c) for positions [begin, end), visiting memory in the order of `view`; at most
-// kReduceBlock positions.
-template <class F>
-inline void row_sums(const View& view, int64_t begin, int64_t end, int64_t channels, double* out, const F& f) {
-  if (view.position == 1) {
-    double sum[kReduceBlock] = {}, rest[kReduceBlock] = {};
-    for (int64_t c = 0; c < channels; ++c)
-      for (int64_t i = begin; i < end; ++i) add_compensated(sum[i - begin], rest[i - begin], f(i, c));
-    for (int64_t i = begin; i < end; ++i) out[i - begin] = compensated(sum[i - begin], rest[i - begin]);
-  } else {
-    for (int64_t i = begin; i < end; ++i) out[i - begin] = lane_sum(channels, [&](int64_t c) { return f(i, c); });
-  }
+// out[i - begin] = sum_c f(i, c) for positions [begin, end), at most kReduceBlock of them, visiting memory in `Order`.
+template <class Order, class T, class F>
+inline void row_sums(int64_t begin, int64_t end, int64_t channels, double* out, const F& f) {
+  if constexpr (Order::kChannelOutside)
+    side_by_side_sums<T>(channels, begin, end, out, [&](int64_t c, int64_t i) { return f(i, c); });
+  else
+    for (int64_t i = begin; i < end; ++i) out[i - begin] = lane_sum<T>(channels, [&](int64_t c) { return f(i, c); });
 }
 
 }  // namespace DNL_ISA

@@ -39,6 +39,7 @@ struct PairwiseBackward {
   Means<Src, E> means;
   E *query_rows, *query_columns, *grad_rows, *grad_columns;
   A *shift, *factor, *delta, *grad_query, *grad_pooled, *unary;
+  double* delta_offset;  // (batches, channels): of y, what of it does not come from P times the values as centred
   size_t bytes;
 
   struct Slot {
@@ -56,6 +57,7 @@ struct PairwiseBackward {
   void run() {
     means.compute(args, executor);
     unary_gradients();
+    delta_offsets();
     for (int64_t first = 0; first < args.batches; first += group) {
       const int64_t count = std::min(group, args.batches - first);
       executor.parallel(count * query_blocks, [&](int64_t task) {
@@ -119,6 +121,7 @@ struct PairwiseBackward {
     shift = arena.take<A>(group * args.queries);
     factor = arena.take<A>(group * args.queries);
     delta = arena.take<A>(group * args.queries);
+    delta_offset = arena.take<double>(args.batches * args.channels);
     grad_query = want_query ? arena.take<A>(group * width_panels * args.queries * L) : nullptr;
     const bool has_unary = args.mask.data;
     grad_pooled = has_unary ? arena.take<A>(args.batches * args.channels) : nullptr;
@@ -182,6 +185,12 @@ struct PairwiseBackward {
     unary_mask_gradient<Src>(pool, unary, executor);
   }
 
+  void delta_offsets() {
+    const A *pooled = static_cast<const A*>(args.pooled), *centre = means.value;
+    for (int64_t i = 0; i < args.batches * args.channels; ++i)
+      delta_offset[i] = (pooled ? double(pooled[i]) : 0) + (centre ? double(centre[i]) : 0);
+  }
+
   void pack_queries(int64_t batch, int64_t place, int64_t block) {
     const int64_t first = block * kQueryBlock, count = std::min(kQueryBlock, args.queries - first);
     const int64_t row = place * args.queries + first, column = (place * query_blocks + block) * kQueryBlock;
@@ -215,18 +224,24 @@ struct PairwiseBackward {
     const Src *dy = element<Src>(args.grad_output, batch), *y = element<Src>(args.output, batch);
     const View &dv = args.grad_output, &yv = args.output, &rv = args.residual;
     const Src* rest = rv.data ? element<Src>(rv, batch) : nullptr;
-    const A* pooled = args.pooled ? static_cast<const A*>(args.pooled) + batch * args.channels : nullptr;
-    const A* centre = value_mean(batch);
+    const double* offset = delta_offset + batch * args.channels;
     for (int64_t begin = first; begin < first + count; begin += kReduceBlock) {
       const int64_t end = std::min(first + count, begin + kReduceBlock);
       double sums[kReduceBlock];
-      row_sums(yv, begin, end, args.channels, sums, [&](int64_t i, int64_t ch) {
-        double value = widen(y[i * yv.position + ch * yv.channel]);
-        if (rest) value += widen(rest[i * rv.position + ch * rv.channel]);
-        if (pooled) value -= pooled[ch];
-        if (centre) value -= centre[ch];
-        return double(widen(dy[i * dv.position + ch * dv.channel])) * value;
-      });
+      const auto sum = [&](auto order) {
+        using Order = decltype(order);
+        const auto of_value = [&](const auto& value) {
+          row_sums<Order, Src>(begin, end, args.channels, sums, [&](int64_t i, int64_t ch) {
+            return double(widen(dy[Order::at(dv, i, ch)])) * (value(i, ch) - offset[ch]);
+          });
+        };
+        const auto rounded = [&](int64_t i, int64_t ch) { return double(widen(y[Order::at(yv, i, ch)])); };
+        if (rest)
+          of_value([&](int64_t i, int64_t ch) { return rounded(i, ch) + double(widen(rest[Order::at(rv, i, ch)])); });
+        else
+          of_value(rounded);
+      };
+      rest ? dispatch_order(sum, yv, dv, rv) : dispatch_order(sum, yv, dv);
       for (int64_t i = begin; i < end; ++i) out[i - first] = static_cast<A>(sums[i - begin]);
     }
   }
@@ -364,26 +379,32 @@ struct PairwiseBackward {
     const A* query_mean = kRawProducts<E> ? mean(means.query, batch) : nullptr;
     const A* g = grad_pooled ? grad_pooled + batch * args.channels : nullptr;
     const A* u = unary ? unary + batch * args.keys + first : nullptr;
+    const A scale = static_cast<A>(args.gradient_scale());
     if (slot.grad_key)
-      write_panels(args.grad_key, batch, first, count, args.width, slot.grad_key, [&](int64_t ch, int64_t lane, A x) {
-        if (query_mean) x -= slot.column_sum[lane] * query_mean[ch];
-        return static_cast<A>(args.gradient_scale()) * x;
-      });
+      write_panels(args.grad_key, batch, first, count, args.width, slot.grad_key, slot.column_sum, query_mean, A(-1),
+                   scale);
     if (need_value)
-      write_panels(args.grad_value, batch, first, count, args.channels, slot.grad_value,
-                   [&](int64_t ch, int64_t lane, A x) { return g ? x + u[lane] * g[ch] : x; });
+      write_panels(args.grad_value, batch, first, count, args.channels, slot.grad_value, u, g, A(1), A(1));
   }
 
-  template <class F>
+  // scale (x + sign along_c across_lane), or scale x where `along` is null.
   static void write_panels(const View& view, int64_t batch, int64_t first, int64_t count, int64_t channels,
-                           const A* from, const F& f) {
+                           const A* from, const A* across, const A* along, A sign, A scale) {
     Src* out = static_cast<Src*>(view.data) + view.batch[batch] + first * view.position;
-    for (int64_t p = 0; p * L < count; ++p)
-      visit(channels, std::min<int64_t>(L, count - p * L), view.channel == 1 && view.position != 1,
-            [&](int64_t ch, int64_t lane) {
-              const A value = f(ch, p * L + lane, from[(p * channels + ch) * L + lane]);
-              out[(p * L + lane) * view.position + ch * view.channel] = narrow<Src>(value);
-            });
+    for (int64_t p = 0; p * L < count; ++p, out += L * view.position) {
+      const A *panel = from + p * channels * L, *beside = across + p * L;
+      const int64_t lanes = std::min<int64_t>(L, count - p * L);
+      if (along)
+        write_lanes(out, view.channel, view.position, channels, lanes, [=](int64_t ch) {
+          return [=, x = panel + ch * L, factor = sign * along[ch]](int64_t lane) {
+            return narrow<Src>(scale * (x[lane] + beside[lane] * factor));
+          };
+        });
+      else
+        write_lanes(out, view.channel, view.position, channels, lanes, [=](int64_t ch) {
+          return [=, x = panel + ch * L](int64_t lane) { return narrow<Src>(scale * x[lane]); };
+        });
+    }
   }
 
   // dq = scale (accumulated - its mean over queries), for one panel of channels.
@@ -400,8 +421,9 @@ struct PairwiseBackward {
     const View& view = args.grad_query;
     const A scale = static_cast<A>(args.gradient_scale());
     Src* out = static_cast<Src*>(view.data) + view.batch[batch] + panel * L * view.channel;
-    visit(args.queries, channels, view.position == 1 && view.channel != 1, [&](int64_t i, int64_t ch) {
-      out[i * view.position + ch * view.channel] = narrow<Src>(scale * (from[i * L + ch] - mean_of[ch]));
+    const A* mean_at = mean_of;
+    write_lanes(out, view.position, view.channel, args.queries, channels, [=](int64_t i) {
+      return [=, x = from + i * L](int64_t ch) { return narrow<Src>(scale * (x[ch] - mean_at[ch])); };
     });
   }
 };

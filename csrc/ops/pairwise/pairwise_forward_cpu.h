@@ -203,19 +203,19 @@ struct PairwiseForward {
       slot.alpha[i] = A(1) / slot.divisor[i];
     }
     const A* centre = value_mean(batch);
-    const View &y = args.output, &low = args.residual;
-    Src* out = static_cast<Src*>(y.data) + y.batch[batch] + first * y.position;
-    Src* rest = low.data ? static_cast<Src*>(low.data) + low.batch[batch] + first * low.position : nullptr;
     for (int64_t p = 0; p * L < count; ++p) {
       const A *from = slot.output + p * args.channels * L, *factor = slot.alpha + p * L;
-      visit(args.channels, std::min<int64_t>(L, count - p * L), y.channel == 1 && y.position != 1,
-            [&](int64_t ch, int64_t lane) {
-              const A offset = (centre ? centre[ch] : A(0)) + (pooled ? pooled[ch] : A(0));
-              const A value = from[ch * L + lane] * factor[lane] + offset;
-              const Src rounded = narrow<Src>(value);
-              out[(p * L + lane) * y.position + ch * y.channel] = rounded;
-              if (rest) rest[(p * L + lane) * low.position + ch * low.channel] = narrow<Src>(value - widen(rounded));
-            });
+      const auto values = [=](int64_t ch) {
+        const A offset = (centre ? centre[ch] : A(0)) + (pooled ? pooled[ch] : A(0));
+        return [=](int64_t lane) { return from[ch * L + lane] * factor[lane] + offset; };
+      };
+      const auto write_to = [&](const View& view, const auto& round) {
+        Src* out = static_cast<Src*>(view.data) + view.batch[batch] + (first + p * L) * view.position;
+        write_lanes(out, view.channel, view.position, args.channels, std::min<int64_t>(L, count - p * L),
+                    [=](int64_t ch) { return [=, value = values(ch)](int64_t lane) { return round(value(lane)); }; });
+      };
+      write_to(args.output, [](A x) { return narrow<Src>(x); });
+      if (args.residual.data) write_to(args.residual, [](A x) { return narrow<Src>(x - widen(narrow<Src>(x))); });
     }
   }
 };

@@ -5,6 +5,7 @@
 // Pooling: the map u is one row; it is held in full (Nk accumulators) and the values stream past it once.
 #pragma once
 
+#include "core/cpu/pack.h"
 #include "core/cpu/reduce.h"
 #include "ops/unary/unary.h"
 
@@ -129,7 +130,7 @@ void unary_map(const View& mask, const Acc<T>* lse, int64_t batches, int64_t key
       const int64_t n = gather(element<T>(mask, b), mask.position, begin, keys, Acc<T>(0), block);
       exponentials(block, lse[b]);
       std::copy(block, block + n, map + begin);
-      sum += lane_sum(n, [&](int64_t j) { return double(map[begin + j]); });
+      sum += lane_sum<T>(n, [&](int64_t j) { return double(map[begin + j]); });
     }
     const Acc<T> factor = static_cast<Acc<T>>(1 / sum);
     for (int64_t j = 0; j < keys; ++j) map[j] *= factor;
@@ -161,18 +162,22 @@ void unary_mask_gradient(const UnaryArgs& args, const Acc<T>* u, const Executor&
     const int64_t b = task / blocks, begin = task % blocks * kReduceBlock;
     const A* g = grad_pooled + b * args.channels;
     const T* v = element<T>(args.value, b);
-    row_sums(args.value, begin, std::min(args.keys, begin + kReduceBlock), args.channels,
-             dot.data + b * args.keys + begin, [&](int64_t j, int64_t c) {
-               return double(g[c]) * double(widen(v[j * args.value.position + c * args.value.channel]));
-             });
+    dispatch_order(
+        [&](auto order) {
+          using Order = decltype(order);
+          row_sums<Order, T>(
+              begin, std::min(args.keys, begin + kReduceBlock), args.channels, dot.data + b * args.keys + begin,
+              [&](int64_t j, int64_t c) { return double(g[c]) * double(widen(v[Order::at(args.value, j, c)])); });
+        },
+        args.value);
   });
   executor.parallel(args.batches, [&](int64_t b) {
     const A* map = u + b * args.keys;
     const double* x = dot.data + b * args.keys;
     T* out = static_cast<T*>(args.grad_mask.data) + args.grad_mask.batch[b];
     // About the first product: what all of them share would otherwise cost the mean its last digits.
-    const double weighted = lane_sum(args.keys, [&](int64_t j) { return double(map[j]) * (x[j] - x[0]); });
-    const double mean = weighted / lane_sum(args.keys, [&](int64_t j) { return double(map[j]); });
+    const double weighted = lane_sum<double>(args.keys, [&](int64_t j) { return double(map[j]) * (x[j] - x[0]); });
+    const double mean = weighted / lane_sum<double>(args.keys, [&](int64_t j) { return double(map[j]); });
     for (int64_t j = 0; j < args.keys; ++j)
       out[j * args.grad_mask.position] = narrow<T>(static_cast<A>(double(map[j]) * ((x[j] - x[0]) - mean)));
   });
@@ -192,10 +197,9 @@ void unary_backward_typed(const UnaryArgs& args, const Executor& executor) {
     const int64_t b = task / blocks, begin = task % blocks * kReduceBlock;
     const int64_t end = std::min(args.keys, begin + kReduceBlock);
     T* dv = static_cast<T*>(out.data) + out.batch[b];
-    visit(args.channels, end - begin, out.channel == 1 && out.position != 1, [&](int64_t c, int64_t j) {
-      dv[(begin + j) * out.position + c * out.channel] =
-          narrow<T>(u.data[b * args.keys + begin + j] * grad_pooled[b * args.channels + c]);
-    });
+    const A *map = u.data + b * args.keys + begin, *g = grad_pooled + b * args.channels;
+    write_lanes(dv + begin * out.position, out.channel, out.position, args.channels, end - begin,
+                [=](int64_t c) { return [map, factor = g[c]](int64_t j) { return narrow<T>(map[j] * factor); }; });
   });
 }
 

@@ -31,7 +31,7 @@ void for_channel_blocks(const StandardiseArgs& args, const Executor& executor, c
 inline void share(const StandardiseArgs& args, double* values, double divisor) {
   for (int64_t g = 0; g < args.groups(); ++g) {
     double* group = values + g * args.group;
-    const double total = lane_sum(args.group, [&](int64_t c) { return group[c]; });
+    const double total = lane_sum<double>(args.group, [&](int64_t c) { return group[c]; });
     std::fill(group, group + args.group, total / divisor);
   }
 }
@@ -46,8 +46,8 @@ void standardise_ordered(const StandardiseArgs& args, double* workspace, const E
 
   for_channel_blocks<Order>(args, executor, [&](int64_t b, int64_t begin, int64_t end) {
     const T* x = element<T>(args.input, b);
-    column_sums_of<Order>(args.positions, begin, end, mean + b * args.channels + begin,
-                          [&](int64_t i, int64_t c) { return double(input(x, i, c)); });
+    column_sums_of<Order, T>(args.positions, begin, end, mean + b * args.channels + begin,
+                             [&](int64_t i, int64_t c) { return double(input(x, i, c)); });
   });
   share(args, mean, args.count());
 
@@ -60,11 +60,11 @@ void standardise_ordered(const StandardiseArgs& args, double* workspace, const E
       double* sums = second + b * args.channels + begin;
       const auto from_mean = [&](int64_t i, int64_t c) { return double(input(x, i, c)) - means[c]; };
       if (backward)
-        column_sums_of<Order>(args.positions, begin, end, sums,
-                              [&](int64_t i, int64_t c) { return from_mean(i, c) * double(result(y, i, c)); });
+        column_sums_of<Order, T>(args.positions, begin, end, sums,
+                                 [&](int64_t i, int64_t c) { return from_mean(i, c) * double(result(y, i, c)); });
       else
-        column_sums_of<Order>(args.positions, begin, end, sums,
-                              [&](int64_t i, int64_t c) { return from_mean(i, c) * from_mean(i, c); });
+        column_sums_of<Order, T>(args.positions, begin, end, sums,
+                                 [&](int64_t i, int64_t c) { return from_mean(i, c) * from_mean(i, c); });
     });
     share(args, second, args.count() - 1);  // one element has no variance: 0 / 0
     if (!backward)
