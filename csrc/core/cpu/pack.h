@@ -17,14 +17,21 @@ struct Source {
   const Acc<Src>* inner_mean = nullptr;
 };
 
+// The index of a Source whose elements lie together, known to the compiler.
+enum class Together { neither, outer, inner };
+
 // Calls f(at), where at(outer, inner) is the element as E: one loop body per kind of centring, and a plain copy where
-// nothing changes.
-template <class E, class Src, class F>
+// nothing changes. `kTogether` must be true of the strides.
+template <class E, Together kTogether, class Src, class F>
 inline void with_elements(const Source<Src>& x, const F& f) {
   const auto* data = x.data;
   const int64_t outer_stride = x.outer_stride, inner_stride = x.inner_stride;
   const auto* mean = x.outer_mean ? x.outer_mean : x.inner_mean;
-  const auto raw = [=](int64_t outer, int64_t inner) { return data[outer * outer_stride + inner * inner_stride]; };
+  const auto raw = [=](int64_t outer, int64_t inner) {
+    return data[kTogether == Together::outer   ? outer + inner * inner_stride
+                : kTogether == Together::inner ? outer * outer_stride + inner
+                                               : outer * outer_stride + inner * inner_stride];
+  };
   if (x.outer_mean) {
     f([=](int64_t outer, int64_t inner) { return narrow<E>(widen(raw(outer, inner)) - mean[outer]); });
   } else if (x.inner_mean) {
@@ -36,35 +43,36 @@ inline void with_elements(const Source<Src>& x, const F& f) {
   }
 }
 
-// Visits an outer x inner matrix in tiles, the index that moves fastest in memory innermost, so that a transposition
-// reads whole cache lines and writes within a few.
-template <class F>
-inline void visit(int64_t outers, int64_t inners, bool outer_fastest, const F& f) {
-  constexpr int64_t T = 32;
-  for (int64_t o = 0; o < outers; o += T)
-    for (int64_t i = 0; i < inners; i += T) {
-      const int64_t oe = std::min(outers, o + T), ie = std::min(inners, i + T);
-      if (outer_fastest) {
-        for (int64_t ii = i; ii < ie; ++ii)
-          for (int64_t oo = o; oo < oe; ++oo) f(oo, ii);
-      } else {
-        for (int64_t oo = o; oo < oe; ++oo)
-          for (int64_t ii = i; ii < ie; ++ii) f(oo, ii);
+// Reads an outer x inner matrix along its outer index, in tiles of kTile x kInners, and calls f(outer, inner, outers,
+// inners, tile) with each: where it begins, its size, and its elements, (o, i) at i * kTile + o.
+constexpr int64_t kTile = 32;
+template <class E, int64_t kInners, class Src, class F>
+inline void for_tiles(const Source<Src>& x, int64_t outers, int64_t inners, const F& f) {
+  const auto visit = [&](auto at) {
+    alignas(64) E tile[kInners * kTile];
+    for (int64_t o = 0; o < outers; o += kTile)
+      for (int64_t i = 0; i < inners; i += kInners) {
+        const int64_t height = std::min(kTile, outers - o), width = std::min(kInners, inners - i);
+        for (int64_t b = 0; b < width; ++b)
+          for (int64_t a = 0; a < height; ++a) tile[b * kTile + a] = at(o + a, i + b);
+        f(o, i, height, width, static_cast<const E*>(tile));
       }
-    }
+  };
+  x.outer_stride == 1 ? with_elements<E, Together::outer>(x, visit) : with_elements<E, Together::neither>(x, visit);
 }
 
 // Rows (outer) of `depth` (inner) elements, `pitch` apart, zero from depth to pitch.
 template <class E, class Src>
 void pack_rows(const Source<Src>& x, int64_t rows, int64_t depth, int64_t pitch, E* out) {
-  with_elements<E>(x, [=](auto at) {
-    if (x.inner_stride == 1) {
+  if (x.inner_stride == 1)
+    with_elements<E, Together::inner>(x, [=](auto at) {
       for (int64_t r = 0; r < rows; ++r)
         for (int64_t k = 0; k < depth; ++k) out[r * pitch + k] = at(r, k);
-    } else {
-      visit(rows, depth, x.outer_stride == 1, [=](int64_t r, int64_t k) { out[r * pitch + k] = at(r, k); });
-    }
-  });
+    });
+  else
+    for_tiles<E, kTile>(x, rows, depth, [=](int64_t r, int64_t k, int64_t height, int64_t width, const E* tile) {
+      transpose<sizeof(E)>(tile, kTile, width, height, out + r * pitch + k, pitch);
+    });
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t k = depth; k < pitch; ++k) out[r * pitch + k] = E{};
 }
@@ -74,21 +82,33 @@ template <class E, class Src>
 void pack_panels(const Source<Src>& x, int64_t depth, int64_t lanes, E* out, int64_t panel) {
   constexpr int64_t L = Block<E>::kLanes, G = Block<E>::kGroup;
   const auto place = [](int64_t k, int64_t lane) { return k / G * G * L + lane * G + k % G; };
-  with_elements<E>(x, [=](auto at) {
-    for (int64_t first = 0; first < lanes; first += L) {
-      E* to = out + first / L * panel;
-      if (x.inner_stride == 1 && lanes - first >= L) {
+  if (x.inner_stride == 1)
+    with_elements<E, Together::inner>(x, [=](auto at) {
+      for (int64_t first = 0; first < lanes; first += L) {
+        E* to = out + first / L * panel;
+        const int64_t count = std::min(L, lanes - first);
         for (int64_t k = 0; k + G <= depth; k += G)
-          for (int64_t lane = 0; lane < L; ++lane)
-            for (int64_t g = 0; g < G; ++g) to[k * L + lane * G + g] = at(k + g, first + lane);
+          if constexpr (G == 2) {
+            for (int64_t lane = 0; lane < count; ++lane) {
+              const E low = at(k, first + lane), high = at(k + 1, first + lane);
+              const uint32_t pair = low.bits | static_cast<uint32_t>(high.bits) << 16;
+              std::memcpy(to + k * L + lane * G, &pair, sizeof(pair));
+            }
+          } else {
+            for (int64_t lane = 0; lane < count; ++lane) to[k * L + lane] = at(k, first + lane);
+          }
         for (int64_t k = depth / G * G; k < depth; ++k)
-          for (int64_t lane = 0; lane < L; ++lane) to[place(k, lane)] = at(k, first + lane);
-      } else {
-        visit(depth, std::min(L, lanes - first), x.outer_stride == 1 && x.inner_stride != 1,
-              [=](int64_t k, int64_t lane) { to[place(k, lane)] = at(k, first + lane); });
+          for (int64_t lane = 0; lane < count; ++lane) to[place(k, lane)] = at(k, first + lane);
       }
-    }
-  });
+    });
+  else
+    for_tiles<E, std::min(L, kTile)>(  // no tile across two panels
+        x, depth, lanes, [=](int64_t k, int64_t lane, int64_t height, int64_t width, const E* tile) {
+          E* to = out + lane / L * panel + lane % L * G + k * L;
+          transpose<G * sizeof(E)>(tile, kTile / G, width, height / G, to, L);  // a lane holds a group of depths
+          for (int64_t last = height / G * G; last < height; ++last)
+            for (int64_t i = 0; i < width; ++i) to[place(last, i)] = tile[i * kTile + last];
+        });
   const int64_t filled = round_up(depth, G);
   for (int64_t first = 0; first < lanes; first += L)
     for (int64_t k = 0; k < filled; ++k)
@@ -110,7 +130,7 @@ inline void write_lanes(Dst* out, int64_t row_stride, int64_t lane_stride, int64
     return;
   }
   constexpr int64_t T = 32;
-  Dst tile[T][kMostLanes];
+  alignas(64) Dst tile[T][kMostLanes];
   for (int64_t first = 0; first < rows; first += T) {
     const int64_t count = std::min(T, rows - first);
     for (int64_t r = 0; r < count; ++r) {
@@ -119,8 +139,7 @@ inline void write_lanes(Dst* out, int64_t row_stride, int64_t lane_stride, int64
     }
     Dst* to = out + first * row_stride;
     if (row_stride == 1) {
-      for (int64_t lane = 0; lane < lanes; ++lane)
-        for (int64_t r = 0; r < count; ++r) to[lane * lane_stride + r] = tile[r][lane];
+      transpose<sizeof(Dst)>(tile, kMostLanes, count, lanes, to, lane_stride);
     } else {
       for (int64_t lane = 0; lane < lanes; ++lane)
         for (int64_t r = 0; r < count; ++r) to[lane * lane_stride + r * row_stride] = tile[r][lane];

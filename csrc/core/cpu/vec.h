@@ -9,11 +9,13 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 #include "core/types.h"
 
@@ -136,6 +138,63 @@ template <class T>
 inline Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
 }
+// A square block of W elements of Bytes bytes, whatever they are: element j of row i becomes element i of row j. In
+// round S = 1, 2, 4, ... rows S apart exchange every other run of S elements.
+template <int Bytes>
+struct Transposition {
+  using U = std::conditional_t<Bytes == 2, uint16_t, std::conditional_t<Bytes == 4, uint32_t, uint64_t>>;
+  typedef U Row __attribute__((vector_size(DNL_VECTOR_BYTES), aligned(Bytes), may_alias));
+  static constexpr int W = DNL_VECTOR_BYTES / Bytes;
+
+  template <int S, size_t... I>
+  static void exchange(Row& a, Row& b, std::index_sequence<I...>) {
+#ifdef __clang__
+    const Row low = __builtin_shufflevector(a, b, (I / S % 2 ? I - S + W : I)...);
+    const Row high = __builtin_shufflevector(a, b, (I / S % 2 ? I + W : I + S)...);
+#else
+    const Row low = __builtin_shuffle(a, b, Row{static_cast<U>(I / S % 2 ? I - S + W : I)...});
+    const Row high = __builtin_shuffle(a, b, Row{static_cast<U>(I / S % 2 ? I + W : I + S)...});
+#endif
+    a = low, b = high;
+  }
+  template <int S>
+  static void rounds(Row (&row)[W]) {
+    if constexpr (S < W) {
+#pragma GCC unroll 32
+      for (int i = 0; i < W; ++i)
+        if (i / S % 2 == 0) exchange<S>(row[i], row[i + S], std::make_index_sequence<W>());
+      rounds<2 * S>(row);
+    }
+  }
+  static void run(const char* in, int64_t in_pitch, char* out, int64_t out_pitch) {
+    Row row[W];
+#pragma GCC unroll 32
+    for (int i = 0; i < W; ++i) row[i] = *reinterpret_cast<const Row*>(in + i * in_pitch * Bytes);
+    rounds<1>(row);
+#pragma GCC unroll 32
+    for (int i = 0; i < W; ++i) *reinterpret_cast<Row*>(out + i * out_pitch * Bytes) = row[i];
+  }
+};
+
+// Element (c, r) of `out` = element (r, c) of `in`, both of Bytes bytes; pitches in elements.
+template <int Bytes>
+inline void transpose(const void* in, int64_t in_pitch, int64_t rows, int64_t columns, void* out, int64_t out_pitch) {
+  constexpr int64_t W = Transposition<Bytes>::W;
+  for (int64_t r = 0; r < rows; r += W)
+    for (int64_t c = 0; c < columns; c += W) {
+      const char* from = static_cast<const char*>(in) + (r * in_pitch + c) * Bytes;
+      char* to = static_cast<char*>(out) + (c * out_pitch + r) * Bytes;
+      const int64_t height = std::min(W, rows - r), width = std::min(W, columns - c);
+      if (height == W && width == W) {
+        Transposition<Bytes>::run(from, in_pitch, to, out_pitch);
+        continue;
+      }
+      for (int64_t j = 0; j < width; ++j)
+        for (int64_t i = 0; i < height; ++i)
+          std::memcpy(to + (j * out_pitch + i) * Bytes, from + (i * in_pitch + j) * Bytes, Bytes);
+    }
+}
+
 // a * b + c, rounded once where the instruction set can. Where two places must round alike, as the forward's and the
 // backward's exponents, contraction must not be left to the compiler.
 #if DNL_VECTOR_BYTES == 64
