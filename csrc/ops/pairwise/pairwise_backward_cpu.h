@@ -24,9 +24,10 @@ struct PairwiseBackward {
   using A = Acc<E>;
   using B = Block<E>;
   static constexpr int L = B::kLanes, G = B::kGroup, W = kWidth<A>;
-  static constexpr int64_t kQueryBlock = 192;
+  static constexpr int64_t kQueryBlock = 192;  // at most
+  static constexpr int64_t kUnit = B::kRows;   // blocks begin at multiples of it
   static constexpr int64_t kTilePanels = 4;
-  static_assert(kQueryBlock % B::kRows == 0 && kQueryBlock % G == 0, "a block of queries is whole rows and groups");
+  static_assert(kQueryBlock % kUnit == 0 && kUnit % G == 0, "a block of queries is whole rows and groups");
 
   const PairwiseArgs& args;
   const Executor& executor;
@@ -93,7 +94,7 @@ struct PairwiseBackward {
     width_pitch = round_up(args.width, G);
     channel_pitch = round_up(args.channels, G);
     width_panels = ceil_div(args.width, L);
-    query_blocks = ceil_div(args.queries, kQueryBlock);
+    query_blocks = args.queries <= kQueryBlock ? 1 : ceil_div(args.queries, kQueryBlock - kUnit);
 
     // Enough batch elements to give each thread its own, or threads that share one.
     const int64_t threads = executor.threads;
@@ -105,6 +106,7 @@ struct PairwiseBackward {
       while (panels > 1 && ceil_div(args.keys, panels * L) < 2 * threads) --panels;
       sharing = std::min({threads, ceil_div(args.keys, panels * L), query_blocks});
       group = std::min(args.batches, std::max<int64_t>(1, threads / sharing));
+      query_blocks = round_up(query_blocks, sharing);
     }
     panels = std::min(panels, ceil_div(args.keys, L));
     tile = panels * L;
@@ -144,6 +146,11 @@ struct PairwiseBackward {
     bytes = arena.used();
   }
 
+  // Blocks are of one size, as nearly as it goes: threads that share a batch element wait for the slowest.
+  int64_t first_of(int64_t block) const {
+    return block == query_blocks ? args.queries : args.queries * block / query_blocks / kUnit * kUnit;
+  }
+
   // Whether rows of `depth` elements `stride` apart can be an operand as they are.
   static bool lies_ready(int64_t stride, int64_t depth) {
     return std::is_same_v<Src, E> && stride == 1 && depth % G == 0;
@@ -153,10 +160,12 @@ struct PairwiseBackward {
     if (rows_in_place) return {in_place(batch, first), args.grad_output.position, args.channels, 0};
     return {grad_rows + (place * args.queries + first) * channel_pitch, channel_pitch, channel_pitch, 0};
   }
-  RowOperand<E> grad_columns_from(int64_t batch, int64_t place, int64_t first) const {
-    if (columns_in_place) return {in_place(batch, first), args.grad_output.channel, kQueryBlock, 0};
-    return {grad_columns + (place * query_blocks * kQueryBlock + first) * args.channels, kQueryBlock, kQueryBlock, 0};
+  RowOperand<E> grad_columns_of(int64_t batch, int64_t place, int64_t block) const {
+    if (columns_in_place) return {in_place(batch, first_of(block)), args.grad_output.channel, kQueryBlock, 0};
+    return {grad_columns + column_of(place, block) * args.channels, kQueryBlock, kQueryBlock, 0};
   }
+  // Where a block begins in a packed copy by channels.
+  int64_t column_of(int64_t place, int64_t block) const { return (place * query_blocks + block) * kQueryBlock; }
   const E* in_place(int64_t batch, int64_t first) const {
     return reinterpret_cast<const E*>(element<Src>(args.grad_output, batch) + first * args.grad_output.position);
   }
@@ -192,8 +201,8 @@ struct PairwiseBackward {
   }
 
   void pack_queries(int64_t batch, int64_t place, int64_t block) {
-    const int64_t first = block * kQueryBlock, count = std::min(kQueryBlock, args.queries - first);
-    const int64_t row = place * args.queries + first, column = (place * query_blocks + block) * kQueryBlock;
+    const int64_t first = first_of(block), count = first_of(block + 1) - first;
+    const int64_t row = place * args.queries + first, column = column_of(place, block);
     const A* query_mean = packing_mean(means.query, batch);
     pack_rows(by_position<Src>(args.query, batch, first, query_mean), count, args.width, width_pitch,
               query_rows + row * width_pitch);
@@ -276,8 +285,8 @@ struct PairwiseBackward {
 
   void run_block(int64_t batch, int64_t place, int64_t block, int64_t keys, int64_t panels, bool fresh,
                  const Slot& slot) {
-    const int64_t first = block * kQueryBlock, rows = std::min(kQueryBlock, args.queries - first);
-    const int64_t row = place * args.queries + first, column = (place * query_blocks + block) * kQueryBlock;
+    const int64_t first = first_of(block), rows = first_of(block + 1) - first;
+    const int64_t row = place * args.queries + first, column = column_of(place, block);
     constexpr int64_t kPanel = kQueryBlock * L;
     // Panel by panel, so that the step finds its logits in L2.
     for (int64_t p = 0; p < panels; ++p) {
@@ -291,7 +300,7 @@ struct PairwiseBackward {
 
     const int64_t depth = round_up(rows, G);
     if (need_value)
-      accumulate<E>(fresh, args.channels, panels, depth, grad_columns_from(batch, place, first),
+      accumulate<E>(fresh, args.channels, panels, depth, grad_columns_of(batch, place, block),
                     {probability(slot), kPanel}, {slot.grad_value, args.channels * L});
     if (slot.grad_key)
       accumulate<E>(fresh, args.width, panels, depth,
