@@ -8,6 +8,7 @@ from ._common import (
     accumulate_type,
     differentiable,
     empty_like_layout,
+    in_transform,
     mark_constant,
     ops,
     product,
@@ -45,7 +46,9 @@ class DisentangledAttention(Function):
         needs = ctx.needs_input_grad[:4]
         if grad_output is None or not any(needs):
             return (None,) * 7
-        gradient = ops.pairwise_backward if torch.compiler.is_compiling() else AttentionGradient.apply
+        # In a backward, grad mode is create_graph. Without it the gradient needs no Function around its operator.
+        once = torch.compiler.is_compiling() or not (torch.is_grad_enabled() or in_transform())
+        gradient = ops.pairwise_backward if once else AttentionGradient.apply
         grads = gradient(grad_output, *ctx.saved_tensors, ctx.scale, ctx.whiten, *needs)
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return *grads, None, None, None  # scale, whiten, save_residual
