@@ -67,7 +67,7 @@ inline double lane_sum(int64_t count, const F& f) {
   return with_rest(sum, rest);
 }
 
-// sums[inner - begin] = sum_outer f(outer, inner) for inner from `begin` to `end`, at most kReduceBlock of them.
+// out[inner - begin] = sum_outer f(outer, inner) for inner from `begin` to `end`, at most kReduceBlock of them.
 template <class T, class F>
 inline void side_by_side_sums(int64_t outers, int64_t begin, int64_t end, double* out, const F& f) {
   double sum[kReduceBlock] = {}, rest[kReduceBlock] = {};

@@ -401,7 +401,7 @@ struct PairwiseBackward {
                            const A* from, const A* across, const A* along, A sign, A scale) {
     Src* out = static_cast<Src*>(view.data) + view.batch[batch] + first * view.position;
     for (int64_t p = 0; p * L < count; ++p, out += L * view.position) {
-      const A *panel = from + p * channels * L, *beside = across + p * L;
+      const A *panel = from + p * channels * L, *beside = along ? across + p * L : nullptr;
       const int64_t lanes = std::min<int64_t>(L, count - p * L);
       if (along)
         write_lanes(out, view.channel, view.position, channels, lanes, [=](int64_t ch) {
@@ -430,7 +430,7 @@ struct PairwiseBackward {
     const View& view = args.grad_query;
     const A scale = static_cast<A>(args.gradient_scale());
     Src* out = static_cast<Src*>(view.data) + view.batch[batch] + panel * L * view.channel;
-    const A* mean_at = mean_of;
+    const A* mean_at = mean_of;  // a lambda would copy the array
     write_lanes(out, view.position, view.channel, args.queries, channels, [=](int64_t i) {
       return [=, x = from + i * L](int64_t ch) { return narrow<Src>(scale * (x[ch] - mean_at[ch])); };
     });
