@@ -24,8 +24,8 @@ struct PairwiseBackward {
   using A = Acc<E>;
   using B = Block<E>;
   static constexpr int L = B::kLanes, G = B::kGroup, W = kWidth<A>;
-  static constexpr int64_t kQueryBlock = 192;  // at most
-  static constexpr int64_t kUnit = B::kRows;   // blocks begin at multiples of it
+  static constexpr int64_t kQueryBlock = 192;
+  static constexpr int64_t kUnit = B::kRows;  // ranges of queries are multiples of it
   static constexpr int64_t kTilePanels = 4;
   static_assert(kQueryBlock % kUnit == 0 && kUnit % G == 0, "a block of queries is whole rows and groups");
 
@@ -33,7 +33,7 @@ struct PairwiseBackward {
   const Executor& executor;
   const A c;
   const bool need_value, need_logits;  // logits: any gradient that goes through dS
-  int64_t tile, tiles, query_blocks, group, sharing;
+  int64_t tile, tiles, range_rows, query_blocks, group, sharing;
   int64_t width_pitch, channel_pitch, width_panels;
   bool rows_in_place, columns_in_place;  // of dO
 
@@ -94,7 +94,6 @@ struct PairwiseBackward {
     width_pitch = round_up(args.width, G);
     channel_pitch = round_up(args.channels, G);
     width_panels = ceil_div(args.width, L);
-    query_blocks = args.queries <= kQueryBlock ? 1 : ceil_div(args.queries, kQueryBlock - kUnit);
 
     // Enough batch elements to give each thread its own, or threads that share one.
     const int64_t threads = executor.threads;
@@ -104,10 +103,11 @@ struct PairwiseBackward {
       group = std::min(args.batches, threads);
     } else {
       while (panels > 1 && ceil_div(args.keys, panels * L) < 2 * threads) --panels;
-      sharing = std::min({threads, ceil_div(args.keys, panels * L), query_blocks});
+      sharing = std::min({threads, ceil_div(args.keys, panels * L), ceil_div(args.queries, kQueryBlock)});
       group = std::min(args.batches, std::max<int64_t>(1, threads / sharing));
-      query_blocks = round_up(query_blocks, sharing);
     }
+    range_rows = round_up(ceil_div(args.queries, sharing), kUnit);
+    query_blocks = sharing * ceil_div(range_rows, kQueryBlock);
     panels = std::min(panels, ceil_div(args.keys, L));
     tile = panels * L;
     tiles = ceil_div(args.keys, tile);
@@ -146,9 +146,10 @@ struct PairwiseBackward {
     bytes = arena.used();
   }
 
-  // Blocks are of one size, as nearly as it goes: threads that share a batch element wait for the slowest.
+  // Blocks are cut within each range. Ranges are of one size, as nearly as it goes: their threads wait for the slowest.
   int64_t first_of(int64_t block) const {
-    return block == query_blocks ? args.queries : args.queries * block / query_blocks / kUnit * kUnit;
+    const int64_t blocks = query_blocks / sharing, within = std::min(block % blocks * kQueryBlock, range_rows);
+    return std::min(block / blocks * range_rows + within, args.queries);
   }
 
   // Whether rows of `depth` elements `stride` apart can be an operand as they are.
