@@ -7,6 +7,7 @@ compiled or not and are equal to the last bit; what inductor fuses around them i
 
 import contextlib
 import copy
+import functools
 import itertools
 
 import pytest
@@ -198,19 +199,16 @@ def everything_of(module, x):
     return [y, dx, torch.cat([grad.flatten() for grad in grads.values()])]
 
 
-def check_block(block, dims, sizes, dynamic=False):
-    """Training steps of a compiled copy in float32, held to the bar.
-
-    Plain PyTorch is the block's own reference, compiled as well: where a map is the same at all positions, as the unary
-    term's, inductor's batch norm is eight times less accurate than eager's.
-    """
+def check_block(block, dims, sizes, dynamic=False, compile_plain=False):
+    """Training steps of a compiled copy in float32, held to the bar; plain PyTorch is the block's own reference."""
     plain = copy.deepcopy(scramble(block))
     plain.backend = "reference"
     wide = copy.deepcopy(plain).double()
-    compiled = [torch.compile(module, fullgraph=True, dynamic=dynamic) for module in (block, plain)]
+    compile_module = functools.partial(torch.compile, fullgraph=True, dynamic=dynamic)
+    modules = compile_module(block), compile_module(plain) if compile_plain else plain
     for x in itertools.islice(inputs_of(dims), sizes):
         narrow = x.detach().float()
-        results = (everything_of(module, narrow) for module in compiled)
+        results = (everything_of(module, narrow) for module in modules)
         assert_within_the_bar(*results, everything_of(wide, narrow.double()))
 
 
@@ -244,7 +242,9 @@ class TestBlocks:
     @pytest.mark.slow
     @pytest.mark.parametrize("name", VARIANTS)
     def test_a_training_step_of_variants_by_inductor(self, name):
-        check_block(VARIANTS[name](), 2, sizes=1)
+        # The unary term's map is the same at all positions: there inductor's batch norm, whatever attention comes
+        # before it, is eight times less accurate than eager's.
+        check_block(VARIANTS[name](), 2, sizes=1, compile_plain=name == "unary")
 
     @needs_compiler
     @pytest.mark.parametrize(
