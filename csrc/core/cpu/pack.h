@@ -129,10 +129,9 @@ inline void write_lanes(Dst* out, int64_t row_stride, int64_t lane_stride, int64
     }
     return;
   }
-  constexpr int64_t T = 32;
-  alignas(64) Dst tile[T][kMostLanes];
-  for (int64_t first = 0; first < rows; first += T) {
-    const int64_t count = std::min(T, rows - first);
+  alignas(64) Dst tile[kTile][kMostLanes];
+  for (int64_t first = 0; first < rows; first += kTile) {
+    const int64_t count = std::min(kTile, rows - first);
     for (int64_t r = 0; r < count; ++r) {
       const auto value = f(first + r);
       for (int64_t lane = 0; lane < lanes; ++lane) tile[r][lane] = value(lane);

@@ -120,11 +120,23 @@ void all_column_sums(const View& view, int64_t batches, int64_t positions, int64
 
 // out[i - begin] = sum_c f(i, c) for positions [begin, end), at most kReduceBlock of them, visiting memory in `Order`.
 template <class Order, class T, class F>
-inline void row_sums(int64_t begin, int64_t end, int64_t channels, double* out, const F& f) {
+inline void row_sums_of(int64_t begin, int64_t end, int64_t channels, double* out, const F& f) {
   if constexpr (Order::kChannelOutside)
     side_by_side_sums<T>(channels, begin, end, out, [&](int64_t c, int64_t i) { return f(i, c); });
   else
     for (int64_t i = begin; i < end; ++i) out[i - begin] = lane_sum<T>(channels, [&](int64_t c) { return f(i, c); });
+}
+
+// The same of term(x[i][c], c) for one batch element, x being what lies there in double.
+template <class Src, class F>
+inline void row_sums(const Src* x, const View& view, int64_t begin, int64_t end, int64_t channels, double* out,
+                     const F& term) {
+  const auto sums = [&](auto order) {
+    using Order = decltype(order);
+    row_sums_of<Order, Src>(begin, end, channels, out,
+                            [&](int64_t i, int64_t c) { return term(double(widen(x[Order::at(view, i, c)])), c); });
+  };
+  dispatch_order(sums, view);
 }
 
 }  // namespace DNL_ISA

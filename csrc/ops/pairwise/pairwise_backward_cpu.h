@@ -15,6 +15,7 @@
 #pragma once
 
 #include "ops/pairwise/pairwise_cpu.h"
+#include "ops/pairwise/pairwise_delta_cpu.h"
 
 namespace dnl {
 namespace DNL_ISA {
@@ -33,14 +34,14 @@ struct PairwiseBackward {
   const Executor& executor;
   const A c;
   const bool need_value, need_logits;  // logits: any gradient that goes through dS
-  int64_t tile, tiles, range_rows, query_blocks, group, sharing;
+  int64_t tile, tiles, group, sharing, range_rows, range_blocks, query_blocks;
   int64_t width_pitch, channel_pitch, width_panels;
   bool rows_in_place, columns_in_place;  // of dO
 
   Means<Src, E> means;
   E *query_rows, *query_columns, *grad_rows, *grad_columns;
   A *shift, *factor, *delta, *grad_query, *grad_pooled, *unary;
-  double* delta_offset;  // (batches, channels): of y, what of it does not come from P times the values as centred
+  double* delta_offset;  // (batches, channels)
   size_t bytes;
 
   struct Slot {
@@ -58,7 +59,7 @@ struct PairwiseBackward {
   void run() {
     means.compute(args, executor);
     unary_gradients();
-    delta_offsets();
+    delta_offsets<Src>(args, means.value, delta_offset);
     for (int64_t first = 0; first < args.batches; first += group) {
       const int64_t count = std::min(group, args.batches - first);
       executor.parallel(count * query_blocks, [&](int64_t task) {
@@ -107,7 +108,8 @@ struct PairwiseBackward {
       group = std::min(args.batches, std::max<int64_t>(1, threads / sharing));
     }
     range_rows = round_up(ceil_div(args.queries, sharing), kUnit);
-    query_blocks = sharing * ceil_div(range_rows, kQueryBlock);
+    range_blocks = ceil_div(range_rows, kQueryBlock);
+    query_blocks = sharing * range_blocks;
     panels = std::min(panels, ceil_div(args.keys, L));
     tile = panels * L;
     tiles = ceil_div(args.keys, tile);
@@ -148,8 +150,8 @@ struct PairwiseBackward {
 
   // Blocks are cut within each range. Ranges are of one size, as nearly as it goes: their threads wait for the slowest.
   int64_t first_of(int64_t block) const {
-    const int64_t blocks = query_blocks / sharing, within = std::min(block % blocks * kQueryBlock, range_rows);
-    return std::min(block / blocks * range_rows + within, args.queries);
+    const int64_t within = std::min(block % range_blocks * kQueryBlock, range_rows);
+    return std::min(block / range_blocks * range_rows + within, args.queries);
   }
 
   // Whether rows of `depth` elements `stride` apart can be an operand as they are.
@@ -195,12 +197,6 @@ struct PairwiseBackward {
     unary_mask_gradient<Src>(pool, unary, executor);
   }
 
-  void delta_offsets() {
-    const A *pooled = static_cast<const A*>(args.pooled), *centre = means.value;
-    for (int64_t i = 0; i < args.batches * args.channels; ++i)
-      delta_offset[i] = (pooled ? double(pooled[i]) : 0) + (centre ? double(centre[i]) : 0);
-  }
-
   void pack_queries(int64_t batch, int64_t place, int64_t block) {
     const int64_t first = first_of(block), count = first_of(block + 1) - first;
     const int64_t row = place * args.queries + first, column = column_of(place, block);
@@ -222,7 +218,7 @@ struct PairwiseBackward {
     if (need_logits && args.delta)
       std::copy_n(static_cast<const A*>(args.delta) + batch * args.queries + first, count, delta + row);
     else if (need_logits)
-      compute_delta(batch, first, count, delta + row);
+      compute_delta<Src>(args, delta_offset, batch, first, count, delta + row);
     if (grad_query)
       for (int64_t p = 0; p < width_panels; ++p) {
         A* out = grad_query + ((place * width_panels + p) * args.queries + first) * L;
@@ -230,39 +226,13 @@ struct PairwiseBackward {
       }
   }
 
-  void compute_delta(int64_t batch, int64_t first, int64_t count, A* out) const {
-    const Src *dy = element<Src>(args.grad_output, batch), *y = element<Src>(args.output, batch);
-    const View &dv = args.grad_output, &yv = args.output, &rv = args.residual;
-    const Src* rest = rv.data ? element<Src>(rv, batch) : nullptr;
-    const double* offset = delta_offset + batch * args.channels;
-    for (int64_t begin = first; begin < first + count; begin += kReduceBlock) {
-      const int64_t end = std::min(first + count, begin + kReduceBlock);
-      double sums[kReduceBlock];
-      const auto sum = [&](auto order) {
-        using Order = decltype(order);
-        const auto of_value = [&](const auto& value) {
-          row_sums<Order, Src>(begin, end, args.channels, sums, [&](int64_t i, int64_t ch) {
-            return double(widen(dy[Order::at(dv, i, ch)])) * (value(i, ch) - offset[ch]);
-          });
-        };
-        const auto rounded = [&](int64_t i, int64_t ch) { return double(widen(y[Order::at(yv, i, ch)])); };
-        if (rest)
-          of_value([&](int64_t i, int64_t ch) { return rounded(i, ch) + double(widen(rest[Order::at(rv, i, ch)])); });
-        else
-          of_value(rounded);
-      };
-      rest ? dispatch_order(sum, yv, dv, rv) : dispatch_order(sum, yv, dv);
-      for (int64_t i = begin; i < end; ++i) out[i - first] = static_cast<A>(sums[i - begin]);
-    }
-  }
-
   // Tile `key` against the s-th of its ranges of queries; packs the tile first and writes its gradients last.
   void step(int64_t batch, int64_t place, int64_t key, int64_t s, const Slot& slot) {
     const int64_t first = key * tile, count = std::min(tile, args.keys - first), panels = ceil_div(count, L);
     if (s == 0) pack_tile(batch, first, count, slot);
     const int64_t range = (key % sharing + s) % sharing;
-    const int64_t begin = query_blocks * range / sharing, end = query_blocks * (range + 1) / sharing;
-    for (int64_t block = begin; block < end; ++block)
+    const int64_t begin = range * range_blocks;
+    for (int64_t block = begin; block < begin + range_blocks; ++block)
       run_block(batch, place, block, count, panels, s == 0 && block == begin, slot);
     if (s == sharing - 1) write_tile(batch, first, count, slot);
   }

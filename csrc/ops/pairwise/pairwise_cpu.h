@@ -81,14 +81,8 @@ inline void key_bias(const PairwiseArgs& args, int64_t batch, int64_t begin, int
   for (int64_t j0 = begin; j0 < end; j0 += kReduceBlock) {
     const int64_t j1 = std::min(end, j0 + kReduceBlock);
     double sums[kReduceBlock];
-    dispatch_order(
-        [&](auto order) {
-          using Order = decltype(order);
-          row_sums<Order, Src>(j0, j1, args.width, sums, [&](int64_t j, int64_t c) {
-            return double(mean[c]) * (double(widen(k[Order::at(args.key, j, c)])) - double(centre[c]));
-          });
-        },
-        args.key);
+    row_sums(k, args.key, j0, j1, args.width, sums,
+             [&](double x, int64_t c) { return double(mean[c]) * (x - double(centre[c])); });
     for (int64_t j = j0; j < j1; ++j) bias[j - begin] = static_cast<Acc<Src>>(-factor * sums[j - j0]);
   }
 }

@@ -162,14 +162,8 @@ void unary_mask_gradient(const UnaryArgs& args, const Acc<T>* u, const Executor&
     const int64_t b = task / blocks, begin = task % blocks * kReduceBlock;
     const A* g = grad_pooled + b * args.channels;
     const T* v = element<T>(args.value, b);
-    dispatch_order(
-        [&](auto order) {
-          using Order = decltype(order);
-          row_sums<Order, T>(
-              begin, std::min(args.keys, begin + kReduceBlock), args.channels, dot.data + b * args.keys + begin,
-              [&](int64_t j, int64_t c) { return double(g[c]) * double(widen(v[Order::at(args.value, j, c)])); });
-        },
-        args.value);
+    row_sums(v, args.value, begin, std::min(args.keys, begin + kReduceBlock), args.channels,
+             dot.data + b * args.keys + begin, [&](double x, int64_t c) { return double(g[c]) * x; });
   });
   executor.parallel(args.batches, [&](int64_t b) {
     const A* map = u + b * args.keys;
