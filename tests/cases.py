@@ -110,6 +110,8 @@ class Case:
     options: dict
     grad: str
     needs: tuple
+    factors: dict = dataclasses.field(default_factory=dict)  # of inputs, by name
+    hot: bool = False  # logits of any size: rows may be one-hot
 
     def make(self):
         """Inputs by name, and the gradient of the output."""
@@ -123,7 +125,8 @@ class Case:
             sign = torch.ones(shape[-1:], dtype=torch.float64)
             if self.signs == "mixed" and name != "mask_logits":
                 sign = torch.randint(0, 2, shape[-1:], generator=generator).double() * 2 - 1
-            inputs[name] = lay_out((deviation * (x + self.mean * sign)).to(self.dtype), self.layouts[name], rng)
+            x = deviation * self.factors.get(name, 1.0) * (x + self.mean * sign)
+            inputs[name] = lay_out(x.to(self.dtype), self.layouts[name], rng)
         return inputs, make_gradient(self.output_shape, self.grad, self.dtype, generator, rng)
 
     @property
@@ -161,8 +164,35 @@ OPS_DRAWN = (
 )
 
 
-def random_case(seed, op=None, dtype=None, large=0.03):
-    """The case of a seed. A share `large` of them may have every size at its most: N = 700, widths of 600."""
+#: float16 and its factors have no room between logits that matter and their overflow.
+LARGEST_LOGIT = {torch.float64: 1e300, torch.float32: 1e36, torch.bfloat16: 1e36, torch.float16: 3e4}
+
+
+def heated(case):
+    """`case` with logits of any power of ten up to LARGEST_LOGIT, from its inputs or from its scale."""
+    rng = random.Random(~case.seed)
+    largest, factors, options = LARGEST_LOGIT[case.dtype], {}, dict(case.options)
+    if "query" in case.shapes:
+        magnitude = abs(options["scale"]) if options.get("scale") else 1.0
+        bound = (case.mean + 4) ** 2 * case.shapes["query"][-1] * max(1.0, magnitude)
+        factor = 10 ** rng.uniform(0, max(0.0, math.log10(largest / bound)))
+        if rng.random() < 0.7:
+            factors = dict.fromkeys(("query", "key"), math.sqrt(factor))
+        else:  # gradients of query and key are as large as the scale
+            options["scale"] = rng.choice((1, -1)) * min(factor, math.sqrt(largest))
+    if "mask_logits" in case.shapes:
+        factors["mask_logits"] = 10 ** rng.uniform(0, math.log10(largest / (case.mean + 6)))
+    grad = "contiguous" if case.grad == "huge" else case.grad
+    # docs/numerics.md: of equal queries raw products of bfloat16 keep a rounding, which a steep scale makes a row of.
+    layouts = {n: "contiguous" if case.dtype == torch.bfloat16 and n == "query" else x for n, x in case.layouts.items()}
+    return dataclasses.replace(case, factors=factors, options=options, grad=grad, layouts=layouts, hot=True)
+
+
+def random_case(seed, op=None, dtype=None, large=0.03, hot=0.2):
+    """The case of a seed. A share `large` of them may have every size at its most: N = 700, widths of 600.
+
+    A share `hot` has logits of any size that its type can hold.
+    """
     rng = random.Random(seed)
     drawn_op, drawn_dtype = rng.choice(OPS_DRAWN), rng.choice(DTYPES)
     if seed % 25 == 7:
@@ -213,7 +243,7 @@ def random_case(seed, op=None, dtype=None, large=0.03):
         grad=rng.choice(GRADIENTS),
         needs=tuple(name for name in names if rng.random() < 0.85) or tuple(names),
     )
-    return case
+    return heated(case) if random.Random(-1 - seed).random() < hot else case
 
 
 def make_case(op="disentangled_attention", lead=(2,), nq=61, nk=83, dqk=40, dv=24, mask=True, layout=None, **fields):

@@ -196,13 +196,20 @@ def random_cpu(context, outcome, seconds):
     python_cases(context, outcome, "random", outcome_target("random"), seconds, 500, first=100_000)
 
 
+def large_logits(context, outcome, seconds):
+    python_cases(context, outcome, "large", outcome_target("large"), seconds, 500, first=500_000)
+
+
 def emulated_routes(context, outcome, seconds):
-    half = outcome_target("routes") // 2
+    part = outcome_target("routes") // 4
     # One after the other: the first call builds the library of the route.
     python_cases(context, outcome, "emulated", 1 / context.scale, 300, 1)
-    python_cases(context, outcome, "emulated", half, seconds / 2, 50, first=200_000)
-    # A quarter more seeds than wanted: some are wider than the fused forward takes.
-    python_cases(context, outcome, "emulated", half * 2, seconds / 2, 50, first=300_000, DNL_EXT_CUDA_PATH="fused")
+    for kind, first in (("emulated", 200_000), ("emulated-large", 400_000)):
+        python_cases(context, outcome, kind, part, seconds / 4, 50, first=first)
+        # More seeds than wanted: some are wider than the fused forward takes.
+        python_cases(
+            context, outcome, kind, 2 * part, seconds / 4, 50, first=first + 100_000, DNL_EXT_CUDA_PATH="fused"
+        )
 
 
 def positions(context, outcome, seconds):
@@ -231,16 +238,17 @@ EMULATED = {"whiten": 8000, "standardise": 8000, "unary": 10_000, "chain": 12_00
 BOUNDS = {"whiten": 1000, "standardise": 1000, "unary": 1000, "chain": 1000, "fused": 1000}
 RACES = {"whiten": 200, "standardise": 200, "unary": 200, "chain": 200, "fused": 200}
 
-# name: property, count it claims, seconds it may take, function. Seconds add up to at most 40 minutes.
+# name: property, count it claims, seconds it may take, function. Seconds add up to at most 50 minutes.
 STAGES = {
     "launches": ("launches: lint of every kernel file", 1, 30, launches),
     "overflow": ("index overflow: kernel families x 2 sizes", 32, 30, overflow),
-    "mutants": ("planted faults found", 122, 480, mutants),
+    "mutants": ("planted faults found", 127, 480, mutants),
     "values": ("values, emulated kernels", sum(EMULATED.values()), 420, emulated_values),
     "bounds": ("out of bounds: ASAN + UBSAN", sum(BOUNDS.values()) + 100, 280, bounds),
     "races": ("races: TSAN, 3 thread orders", sum(RACES.values()) + 100, 250, races),
     "routes": ("values, emulated operators in Python", 400, 120, emulated_routes),
     "random": ("values and gradients, CPU", 20_000, 360, random_cpu),
+    "large": ("values and gradients, large logits, CPU", 20_000, 480, large_logits),
     "positions": ("NaN and infinity positions", 500, 30, positions),
     "determinism": ("determinism, CPU", 20, 180, determinism),
     "gradients": ("gradients: gradcheck and derivative tests", 200, 180, gradients),

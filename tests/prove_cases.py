@@ -7,6 +7,7 @@ Prints one JSON object: cases that ran, and what failed. Kinds:
 - ``random``     every operator on the CPU against the bar of accuracy.py, values and gradients;
 - ``emulated``   the same by the emulated CUDA route; DNL_EXT_CUDA_PATH=fused takes the fused kernels where they can,
                  with TF32 allowed;
+- ``large``, ``emulated-large``    as ``random`` and ``emulated``, with logits of any size that their type holds;
 - ``positions``  NaN and infinities come out where the reference has them;
 - ``repeats``    a case is a shape: forward and backward 250 times, bit-equal;
 - ``cuda``, ``cuda-repeats``    as ``emulated`` and ``repeats``, on a GPU.
@@ -47,12 +48,12 @@ def repeat(seed, fused=False):
             assert torch.equal(x, y), f"shape {seed}, repeat {number}: {name} differs"
 
 
-def fused_case(seed):
+def fused_case(seed, **draw):
     """A random case that the fused kernels take; None if this seed's is wider."""
     import cases
 
     dtype = FUSED[seed % 3]
-    case = cases.random_case(seed, op="disentangled_attention", dtype=dtype, large=0)
+    case = cases.random_case(seed, op="disentangled_attention", dtype=dtype, large=0, **draw)
     return case if case.shapes["query"][-1] <= WIDEST[dtype] and case.shapes["value"][-1] else None
 
 
@@ -68,11 +69,12 @@ def checks(kind):
     def random(seed):
         if route == "random":
             return accuracy.check(cases.random_case(seed))
-        case = fused_case(seed) if fused else cases.random_case(seed, large=0)
+        draw = {"hot": 1} if what == "large" or route == "large" else {}
+        case = fused_case(seed, **draw) if fused else cases.random_case(seed, large=0, **draw)
         return accuracy.check(case) if case else "left out"
 
-    if kind in ("random", "emulated", "cuda"):
-        return "cpu" if kind == "random" else kind, random
+    if kind in ("random", "large", "emulated", "emulated-large", "cuda"):
+        return "cpu" if route in ("random", "large") else route, random
     if kind == "positions":
         return "cpu", accuracy.check_poisoned
     if kind in ("repeats", "cuda-repeats"):

@@ -8,11 +8,14 @@ import os
 import pathlib
 import subprocess
 import sys
+from math import copysign
 
 import accuracy
 import cases
 import pytest
+import torch
 
+import dnl_ext
 from dnl_ext import _C
 
 CASES = 200
@@ -51,6 +54,29 @@ class TestRandomCases:
         report(failures(range(first, first + AT_ONCE), large=0.1))
 
 
+class TestLargeLogits:
+    """Logits of any size that the type can hold: finite where they are in float64, and within the bar."""
+
+    @pytest.mark.parametrize("first", range(0, CASES, AT_ONCE))
+    def test_error_is_within_the_bar(self, first):
+        report(failures(range(first, first + AT_ONCE), hot=1, large=0))
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("first", range(CASES, CASES + LONG_FORM, AT_ONCE))
+    def test_error_is_within_the_bar_long_form(self, first):
+        report(failures(range(first, first + AT_ONCE), hot=1, large=0))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("scale", [1e6, -1e9, 1e12, 1e37])
+    def test_one_hot_rows_have_no_gradient_of_query_and_key(self, device, scale, dtype):
+        inputs = [torch.randn(1, n, 8, dtype=dtype, requires_grad=True) for n in (20, 30, 30)]
+        output = dnl_ext.disentangled_attention(*inputs, scale=scale)
+        query, key, value = torch.autograd.grad(output, inputs, torch.randn_like(output))
+        nearest = (copysign(1, scale) * (inputs[0] - inputs[0].mean(-2)) @ inputs[1].mT).argmax(-1)
+        assert torch.allclose(output, inputs[2][:, nearest[0]], rtol=0, atol=1e-5)
+        assert not query.any() and not key.any() and value.isfinite().all()
+
+
 class TestNonFinite:
     """NaN and infinities come out where the reference has them: the same positions in the output and all gradients."""
 
@@ -75,6 +101,7 @@ class TestCpuCapabilities:
             "torch.set_num_threads(1)\n"
             f"assert _C.cpu_capability() == {name!r}, _C.cpu_capability()\n"
             f"messages = test_random.failures(range(10_000, {10_000 + PER_CAPABILITY}), large=0)\n"
+            f"messages += test_random.failures(range({PER_CAPABILITY}), hot=1, large=0)\n"
             "messages += test_random.failures(range(200), test_random.accuracy.check_poisoned)\n"
             "test_random.report(messages)\n"
         )

@@ -51,19 +51,26 @@ struct OnlineSoftmax {
   DNL_HOST_DEVICE A lse() const { return static_cast<A>(double(most) + ::log(sum)); }
 };
 
-// What makes the P of a row again from its logits, p_j = 2^(log2(e) x_j - shift) factor: `most` is the maximum in base
-// 2, `sum` that of 2^(log2(e) x_j - most). One number, the lse, would not do: next to the shift the logits of a flat
-// row leave small exponents, next to the lse exponents of the size of log(keys), whose rounding all entries share.
+// What makes the P of a row again from its logits, p_j = exp(x_j - shift) factor: the maximum and one over the sum. One
+// number, the lse, would not do: next to the shift the logits of a flat row leave small exponents, next to the lse
+// exponents of the size of log(keys), whose rounding all entries share.
 template <class A>
-DNL_HOST_DEVICE void store_stats(double most, double sum, A* stats) {
-  stats[0] = static_cast<A>(most);
-  stats[1] = static_cast<A>(::exp2(double(stats[0]) - most) / sum);
+DNL_HOST_DEVICE void store_stats(A most, A sum, A* stats) {
+  stats[0] = most;
+  stats[1] = A(1) / sum;
 }
 
-// One entry of dp -> p (dp - <p, dp>), with `mean` = <p, dp>.
+// x where it is not above 0, else 0; NaN stays. For exponents that are 0 at most but for rounding.
+template <class A>
+DNL_HOST_DEVICE A not_positive(A x) {
+  return x > 0 ? A(0) : x;
+}
+
+// One entry of dp -> p (dp - <p, dp>), with `mean` = <p, dp>. Where p rounds to 1 the difference is below a roundoff of
+// dp, and what is computed of it is rounding, which a steep scale would make a gradient of: it counts as 0. NaN stays.
 template <class A>
 DNL_HOST_DEVICE A softmax_jacobian(A p, A dp, A mean) {
-  return p * (dp - mean);
+  return (p == 1 ? A(0) : p) * (dp - mean);
 }
 
 }  // namespace dnl

@@ -5,8 +5,8 @@ The mathematics is that of one process (csrc/ops/pairwise/pairwise.h), cut as fo
     means       of query, key and value over all ranks: one all-gather of (R, 2 Dqk + Dv) sums in float64
     unary       softmax and pooled values of each rank's own keys, merged: u_j = exp(m_j - lse), pooled = sum_j u_j v_j
     pairwise    for each block of keys that comes by (_exchange.py): the softmax over this block alone, with its shift
-                s_r and factor f_r, merged by  w_r = 2^(s_r - s) / f_r,  y = sum_r w_r y_r / sum_r w_r,  s the largest
-                of them
+                s_r and factor f_r, merged by  w_r = exp(|scale| (s_r - s)) / f_r,  y = sum_r w_r y_r / sum_r w_r,  s
+                the largest of them
     backward    Delta_i = <dy_i, y_i> once; then for each block that comes by, P with the statistics of whole rows, dq
                 added where it is and dk, dv to the sums that travel; G = sum_i dy_i and the mean of dq over all ranks
 
@@ -88,11 +88,17 @@ class Means:
 class Rows:
     """The running softmax of a rank's queries: y (..., Nq, Dv) so far, and the maximum and the sum of every row."""
 
-    def __init__(self, query, channels):
+    def __init__(self, query, channels, scale):
+        self.scale = scale
         wide = accumulate_type(query.dtype)
         self.sum_of_values = empty_like_layout(query, (*query.shape[:-1], channels), wide).zero_()
         self.shift = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
         self.sum = query.new_zeros(query.shape[:-1], dtype=wide)
+
+    def weight(self, difference):
+        """exp(|scale| difference), in float64: there a scale that is no float32 is a number too."""
+        magnitude = abs(self.scale) or 1.0  # with a scale of 0 shifts are 0, or -inf where there is no key yet
+        return (difference.double() * magnitude).exp().to(difference.dtype)
 
     def add(self, begin, end, output, stats, residual):
         """What pairwise_part_forward gives for the queries from begin to end."""
@@ -102,8 +108,8 @@ class Rows:
         nothing = part_shift == -torch.inf  # none of these keys has a probability; the operator's output is NaN
         largest = torch.maximum(shift, part_shift)
         off = largest.masked_fill(largest == -torch.inf, 0)
-        before = torch.exp2(shift - off)
-        weight = (torch.exp2(part_shift - off) / factor).masked_fill(nothing, 0)
+        before = self.weight(shift - off)
+        weight = (self.weight(part_shift - off) / factor).masked_fill(nothing, 0)
         values.mul_(before.unsqueeze(-1))
         for part in (output, residual) if residual.dim() == output.dim() else (output,):
             values.addcmul_(part.masked_fill_(nothing.unsqueeze(-1), 0).to(values.dtype), weight.unsqueeze(-1))
@@ -163,7 +169,7 @@ class ShardedAttention(Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask_logits, shards, scale, centre, keep):
-        means, rows = Means(shards, query, key, value, centre), Rows(query, value.shape[-1])
+        means, rows = Means(shards, query, key, value, centre), Rows(query, value.shape[-1], scale)
         pooled, mask_lse = (None, None) if mask_logits is None else pool(shards, mask_logits, value)
         widths = (key.shape[-1], value.shape[-1])
         for keys, values in _exchange.blocks(shards, widths, key, means.pack(key, value)):

@@ -51,7 +51,7 @@ template <class T>
 void test(gates::Draw& draw) {
   if constexpr (kHalf<T> || std::is_same_v<T, Tf32>) {
     gates::PairwiseCase t =
-        gates::kSanitized ? gates::any_pairwise(draw, 150, 40, 150) : gates::any_pairwise(draw, 300, 150, 700);
+        gates::kSanitized ? gates::any_pairwise<T>(draw, 150, 40, 150) : gates::any_pairwise<T>(draw, 300, 150, 700);
     if (t.channels > 150) t.queries = std::min<int64_t>(t.queries, 70), t.keys = std::min<int64_t>(t.keys, 100);
     gates::PairwiseProblem<ResultOf<T>, T> problem(t);
     if constexpr (std::is_same_v<T, Tf32>)

@@ -72,6 +72,7 @@ void map_softmax(int64_t row) {
                             row + 1,
                             kColumns,
                             kColumns,
+                            1,
                             1};
   launch_one(row, row + 1, &pairwise_softmax_kernel<T>, step, row + 1);
   const Values p = row_softmax();
@@ -89,12 +90,14 @@ void row_backward(int64_t row) {
     delta += p[j] * (j % 3);
   }
   launch_one(row, row + 1, &pairwise_row_backward_kernel<float>,
-             SoftmaxRowStep<float>{map.data, grad.data, {}, row + 1, kColumns, kColumns, 1}, row + 1);
+             SoftmaxRowStep<float>{map.data, grad.data, {}, row + 1, kColumns, kColumns, 1, 1}, row + 1);
   for (int64_t j : {int64_t(0), int64_t(77), kColumns - 1}) {
     near("row backward", row, "P", map.data[row * kColumns + j], p[j], 1e-3);
     near("row backward", row, "dS", grad.data[row * kColumns + j], p[j] * (j % 3 - delta), 1e-2);
   }
 }
+
+constexpr float kShift = 4;  // above all logits, as a real one is
 
 void part_row_backward(int64_t row) {
   const Sparse<float> map((row + 1) * kColumns), grad((row + 1) * kColumns);
@@ -103,42 +106,41 @@ void part_row_backward(int64_t row) {
     grad.data[row * kColumns + j] = float(j % 3);
   }
   const Sparse<float> stats(2 * (row + 1)), delta(row + 1);
-  stats.data[2 * row] = 6, stats.data[2 * row + 1] = 0.5f, delta.data[row] = 0.75f;
+  stats.data[2 * row] = kShift, stats.data[2 * row + 1] = 0.5f, delta.data[row] = 0.75f;
   launch_one(
       row, row + 1, &pairwise_part_row_backward_kernel<float>,
       PartRowStep<float>{
-          map.data, grad.data, {stats.data, 2 * (row + 1)}, {delta.data, row + 1}, row + 1, kColumns, kColumns, 1},
+          map.data, grad.data, {stats.data, 2 * (row + 1)}, {delta.data, row + 1}, row + 1, kColumns, kColumns, 1, 1},
       row + 1);
   for (int64_t j : {int64_t(0), int64_t(77), kColumns - 1}) {
-    const double p = 0.5 * std::exp(logit(j)) / 64;
+    const double p = 0.5 * std::exp(logit(j) - kShift);
     near("part", row, "P", map.data[row * kColumns + j], p, 1e-3);
     near("part", row, "dS", grad.data[row * kColumns + j], p * (j % 3 - 0.75), 1e-3);
   }
 }
-
-constexpr float kLse = 4;  // keeps P below 1, as a real one does
 
 // P' and dS' of the backward for halves, by the chain's kernel.
 template <class T>
 void map_backward(int64_t row) {
   const Sparse<float> logits((row + 1) * kColumns), grad((row + 1) * kColumns);
   const Sparse<T> probability((row + 1) * kColumns), grad_logits((row + 1) * kColumns);
-  std::vector<float> shift(kColumns, kLse * kLog2E), row_factor(kColumns, 1), delta(kColumns, 0.5f), sum(row + 1);
+  std::vector<float> shift(kColumns, kShift), row_factor(kColumns, 1), delta(kColumns, 0.5f), sum(row + 1);
   double want_sum = 0;
   for (int64_t j = 0; j < kColumns; ++j) {
     logits.data[row * kColumns + j] = float(logit(j));
     grad.data[row * kColumns + j] = float(j % 3);
-    want_sum += std::exp(logit(j) - kLse) * (j % 3 - 0.5);
+    want_sum += std::exp(logit(j) - kShift) * (j % 3 - 0.5);
   }
   SoftmaxBackwardStep<T> step{};
   step.logits = logits.data, step.grad_probability = grad.data;
   step.probability = probability.data, step.grad_logits = grad_logits.data, step.row_sum = sum.data();
   step.shift = {shift.data(), kColumns}, step.row_factor = {row_factor.data(), kColumns};
   step.delta = {delta.data(), kColumns};
-  step.rows = row + 1, step.columns = kColumns, step.pitch = kColumns, step.scale = 1;
+  step.rows = row + 1, step.columns = kColumns, step.pitch = kColumns;
+  step.sign = 1, step.magnitude = kLog2OfE;
   launch_one(row, row + 1, &pairwise_softmax_backward_kernel<T>, step, row + 1);
   for (int64_t j : {int64_t(0), int64_t(77), kColumns - 1}) {
-    const double p = std::exp(logit(j) - kLse);
+    const double p = std::exp(logit(j) - kShift);
     near("map backward", row, "P", wide(probability.data[row * kColumns + j]) / (1 << kProbabilityExponent<T>), p,
          1e-2);
     near("map backward", row, "dS", wide(grad_logits.data[row * kColumns + j]), p * (j % 3 - 0.5), 1e-2);
@@ -153,7 +155,7 @@ void fused_map(int64_t row) {
   const int64_t rows = row + 1;
   const Sparse<T> key(rows * kWidth), value(rows * kWidth), probability(rows * kColumns), grad_logits(rows * kColumns);
   const Sparse<T> query(kColumns * kWidth), dy(kColumns * kWidth);
-  std::vector<float> shift(kColumns, kLse * kLog2E), row_factor(kColumns, 1), delta(kColumns, 0.5f);
+  std::vector<float> shift(kColumns, kShift), row_factor(kColumns, 1), delta(kColumns, 0.5f);
   for (int64_t c = 0; c < kWidth; ++c) {
     key.data[row * kWidth + c] = rounded<T>(0.25f), value.data[row * kWidth + c] = rounded<T>(0.5f);
     for (int64_t i = 0; i < kMapTile; ++i)
@@ -163,7 +165,8 @@ void fused_map(int64_t row) {
   step.probability = probability.data, step.grad_logits = grad_logits.data;
   step.shift = {shift.data(), kColumns}, step.row_factor = {row_factor.data(), kColumns};
   step.delta = {delta.data(), kColumns};
-  step.rows = rows, step.columns = kColumns, step.pitch = kColumns, step.scale = 1;
+  step.rows = rows, step.columns = kColumns, step.pitch = kColumns;
+  step.sign = 1, step.magnitude = kLog2OfE;
   const auto operand = [&](T* data, int64_t positions) {
     return FusedOperand<T>(dense(static_cast<const T*>(data), 1, positions, kWidth), positions, kWidth);
   };
@@ -172,8 +175,7 @@ void fused_map(int64_t row) {
                        operand(query.data, kColumns),
                        operand(value.data, rows),
                        operand(dy.data, kColumns),
-                       nullptr,
-                       1.4426950408889634f};
+                       nullptr};
   const int64_t row_blocks = ceil_div_of(rows, kMapTile), column_blocks = ceil_div_of(kColumns, kMapTile);
   auto& only = emulator::machine().options.only_blocks;
   only = {row_blocks - 1};
@@ -181,7 +183,7 @@ void fused_map(int64_t row) {
                               LaunchShape{row_blocks * column_blocks, kThreads, kMapSharedBytes}, op);
   only.clear();
   for (int64_t i : {0, 1, 7}) {
-    const double p = std::exp(kWidth * 0.25 * (i % 4) * 0.25 - kLse);
+    const double p = std::exp(kWidth * 0.25 * (i % 4) * 0.25 - kShift);
     near("fused map", row, "P", wide(probability.data[row * kColumns + i]) / (1 << kProbabilityExponent<T>), p, 1e-2);
     near("fused map", row, "dS", wide(grad_logits.data[row * kColumns + i]), p * (kWidth * 0.5 * 0.125 - 0.5), 1e-2);
   }

@@ -145,7 +145,7 @@ struct PairwiseProblem {
     if (forward) {
       Values both(B * N);
       for (int64_t i = 0; i < B * N; ++i)
-        both[i] = double(stats[2 * i]) / kLog2OfE - std::log(double(stats[2 * i + 1]));
+        both[i] = double(stats[2 * i]) * std::abs(scale()) - std::log(double(stats[2 * i + 1]));
       close("y", y.value, want.y, eager.y, size.y, 2, u, what);
       close("lse", both, want.lse, device.tf32 ? eager.lse : want.lse, size.lse, 2, kSumRoundoff<T>, what);
     }
@@ -188,8 +188,8 @@ struct PairwiseProblem {
         magnitude += std::abs(term), square += term * term;
       }
       s[j] = round(scale() * round(dot));
-      spread = std::max(spread, scale() * magnitude);
-      if (!std::is_same_v<E, T>) rounding = std::max(rounding, scale() * std::sqrt(square));
+      spread = std::max(spread, std::abs(scale()) * magnitude);
+      if (!std::is_same_v<E, T>) rounding = std::max(rounding, std::abs(scale()) * std::sqrt(square));
     }
     Values p = softmax(s.data(), M);
     const double most = *std::max_element(s.begin(), s.end());
@@ -204,15 +204,18 @@ struct PairwiseProblem {
                   size.lse[b * N + i] = 4 * (1 + std::abs(most) + std::abs(constant) + spread);
     if (device.tf32) size.lse[b * N + i] += spread / sums;  // operands are rounded, not the lse
     for (double& value : p) value = round(value);
-    const double loose = 1 + 2 * (rounding + sums * (1 + spread));
+    const double u = kRoundoff<E>, logit_error = rounding + sums * (1 + spread);  // in units of u
+    const double loose = 1 + 2 * logit_error;
+    // Where rounding may choose another key, bounds are all that can be asked.
+    const double undecided = u * logit_error > 0.1 ? 1 / u : 0;
     Values out(C);
     for (int64_t j = 0; j < M; ++j)
       for (int64_t c = 0; c < C; ++c) {
         const double value = v.value[(b * M + j) * C + c];
         out[c] += round.operand(p[j]) * round.operand(value);
-        size.y[(b * N + i) * C + c] += p[j] * std::abs(value) * loose;
+        size.y[(b * N + i) * C + c] += (p[j] * loose + undecided) * std::abs(value);
         x.dv[(b * M + j) * C + c] += round.operand(p[j]) * round.operand(g[c]);
-        size.dv[(b * M + j) * C + c] += std::abs(p[j] * g[c]) * loose;
+        size.dv[(b * M + j) * C + c] += (p[j] * loose + undecided) * std::abs(g[c]);
         dp[j] += round.operand(g[c]) * round.operand(value), dps[j] += std::abs(g[c] * value);
       }
     for (int64_t c = 0; c < C; ++c) {
@@ -227,8 +230,9 @@ struct PairwiseProblem {
     const double apart = t.part && !std::is_same_v<E, T> ? 2 : 0;
     for (int64_t j = 0; j < M; ++j) {
       const double ds = round(scale() * round(p[j] * (dp[j] - delta)));
-      const double magnitude = std::abs(ds) * (1 + rounding + sums * spread) +
-                               scale() * p[j] * (dps[j] + deltas) * (apart + 4 * sums * (1 + spread));
+      const double magnitude =
+          std::abs(ds) * (1 + rounding + sums * spread) +
+          std::abs(scale()) * (dps[j] + deltas) * (p[j] * (apart + 4 * sums * (1 + spread)) + undecided);
       for (int64_t d = 0; d < D; ++d) {
         const int64_t at_query = (b * N + i) * D + d, at_key = (b * M + j) * D + d;
         x.dq[at_query] += round.operand(ds) * round.operand(kc[at_key]),
@@ -240,7 +244,14 @@ struct PairwiseProblem {
   }
 };
 
-inline PairwiseCase any_pairwise(Draw& draw, int64_t most, int64_t most_width, int64_t most_channels) {
+// Powers of ten that a scale may have: of double and float, what logits can be; of the halves, what gradients can be.
+template <class T>
+constexpr int kLargestScale = std::is_same_v<T, double>   ? 200
+                              : std::is_same_v<T, __half> ? 1
+                                                          : 30;
+
+template <class T>
+PairwiseCase any_pairwise(Draw& draw, int64_t most, int64_t most_width, int64_t most_channels) {
   PairwiseCase t{};
   t.batches = draw.upto(1, 3);
   t.queries = draw.size(most), t.keys = draw.size(most);
@@ -250,7 +261,8 @@ inline PairwiseCase any_pairwise(Draw& draw, int64_t most, int64_t most_width, i
   if (t.part) t.whiten = t.mask = false;
   t.needs = draw.chance(0.7) ? 15 : static_cast<unsigned>(draw.upto(0, 15));
   t.mean = draw.of({0.0, 0.0, 3.0, 10.0});
-  t.logit = draw.of({1.0, 3.0, 3.0, 12.0});
+  const double large = std::pow(10.0, double(draw.upto(0, kLargestScale<T>)));
+  t.logit = draw.of({1.0, 3.0, 3.0, 12.0, -3.0, large, -large});
   // All rows at once; few rows at a time; as few as steps of eight allow.
   t.limits = draw.of({ChunkLimits{}, ChunkLimits{24, int64_t(1) << 20, 8}, ChunkLimits{1 << 20, 512, 8}});
   t.most_blocks = draw.of({1, 2, 3});

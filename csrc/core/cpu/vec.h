@@ -223,12 +223,14 @@ inline V vmax(V a, V b) {
   return b > a ? b : a;
 }
 
-// 2^x, with relative error under 2e-7 (float) and 3e-16 (double). Below the normal range 0; NaN stays NaN.
-// x = n + f with |f| <= 1/2; a minimax polynomial (Remez, degree 6 and 12) for 2^f, then n into the exponent.
+// 2^x of an x that is not positive, with relative error under 2e-7 (float) and 3e-16 (double). Below the normal range
+// 0; NaN stays NaN. A positive x counts as 0: probabilities are taken relative to the largest, also where that was
+// found in another sum of the same products. x = n + f with |f| <= 1/2; a minimax polynomial (Remez, degree 6 and 12)
+// for 2^f, then n into the exponent.
 inline Vec<float> exp2(Vec<float> x) {
   using V = Vec<float>;
   using I = typename VecOf<float>::integer;
-  const V least = broadcast(-126.0f), most = broadcast(127.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23
+  const V least = broadcast(-126.0f), most = broadcast(0.0f), magic = broadcast(12582912.0f);  // 1.5 * 2^23
   V y = x < least ? least : x;
   y = y > most ? most : y;
   const V t = y + magic;
@@ -248,7 +250,7 @@ inline Vec<float> exp2(Vec<float> x) {
 inline Vec<double> exp2(Vec<double> x) {
   using V = Vec<double>;
   using I = typename VecOf<double>::integer;
-  const V least = broadcast(-1022.0), most = broadcast(1023.0), magic = broadcast(6755399441055744.0);  // 1.5 * 2^52
+  const V least = broadcast(-1022.0), most = broadcast(0.0), magic = broadcast(6755399441055744.0);  // 1.5 * 2^52
   V y = x < least ? least : x;
   y = y > most ? most : y;
   const V t = y + magic;

@@ -6,7 +6,12 @@
 //             dv_j = sum_i P_ij dy_i + u_j G,  G = sum_i dy_i
 //
 // q' and k' are the centred query and key. Rows of dS sum to zero, so dk needs no mean removed and sums to zero itself.
-// The backward makes P again from a row's shift and factor: P_ij = 2^(log2(e) S_ij - shift_i) factor_i.
+//
+// With scale = sign |scale| and t_ij = sign <q'_i, k'_j>, the forward keeps shift_i = max_j t_ij and factor_i, one over
+// the sum, and the backward makes P again: P_ij = exp(|scale| (t_ij - shift_i)) factor_i. The difference comes first,
+// the scale after it: the exponent of the largest logit is then exactly 0, where the difference of two scaled logits
+// would be off by their rounding, which is more than an exponential bears once logits are large.
+//
 // A 16-bit output has lost what Delta needs when values share a large mean; `residual` keeps it for the backward.
 // `pooled` = sum_j u_j v_j and u = softmax(m) come from ops/unary; without mask logits they are absent.
 //
@@ -15,6 +20,10 @@
 // of a row of dS are not zero, so centring keys or values by means of their own would be wrong: a part is used as it
 // comes.
 #pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
 
 #include "core/types.h"
 
@@ -26,7 +35,7 @@ struct PairwiseArgs {
   View key;                      // (batches, keys, width)
   View value;                    // (batches, keys, channels)
   View output;                   // (batches, queries, channels)
-  void* stats;                   // (batches, queries, 2): shift, in base 2, and factor of a row of P
+  void* stats;                   // (batches, queries, 2): shift and factor of a row of P
   View residual;                 // (batches, queries, channels): what rounding took from output, or data = nullptr
   const void* pooled = nullptr;  // (batches, channels), or nullptr
   DType dtype;
@@ -41,6 +50,17 @@ struct PairwiseArgs {
   const void* mask_lse = nullptr;  // (batches)
   const void* delta = nullptr;     // (batches, queries), of a part: <dy_i, y_i> with whole rows
   View grad_query, grad_key, grad_value, grad_mask;
+
+  double sign() const { return scale > 0 ? 1 : scale < 0 ? -1 : 0; }
+  // What differences of t are multiplied by to be exponents of e, or of 2 with per_logit = log2(e). Where the scale is
+  // 0 t is too, and a factor of 0 would make NaN of -inf. Inlined: what was compiled for one instruction set must not
+  // be linked to the kernels of another.
+  template <class A>
+  [[gnu::always_inline]] A magnitude(double per_logit = 1) const {
+    using Limits = std::numeric_limits<A>;
+    if (scale == 0) return 1;
+    return static_cast<A>(std::clamp(std::abs(scale) * per_logit, double(Limits::min()), double(Limits::max())));
+  }
 
   // Of dq and dk. A softmax over one key is 1 whatever its logit: times 0, the rounding of its dS is gone and NaN
   // stays.

@@ -1,6 +1,6 @@
 // Backward of whitened pairwise attention on the CPU.
 //
-//   P = 2^(log2(e) S - shift) factor,  dS = P (dO V^T - Delta),  Delta_i = <dy_i, y_i - pooled>
+//   P = 2^(c (t - shift)) factor,  dS = P (dO V^T - Delta),  Delta_i = <dy_i, y_i - pooled>
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
 //
 // A thread owns a tile of keys (on the lanes), packs K and V for it once, and takes blocks of queries: S = Q K and
@@ -32,7 +32,7 @@ struct PairwiseBackward {
 
   const PairwiseArgs& args;
   const Executor& executor;
-  const A c;
+  const A sign, c;                     // t = sign S + bias; differences of t times c are exponents of 2
   const bool need_value, need_logits;  // logits: any gradient that goes through dS
   int64_t tile, tiles, group, sharing, range_rows, range_blocks, query_blocks;
   int64_t width_pitch, channel_pitch, width_panels;
@@ -88,7 +88,8 @@ struct PairwiseBackward {
   PairwiseBackward(const PairwiseArgs& a, Arena arena, const Executor& e)
       : args(a),
         executor(e),
-        c(static_cast<A>(a.scale * kLog2e<double>)),
+        sign(static_cast<A>(a.sign())),
+        c(a.magnitude<A>(kLog2e<double>)),
         need_value(a.grad_value.data),
         need_logits(a.grad_query.data || a.grad_key.data),
         means(a, arena) {
@@ -250,7 +251,7 @@ struct PairwiseBackward {
     std::fill(slot.bias, slot.bias + count, A(0));
     std::fill(slot.bias + count, slot.bias + tile, -std::numeric_limits<A>::infinity());
     if (kRawProducts<E> && means.query)
-      key_bias<Src>(args, batch, first, first + count, means.query, means.key, args.scale * kLog2e<double>, slot.bias);
+      key_bias<Src>(args, batch, first, first + count, means.query, means.key, sign, slot.bias);
     std::fill(slot.column_sum, slot.column_sum + tile, A(0));
   }
 
@@ -302,12 +303,13 @@ struct PairwiseBackward {
       return slot.grad;
   }
 
-  // P = 2^(c S + bias - shift) factor, dS = P (dP - Delta), for one panel (queries x keys); `row` is the first query's
-  // place.
+  // P = 2^(c (t - shift)) factor, dS = P (dP - Delta), for one panel (queries x keys); `row` is the first query's
+  // place. dS as softmax_jacobian() in online_softmax.h.
   void softmax_step(const Slot& slot, int64_t panel, int64_t rows, int64_t row) const {
     const A *row_shift = shift + row, *row_factor = factor + row, *row_delta = delta + row;
     A *s = slot.logits + panel * kQueryBlock * L, *d = slot.grad + panel * kQueryBlock * L;
     constexpr int V = B::kVectors;
+    const Vec<A> one = broadcast(A(1));
     Vec<A> bias[V], column_sum[V];
     for (int v = 0; v < V; ++v) {
       bias[v] = load(slot.bias + panel * L + v * W);
@@ -320,8 +322,8 @@ struct PairwiseBackward {
           p[i] = g[i] = Vec<A>{};
           if (G > 1 && r + i >= rows) continue;
           const int64_t at = (r + i) * L + v * W;
-          p[i] = exp2(multiply_add(load(s + at), broadcast(c), bias[v] - row_shift[r + i])) * row_factor[r + i];
-          if (need_logits) g[i] = p[i] * (load(d + at) - row_delta[r + i]);
+          p[i] = exp2((load(s + at) * sign + bias[v] - row_shift[r + i]) * c) * row_factor[r + i];
+          if (need_logits) g[i] = (p[i] == one ? Vec<A>{} : p[i]) * (load(d + at) - row_delta[r + i]);
         }
         if constexpr (G == 1) {
           store(s + r * L + v * W, p[0]);

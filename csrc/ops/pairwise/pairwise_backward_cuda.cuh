@@ -229,7 +229,8 @@ struct PairwiseBackwardChain {
                                         rows,
                                         args.queries,
                                         pitch,
-                                        in.scale};
+                                        in.sign,
+                                        args.magnitude<A>(kLog2OfE)};
       const auto key = in.key.from(b, first), value = in.value.from(b, first);
       if (fused) {
         fused_backward_map(device, step, {key, rows, args.width}, {query, args.queries, args.width},

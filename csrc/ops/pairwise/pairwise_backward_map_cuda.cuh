@@ -23,11 +23,11 @@ struct SoftmaxBackwardStep {
   A* row_sum;                 // (group, rows): sum of dS', or null
   Rows<const A> bias;         // (group, rows), or null
   Rows<const A> shift;        // (group, columns); whole quads
-  Rows<const A> row_factor;   // (group, columns); whole quads: P = 2^(log2(e) S - shift) row_factor
+  Rows<const A> row_factor;   // (group, columns); whole quads: P = 2^(magnitude (t - shift)) row_factor
   Rows<const A> delta;        // (group, columns); whole quads
   const A* grad_scale;        // (group), or null
   int64_t rows, columns, pitch;
-  A scale;
+  A sign, magnitude;  // of the scale, for exponents of 2
 };
 
 template <class T>
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t b = task / step.rows, j = task % step.rows, row = task * step.pitch;
     const A *shift = step.shift.element(b), *row_factor = step.row_factor.element(b), *delta = step.delta.element(b);
-    const A bias = step.bias.data ? step.bias.element(b)[j] * kLog2E : A(0), scale = step.scale * kLog2E;
-    const A grad_scale = (step.grad_scale ? step.grad_scale[b] : A(1)) / factor;
+    const A bias = step.bias.data ? step.bias.element(b)[j] : A(0);
+    const A grad_scale = step.grad_scale ? step.grad_scale[b] : A(1);
     A sum = 0;
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       const Quad<A> s = load_quad(step.logits + row, quad);
@@ -51,16 +51,16 @@ __global__ void __launch_bounds__(kThreads)
       for (int u = 0; u < kQuad; ++u) {
         // Beyond the last column the buffers hold anything; zeros there are never read but must not reach `sum`.
         const bool inside = quad * kQuad + u < step.columns;
-        const A exponent = s.value[u] * scale + (bias - off.value[u]);
-        p.value[u] = inside ? factor * by.value[u] * exp2_of(exponent) : A(0);
-        out.value[u] = rounded<T>(p.value[u]);
+        const A exponent = (s.value[u] * step.sign + bias - off.value[u]) * step.magnitude;
+        p.value[u] = inside ? by.value[u] * exp2_of(not_positive(exponent)) : A(0);
+        out.value[u] = rounded<T>(factor * p.value[u]);
       }
       if (step.probability) store_quad(step.probability + row, quad, out);
       if (step.grad_logits) {
         const Quad<A> dp = load_quad(step.grad_probability + row, quad), d = load_quad(delta, quad);
         for (int u = 0; u < kQuad; ++u) {
           const bool inside = quad * kQuad + u < step.columns;
-          const A ds = inside ? softmax_jacobian(p.value[u] * grad_scale, dp.value[u], d.value[u]) : A(0);
+          const A ds = inside ? grad_scale * softmax_jacobian(p.value[u], dp.value[u], d.value[u]) : A(0);
           out.value[u] = rounded<T>(ds);
           sum += wide(out.value[u]);
         }

@@ -1,7 +1,7 @@
 // Backward of whitened pairwise attention on CUDA for float and double, in chunks of query rows:
 //
 //   S = Q K^T, dP = dO V^T            library products                  (rows x keys)
-//   P = softmax(scale S + bias)       our kernel, a block per row
+//   P = softmax(|scale| t)            our kernel, a block per row
 //   dS = P (dP - <P, dP>)             the same kernel
 //   dV += P^T dO, dK += dS^T Q        library products into buffers of their own, then added
 //   dQ = dS K'                        library product, complete with the chunk
@@ -27,7 +27,7 @@ struct SoftmaxRowStep {
   A* grad;             // (group, rows, pitch): dP, becomes dS; or null: only P is wanted
   Rows<const A> bias;  // (group, columns), or null
   int64_t rows, columns, pitch;
-  A scale;
+  A sign, magnitude;  // of the scale
 };
 
 template <class A>
@@ -39,17 +39,17 @@ __global__ void __launch_bounds__(kThreads) pairwise_row_backward_kernel(Softmax
     A* grad = step.grad ? step.grad + task * step.pitch : nullptr;
 
     const RowLogits<A> logits{map, step.bias.data ? step.bias.element(task / step.rows) : nullptr, step.columns,
-                              step.scale};
+                              step.sign, step.magnitude};
     const A most = logits.most(scratch[0]);
     const A off = most == logits.kLowest ? A(0) : most;  // -inf less -inf would be NaN
     A sum = 0, dot = 0;
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
       Quad<A> dp{}, out;
-      logits.load(quad, off, x);
+      logits.exponentials(quad, off, x);
       if (grad) dp = load_quad(grad, quad);
       for (int u = 0; u < kQuad; ++u) {
-        out.value[u] = exp_of(x[u]);
+        out.value[u] = x[u];
         sum += out.value[u];
         if (quad * kQuad + u < step.columns) dot += out.value[u] * dp.value[u];
       }
@@ -77,11 +77,10 @@ struct PartRowStep {
   Rows<const A> stats;  // (group, rows, 2): shift and factor of whole rows
   Rows<const A> delta;  // (group, rows)
   int64_t rows, columns, pitch;
-  A scale;
+  A sign, magnitude;  // of the scale
 };
 
-// P = 2^(log2(e) S - shift) factor, as exp(S - off) by: e's exponential of a difference, as in the forward, where
-// multiplying logits by log2(e) first would round them once more. What e^-off and 2^-shift differ by goes into `by`.
+// P = exp(|scale| (t - shift)) factor.
 template <class A>
 __global__ void __launch_bounds__(kThreads) pairwise_part_row_backward_kernel(PartRowStep<A> step, int64_t tasks) {
   const int64_t quads = ceil_div_of(step.columns, kQuad);
@@ -89,17 +88,14 @@ __global__ void __launch_bounds__(kThreads) pairwise_part_row_backward_kernel(Pa
     const int64_t b = task / step.rows, i = task % step.rows;
     A* map = step.map + task * step.pitch;
     A* grad = step.grad ? step.grad + task * step.pitch : nullptr;
-    const A *stats = step.stats.element(b) + 2 * i, delta = step.delta.element(b)[i];
-    const double shift = double(stats[0]) / kLog2OfE;
-    const A off = static_cast<A>(shift);
-    const double rest = double(off) - shift;  // small: e^rest to its second power
-    const A by = static_cast<A>(double(stats[1]) * (1 + rest * (1 + rest / 2)));
-    const RowLogits<A> logits{map, nullptr, step.columns, step.scale};
+    const A *stats = step.stats.element(b) + 2 * i, shift = stats[0], factor = stats[1];
+    const A delta = step.delta.element(b)[i];
+    const RowLogits<A> logits{map, nullptr, step.columns, step.sign, step.magnitude};
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
       Quad<A> p;
-      logits.load(quad, off, x);
-      for (int u = 0; u < kQuad; ++u) p.value[u] = exp_of(x[u]) * by;
+      logits.exponentials(quad, shift, x);
+      for (int u = 0; u < kQuad; ++u) p.value[u] = x[u] * factor;
       store_quad(map, quad, p);
       if (!grad) continue;
       Quad<A> ds = load_quad(grad, quad);
@@ -146,6 +142,7 @@ struct PairwiseBackwardRows {
     T* more_sum = out.needs_sum() && several ? device.template allocate<T>(sum_size) : nullptr;
     const Rows<const T> stats{static_cast<const T*>(args.stats), 2 * args.queries};
     const Rows<const T> delta{static_cast<const T*>(args.delta), args.queries};
+    const T magnitude = args.magnitude<T>();
 
     // c (+)= a b, where c holds what the chunks before left
     const auto accumulate = [&](const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<T>& c, T* total,
@@ -163,11 +160,11 @@ struct PairwiseBackwardRows {
       device.product(q, k.transposed(), s, group, rows, args.keys, args.width);
       if (need_grad) device.product(dy, in.value.from(b, 0).transposed(), ds, group, rows, args.keys, args.channels);
       if (args.part) {
-        const PartRowStep<T> step{logits, grad,    stats.from(b, 2 * first), delta.from(b, first), rows, args.keys,
-                                  pitch,  in.scale};
+        const PartRowStep<T> step{
+            logits, grad, stats.from(b, 2 * first), delta.from(b, first), rows, args.keys, pitch, in.sign, magnitude};
         device.launch(&pairwise_part_row_backward_kernel<T>, group * rows, step, group * rows);
       } else {
-        const SoftmaxRowStep<T> step{logits, grad, in.bias.from(b, 0), rows, args.keys, pitch, in.scale};
+        const SoftmaxRowStep<T> step{logits, grad, in.bias.from(b, 0), rows, args.keys, pitch, in.sign, magnitude};
         device.launch(&pairwise_row_backward_kernel<T>, group * rows, step, group * rows);
       }
 

@@ -32,7 +32,6 @@
 namespace dnl {
 
 constexpr double kLog2OfE = 1.4426950408889634;  // logits times it are exponents of 2
-constexpr float kLog2E = static_cast<float>(kLog2OfE);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Chunks
@@ -110,8 +109,8 @@ inline int64_t like_order_size(int64_t batches, int64_t positions, int64_t chann
   return batches * std::max(channels * pitch_of(positions), positions * pitch_of(channels));
 }
 
-// Query, key and value as operands, with what centring needs. Base-2 logit of query i and key j, up to a constant of
-// the row: scale * <query_i, key_j> + bias_j. Output: sum_j P_ij value_j + offset.
+// Query, key and value as operands, with what centring needs. The logit of query i and key j, up to a constant of the
+// row: |scale| (sign <query_i, key_j> + bias_j). Output: sum_j P_ij value_j + offset.
 //
 // E is what products multiply: T, or Tf32 for float, which the one copy that centres an operand also rounds.
 enum class Placement { products, as_they_lie };  // operands of library products; or never copied, for halves
@@ -126,14 +125,14 @@ struct PairwiseOperands {
   const A* offset;                // (batches, channels): mean of values where they are centred, plus pooled; or null
   Matrix<const E> query, key, value;
   Rows<const A> bias;  // (batches, keys), or null
-  A scale;
+  A sign;              // of the scale
 
   PairwiseOperands(const PairwiseArgs& args, Device& device, Placement placement = Placement::products)
       : mean_term(args.part  ? 0
                   : kCentred ? !args.whiten
                              : -int(args.whiten)),
         offset(static_cast<const A*>(args.pooled)),
-        scale(static_cast<A>(args.scale)) {
+        sign(static_cast<A>(args.sign())) {
     const auto q = matrix_of<const T>("query", args.query, args.batches);
     const auto k = matrix_of<const T>("key", args.key, args.batches);
     const auto v = matrix_of<const T>("value", args.value, args.batches);
@@ -159,7 +158,7 @@ struct PairwiseOperands {
     if (mean_term) {
       // k' rather than k: a constant of the row, but a key that is not finite then reaches every logit, as it should.
       Rows<A> out{device.template allocate<A>(args.batches * pitch_of(args.keys)), pitch_of(args.keys)};
-      const RowDot<T> op{k, query_mean, key_mean, args.batches, args.keys, args.width, out, mean_term * scale};
+      const RowDot<T> op{k, query_mean, key_mean, args.batches, args.keys, args.width, out, mean_term * sign};
       row_sums(device, op, position_is_fast(k, args.keys, args.width));
       bias = out.read();
     }

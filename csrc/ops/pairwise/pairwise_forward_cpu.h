@@ -1,10 +1,10 @@
 // Forward of whitened pairwise attention on the CPU.
 //
 // Once per call K is packed by rows and V by channels, in blocks of kKeyBlock keys. Then a thread takes a tile of
-// queries (on the lanes), packs it, and for each block of keys computes S = K Q (keys x queries), turns it into P =
-// 2^(S - m) with a running maximum m per query, and adds V P (channels x queries) to its output, rescaled by 2^(m_old -
-// m) on the way. A key is a row here, so maximum and sum run down the rows with no reduction across lanes, and a last
-// partial block simply has fewer rows.
+// queries (on the lanes), packs it, and for each block of keys computes t = sign K Q (keys x queries), turns it into P
+// = 2^(c (t - m)) with a running maximum m per query, and adds V P (channels x queries) to its output, rescaled by 2^(c
+// (m_old - m)) on the way. A key is a row here, so maximum and sum run down the rows with no reduction across lanes,
+// and a last partial block simply has fewer rows.
 #pragma once
 
 #include "ops/pairwise/pairwise_cpu.h"
@@ -23,7 +23,7 @@ struct PairwiseForward {
 
   const PairwiseArgs& args;
   const Executor& executor;
-  const A c;  // S * c is the logit in base 2
+  const A sign, c;  // t = sign S + bias; differences of t times c are exponents of 2
   int64_t tile, tiles, key_blocks, group, workers;
   int64_t key_pitch, panel_depth;
 
@@ -58,7 +58,7 @@ struct PairwiseForward {
 
  private:
   PairwiseForward(const PairwiseArgs& a, Arena arena, const Executor& e)
-      : args(a), executor(e), c(static_cast<A>(a.scale * kLog2e<double>)), means(a, arena) {
+      : args(a), executor(e), sign(static_cast<A>(a.sign())), c(a.magnitude<A>(kLog2e<double>)), means(a, arena) {
     key_pitch = round_up(args.width, G);
     panel_depth = key_pitch;
     key_blocks = ceil_div(args.keys, kKeyBlock);
@@ -101,8 +101,7 @@ struct PairwiseForward {
     pack_rows(by_channel<Src>(args.value, batch, first, value_mean(batch)), args.channels, count, kKeyBlock,
               value_rows + (place * key_blocks + block) * args.channels * kKeyBlock);
     if (bias)
-      key_bias<Src>(args, batch, first, first + count, means.query, means.key, args.scale * kLog2e<double>,
-                    bias + place * args.keys + first);
+      key_bias<Src>(args, batch, first, first + count, means.query, means.key, sign, bias + place * args.keys + first);
   }
 
   void run_tile(int64_t batch, int64_t place, int64_t index, const Slot& slot) {
@@ -147,21 +146,19 @@ struct PairwiseForward {
     const Vec<A> lowest = broadcast(-std::numeric_limits<A>::infinity());
     for (int v = 0; v < V; ++v) most[v] = load(slot.most + panel * L + v * W);
     const auto bias_of = [&](int64_t r) { return row_bias ? row_bias[r] : A(0); };
+    const auto logit = [&](int64_t r, int v) { return load(s + r * L + v * W) * sign + bias_of(r); };
     for (int64_t r = 0; r < rows; ++r)
-      for (int v = 0; v < V; ++v) most[v] = vmax(most[v], load(s + r * L + v * W) * c + bias_of(r));
+      for (int v = 0; v < V; ++v) most[v] = vmax(most[v], logit(r, v));
     for (int v = 0; v < V; ++v) {
       const int64_t lane = panel * L + v * W;
       shift[v] = most[v] == lowest ? Vec<A>{} : most[v];
-      const Vec<A> alpha = exp2(load(slot.most + lane) - shift[v]);
+      const Vec<A> alpha = exp2((load(slot.most + lane) - shift[v]) * c);
       store(slot.alpha + lane, alpha);
       store(slot.most + lane, most[v]);
       sum[v] = load(slot.sum + lane) * alpha;
       divisor[v] = load(slot.divisor + lane) * alpha;
     }
-    // S * c - shift in one rounding: the logit itself is never rounded to base 2.
-    const auto exponential = [&](int64_t r, int v) {
-      return exp2(multiply_add(load(s + r * L + v * W), broadcast(c), bias_of(r) - shift[v]));
-    };
+    const auto exponential = [&](int64_t r, int v) { return exp2((logit(r, v) - shift[v]) * c); };
     // Sums of short runs first: one float chain over all keys would absorb the small probabilities.
     constexpr int64_t kRun = 32;
     for (int64_t first = 0; first < rows; first += kRun) {

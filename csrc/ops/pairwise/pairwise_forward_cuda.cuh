@@ -1,7 +1,7 @@
 // Forward of whitened pairwise attention on CUDA, in chunks of query rows:
 //
 //   S = Q K^T                              library product, float out     (rows x keys)
-//   P = exp(scale S + bias - max), stats   our kernel, a block per row    (rows x keys, of the operands' type)
+//   P = exp(|scale| (t - max)), stats      our kernel, a block per row    (rows x keys, of the operands' type)
 //   Y = P V                                library product, float out     (rows x channels)
 //   y = Y / sum of P + offset              our kernel, rounded once, in the layout of the output
 //
@@ -25,7 +25,7 @@ struct SoftmaxStep {
   Rows<A> stats;       // (group, rows, 2): shift and factor
   Rows<const A> bias;  // (group, columns), or null
   int64_t rows, columns, pitch;
-  A scale;
+  A sign, magnitude;  // of the scale
 };
 
 template <class T>
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads) pairwise_softmax_kernel(SoftmaxStep<
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t b = task / step.rows, i = task % step.rows;
     const RowLogits<A> logits{step.logits + task * step.pitch, step.bias.data ? step.bias.element(b) : nullptr,
-                              step.columns, step.scale};
+                              step.columns, step.sign, step.magnitude};
     T* p = step.probability + task * step.pitch;
 
     const A most = logits.most(scratch[0]);
@@ -45,11 +45,10 @@ __global__ void __launch_bounds__(kThreads) pairwise_softmax_kernel(SoftmaxStep<
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
       Quad<T> out;
-      logits.load(quad, off, x);
+      logits.exponentials(quad, off, x);
       for (int u = 0; u < kQuad; ++u) {
-        const A value = exp_of(x[u]);
-        sum += value;
-        out.value[u] = rounded<T>(value);
+        sum += x[u];
+        out.value[u] = rounded<T>(x[u]);
         stored += wide(out.value[u]);
       }
       store_quad(p, quad, out);
@@ -58,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) pairwise_softmax_kernel(SoftmaxStep<
     stored = block_sum(stored, scratch[2]);
     if (threadIdx.x == 0) {
       step.inverse.element(b)[i] = A(1) / stored;
-      store_stats(double(most) * kLog2OfE, double(sum), step.stats.element(b) + 2 * i);
+      store_stats(most, sum, step.stats.element(b) + 2 * i);
     }
     // No barrier: each sum has its own scratch, which the next row reaches only through the barriers before it.
   }
@@ -89,7 +88,7 @@ void pairwise_forward_cuda(const PairwiseArgs& args, Device& device, const Chunk
 
     const SoftmaxStep<T> step{
         logits,    probability, {inverse, rows}, stats.from(b, 2 * first), in.bias.from(b, 0), rows,
-        args.keys, pitch,       in.scale};
+        args.keys, pitch,       in.sign,         args.magnitude<A>()};
     device.launch(&pairwise_softmax_kernel<T>, group * rows, step, group * rows);
 
     const Matrix<T> out = output.from(b, first);

@@ -8,7 +8,7 @@
 //     keys  64 - 127  | w4 | w5 | w6 | w7 |
 //
 // It walks over the channels of K and Q, then of V and dO, 64 at a time in two buffers: one loads while the other is
-// multiplied, with one barrier for each 64 channels. So any width will do. Then P' = exp2(S' - shift) factor and
+// multiplied, with one barrier for each 64 channels. So any width will do. Then P' and
 // dS' = P' (dP' - Delta) are rounded in registers and leave through shared memory in lines of 16 bytes. Sums of dS'
 // over the block's queries are written per block, and added in order by a second kernel.
 #pragma once
@@ -29,7 +29,6 @@ struct FusedMap {
   FusedOperand<T> key, query;   // (group, rows, width), (group, columns, width)
   FusedOperand<T> value, grad;  // (group, rows, channels), (group, columns, channels)
   float* row_part;              // (group, rows, column tiles): sums of dS', or null
-  float scale;                  // of base-2 logits
 };
 
 // c += A B^T over the channels of one pair of tiles in shared memory.
@@ -60,7 +59,7 @@ DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s
   const SoftmaxBackwardStep<T>& step = op.step;
   T *probability = reinterpret_cast<T*>(memory), *grad_logits = probability + kMapTile * kPitch;
   float* sums = reinterpret_cast<float*>(grad_logits + kMapTile * kPitch);  // (kMapColumnWarps, kMapTile)
-  const float grad_scale = (step.grad_scale ? step.grad_scale[b] : 1.0f) / factor;
+  const float grad_scale = step.grad_scale ? step.grad_scale[b] : 1.0f;
 
   // Of this lane's columns: what makes P, and Delta.
   float shift[kColumnTiles][2][2], row_factor[kColumnTiles][2][2], delta[kColumnTiles][2][2];
@@ -71,7 +70,7 @@ DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s
         const bool inside = i < step.columns;
         // Beyond the last query P is exp2(-inf) = 0.
         shift[n][half][u] = inside ? step.shift.element(b)[i] : std::numeric_limits<float>::infinity();
-        row_factor[n][half][u] = inside ? factor * step.row_factor.element(b)[i] : 0.0f;
+        row_factor[n][half][u] = inside ? step.row_factor.element(b)[i] : 0.0f;
         delta[n][half][u] = inside && step.grad_logits ? step.delta.element(b)[i] : 0.0f;
       }
 
@@ -79,18 +78,18 @@ DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s
     for (int h = 0; h < 2; ++h) {
       const int r = row + m * kFragmentRows + fragment_row(h);
       const bool inside = first_row + r < step.rows;
-      const float bias = step.bias.data && inside ? step.bias.element(b)[first_row + r] * kLog2E : 0.0f;
+      const float bias = step.bias.data && inside ? step.bias.element(b)[first_row + r] : 0.0f;
       float sum = 0;
       for (int n = 0; n < kColumnTiles; ++n)
         for (int half = 0; half < 2; ++half) {
           const int at = r * kPitch + column + n * kFragmentRows + half * 8 + fragment_column();
           float p[2], ds[2];
           for (int u = 0; u < 2; ++u) {
-            const float logit = s[n][m][half][2 * h + u] * op.scale + (bias - shift[n][half][u]);
-            p[u] = row_factor[n][half][u] * exp2_approx(logit);
-            ds[u] = softmax_jacobian(p[u] * grad_scale, dp[n][m][half][2 * h + u], delta[n][half][u]);
+            const float exponent = (s[n][m][half][2 * h + u] * step.sign + bias - shift[n][half][u]) * step.magnitude;
+            p[u] = row_factor[n][half][u] * exp2_approx(not_positive(exponent));
+            ds[u] = grad_scale * softmax_jacobian(p[u], dp[n][m][half][2 * h + u], delta[n][half][u]);
           }
-          store_rounded<T>(probability + at, p[0], p[1]);
+          store_rounded<T>(probability + at, factor * p[0], factor * p[1]);
           sum += store_rounded<T>(grad_logits + at, ds[0], ds[1]);
         }
       sum += __shfl_xor_sync(kAllLanes, sum, 1);
@@ -196,7 +195,7 @@ void fused_backward_map(Device& device, const SoftmaxBackwardStep<T>& step,
                         float* row_part,               // (group, rows, tiles of columns), or null as step.row_sum is
                         int64_t group) {
   const int64_t row_blocks = ceil_div_of(step.rows, kMapTile), column_blocks = ceil_div_of(step.columns, kMapTile);
-  const FusedMap<T> op{step, key, query, value, grad, row_part, static_cast<float>(step.scale * 1.4426950408889634)};
+  const FusedMap<T> op{step, key, query, value, grad, row_part};
   device.launch(&fused_backward_map_kernel<T>,
                 LaunchShape{group * row_blocks * column_blocks, kThreads, kMapSharedBytes}, op);
   if (step.row_sum) row_sums(device, PartSum{row_part, group, step.rows, column_blocks, step.row_sum}, false);

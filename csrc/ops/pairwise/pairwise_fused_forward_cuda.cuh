@@ -13,9 +13,10 @@
 // So a row of P is made by several warps and read by all of its row group: P goes through shared memory as rounded, the
 // maxima of a row and its sums through a few floats beside it. Per tile of keys, with one buffer each for K and V:
 //
-//   wait for K | load V | S = Q K^T, maxima | barrier | load K' | P = exp2(S - max) | wait for V, barrier | O += P V
+//   wait for K | load V | S = Q K^T, maxima | barrier | load K' | P = 2^(c (t - max)) | wait for V, barrier | O += P V
 //
-// Statistics are float. Logits are base 2: one fma from the accumulator to the argument of exp2. y is divided by the
+// Statistics are float. Scores become t = sign S + bias where they are, and exponents of 2 when the maximum is off
+// (pairwise.h). y is divided by the
 // sum of P as rounded, the statistics have the sum before rounding (docs/numerics.md). Channels beyond a slice take
 // further passes that know the maximum of each row, so that nothing is rescaled there. Splits of the keys leave their
 // unnormalised O and statistics in float to a second kernel, which merges them in a fixed order. Traded away: one
@@ -78,13 +79,17 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
       }
     }
 
-    // Bias of this lane's columns, -inf beyond the last key.
-    float column_bias[kScoreColumnTiles][2][2];
+    // t; -inf beyond the last key.
     for (int n = 0; n < kScoreColumnTiles; ++n)
       for (int half = 0; half < 2; ++half)
         for (int u = 0; u < 2; ++u) {
           const int64_t j = tile * kKeys + at.score_key + n * kFragmentRows + half * 8 + fragment_column() + u;
-          column_bias[n][half][u] = j >= op.keys ? kLowest : bias ? bias[j] * kLog2E : 0.0f;
+          const float more = bias && j < op.keys ? bias[j] : 0.0f;
+          for (int m = 0; m < kScoreRowTiles; ++m)
+            for (int h = 0; h < 2; ++h) {
+              float& s = scores[n][m][half][2 * h + u];
+              s = j >= op.keys ? kLowest : s * op.sign + more;
+            }
         }
 
     float correction[kRowTiles][2];
@@ -94,7 +99,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
           float largest = kLowest;
           for (int n = 0; n < kScoreColumnTiles; ++n)
             for (int e = 0; e < 4; ++e) {
-              const float x = scores[n][m][e / 2][2 * h + e % 2] * op.scale + column_bias[n][e / 2][e % 2];
+              const float x = scores[n][m][e / 2][2 * h + e % 2];
               largest = x > largest ? x : largest;
             }
           for (int step = 1; step <= 2; step *= 2) {
@@ -118,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
             most[m][h] = x > most[m][h] ? x : most[m][h];
           }
           const float off = most[m][h] == kLowest ? 0.0f : most[m][h];  // -inf less -inf would be NaN
-          correction[m][h] = exp2_approx(before - off);
+          correction[m][h] = exp2_approx((before - off) * op.magnitude);
         }
     }
 
@@ -138,8 +143,8 @@ __global__ void __launch_bounds__(kThreads, 1) fused_forward_kernel(FusedForward
         for (int n = 0; n < kScoreColumnTiles; ++n)
           for (int half = 0; half < 2; ++half) {
             const float* s = &scores[n][m][half][2 * h];
-            const float low = exp2_approx(s[0] * op.scale + (column_bias[n][half][0] - off));
-            const float high = exp2_approx(s[1] * op.scale + (column_bias[n][half][1] - off));
+            const float low = exp2_approx((s[0] - off) * op.magnitude);
+            const float high = exp2_approx((s[1] - off) * op.magnitude);
             sum[m][h] += low + high;
             stored[m][h] += store_rounded<T>(to + n * kFragmentRows + half * 8, low, high);
           }
@@ -236,7 +241,8 @@ void pairwise_fused_forward_cuda(const PairwiseArgs& args, Device& device, const
   op.splits = plan.splits;
   op.position_fast = position_is_fast(op.output, args.queries, args.channels);
   op.shared = plan.shared;
-  op.scale = static_cast<float>(args.scale * 1.4426950408889634);
+  op.sign = in.sign;
+  op.magnitude = args.magnitude<float>(kLog2OfE);
   if (plan.slices > 1) op.maxima = device.template allocate<float>(args.batches * args.queries);
   if (plan.splits > 1) {
     const int64_t rows = plan.splits * args.batches * args.queries;

@@ -39,14 +39,14 @@ struct FusedForward {
   Matrix<Result> output, residual;  // (batches, queries, channels); residual.data may be null
   const float* offset;              // (batches, channels), or null
   float* stats;                     // (batches, queries, 2): shift and factor
-  float* maxima;            // (batches, queries), of base-2 logits: from slice 0 to the others; null with one slice
+  float* maxima;            // (batches, queries), of t (pairwise.h): from slice 0 to the others; null with one slice
   float* partial;           // (splits, batches, queries, channels) if splits > 1
   float* split_statistics;  // (splits, batches, queries, 3): maximum, sum, sum as rounded, if splits > 1
   int64_t batches, queries, keys, channels;
   int width, first_slice, slices, slice_channels, group_channels, splits;
   bool position_fast;  // the output is channel-first
   ForwardShared shared;
-  float scale;  // of base-2 logits
+  float sign, magnitude;  // of the scale, for exponents of 2
 
   // Writes y of a batch element, given less the offset: rounded once, and what that took.
   struct Writer {
@@ -153,7 +153,7 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
         to[1] = total;
         to[2] = rounded_total;
       } else if (!merge && !at.known()) {
-        store_stats(double(most[m][h]), double(total), op.stats + 2 * (at.b * op.queries + i));
+        store_stats(most[m][h], total, op.stats + 2 * (at.b * op.queries + i));
         if (op.maxima) op.maxima[at.b * op.queries + i] = most[m][h];
       }
     }
@@ -196,8 +196,8 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
 // Splits of the keys
 // ---------------------------------------------------------------------------------------------------------------------
 
-// y = sum_s w_s O_s + offset with w_s = exp2(maximum_s - maximum) / sum of P as rounded, and the row statistics, for
-// first_channel .. end_channel. A block per 32 queries.
+// y = sum_s w_s O_s + offset with w_s = 2^(magnitude (maximum_s - maximum)) / sum of P as rounded, and the row
+// statistics, for first_channel .. end_channel. A block per 32 queries.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     fused_merge_kernel(FusedForward<T> op, int64_t first_channel, int64_t end_channel) {
@@ -211,14 +211,14 @@ __global__ void __launch_bounds__(kThreads)
     for (int s = 0; s < op.splits; ++s) most = fmaxf(most, statistics[3 * part * s]);
     const float off = most == -std::numeric_limits<float>::infinity() ? 0.0f : most;
     for (int s = 0; s < op.splits; ++s) {
-      const float factor = exp2_approx(statistics[3 * part * s] - off);
+      const float factor = exp2_approx((statistics[3 * part * s] - off) * op.magnitude);
       sum += factor * statistics[3 * part * s + 1];
       stored += factor * statistics[3 * part * s + 2];
       weight[s][threadIdx.x] = factor;
     }
     for (int s = 0; s < op.splits; ++s) weight[s][threadIdx.x] /= stored;
     if (op.first_slice == 0) {
-      store_stats(double(most), double(sum), op.stats + 2 * i);
+      store_stats(most, sum, op.stats + 2 * i);
       if (op.maxima) op.maxima[i] = most;
     }
   }

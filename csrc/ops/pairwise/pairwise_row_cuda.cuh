@@ -1,4 +1,4 @@
-// A row of logits as the row kernels of the chain read it: scaled, with the bias of its columns, a quad at a time.
+// A row of logits as the row kernels of the chain read it: with the bias of its columns, a quad at a time.
 #pragma once
 
 #include "core/cuda/device.cuh"
@@ -10,18 +10,23 @@ struct RowLogits {
   const A* row;   // (columns), whole quads: S
   const A* bias;  // (columns), whole quads, or null
   int64_t columns;
-  A scale;
+  A sign, magnitude;  // of the scale
 
   static constexpr A kLowest = -std::numeric_limits<A>::infinity();
 
-  // Logits of a quad less `off`, in one rounding where there is no bias; -inf beyond the last column, where the buffer
+  // Logits of a quad, but for the magnitude of the scale (pairwise.h); -inf beyond the last column, where the buffer
   // holds anything.
-  DNL_DEVICE void load(int64_t quad, A off, A (&x)[kQuad]) const {
+  DNL_DEVICE void load(int64_t quad, A (&x)[kQuad]) const {
     const Quad<A> in = load_quad(row, quad);
     Quad<A> more{};
     if (bias) more = load_quad(bias, quad);
-    for (int u = 0; u < kQuad; ++u)
-      x[u] = quad * kQuad + u < columns ? in.value[u] * scale + (more.value[u] - off) : kLowest;
+    for (int u = 0; u < kQuad; ++u) x[u] = quad * kQuad + u < columns ? in.value[u] * sign + more.value[u] : kLowest;
+  }
+
+  // e to the logits of a quad less `off`, which is their maximum or one found in another sum of the same products.
+  DNL_DEVICE void exponentials(int64_t quad, A off, A (&x)[kQuad]) const {
+    load(quad, x);
+    for (int u = 0; u < kQuad; ++u) x[u] = exp_of(not_positive((x[u] - off) * magnitude));
   }
 
   // The largest logit that is a number, -inf if there is none, in every thread of the block. `scratch` as for
@@ -31,7 +36,7 @@ struct RowLogits {
     const int64_t quads = ceil_div_of(columns, kQuad);
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
-      load(quad, 0, x);
+      load(quad, x);
       for (int u = 0; u < kQuad; ++u) largest = x[u] > largest ? x[u] : largest;
     }
     return block_max(largest, scratch);
