@@ -94,28 +94,27 @@ class DisentangledMultiheadAttention(nn.Module):
 
     def _heads(self, *inputs):
         """Query, key and value (B, length, dim) projected, each (B, heads, length, head_dim): views."""
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        weights, biases = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight), (None,) * 3
+        packed, bias = self.in_proj_weight, self.in_proj_bias  # once: a parametrization computes them at each access
+        if packed is not None:
+            weights = packed.chunk(3)
+        if bias is not None:
+            biases = bias.chunk(3)
         projected = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
         return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected]
 
-    def _map(self, query, key, mask_logits, key_padding_mask, attn_mask, scale):
+    def _map(self, query, key, mask_logits, mask, scale):
         """P_ij + u_j of every head, (B, heads, L, S)."""
         functional = BACKENDS[self.backend]
-        if key_padding_mask is None and attn_mask is None:
+        if mask is None:
             pairwise = functional.pairwise_softmax(query, key, scale=scale, whiten=self.whiten)
         else:
             query, key = functional.whiten(query, self.whiten), functional.whiten(key, self.whiten)
-            logits = (query * scale) @ key.transpose(-2, -1)
-            for bias in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
-                logits = logits if bias is None else logits + bias
-            pairwise = torch.softmax(logits, -1)
+            pairwise = torch.softmax((query * scale) @ key.transpose(-2, -1) + mask, -1)
         if mask_logits is None:
             return pairwise
-        if key_padding_mask is not None:
-            mask_logits = mask_logits + key_padding_mask[:, None]
+        if mask is not None:
+            mask_logits = mask_logits + mask.squeeze(-2)
         return pairwise + functional.unary_softmax(mask_logits).unsqueeze(-2)
 
     def forward(
@@ -125,7 +124,9 @@ class DisentangledMultiheadAttention(nn.Module):
         """Attend; arguments and results as those of ``nn.MultiheadAttention``.
 
         Args:
-            query: tensor (L, B, embed_dim), with ``batch_first`` (B, L, embed_dim), unbatched (L, embed_dim).
+            query: tensor (L, B, embed_dim), with ``batch_first`` (B, L, embed_dim), unbatched (L, embed_dim). Or, with
+                ``batch_first`` and for query, key and value alike, one nested tensor of B sequences, without masks and
+                with ``need_weights=False``: what ``nn.TransformerEncoder`` makes of padding in evaluation mode.
             key, value: the same with S in place of L and kdim, vdim in place of embed_dim.
             key_padding_mask: bool (B, S), True where a key is left out of both terms, or floats added to the logits;
                 None. Queries at padded positions still count in the mean that whitening subtracts; names of
@@ -137,11 +138,15 @@ class DisentangledMultiheadAttention(nn.Module):
             is_causal: a hint that ``attn_mask`` is causal, which is not needed here; it wants the mask, as in torch.
 
         Returns:
-            Output of the shape of ``query``; weights (B, L, S), not averaged (B, heads, L, S), or None.
+            Output of the shape of ``query``; weights (B, L, S), not averaged (B, heads, L, S), or None. A query whose
+            keys are all left out attends to nothing, and its output is the bias of ``out_proj``; with ``need_weights``
+            its weights, its output and their gradients are NaN.
 
         Raises:
             TypeError: not a tensor. ValueError: a shape or mask that does not fit.
         """
+        if any(isinstance(x, torch.Tensor) and x.is_nested for x in (query, key, value)):
+            return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask)
         inputs = self._checked(query, key, value)
         batched = query.dim() == 3
         if not batched:
@@ -152,17 +157,22 @@ class DisentangledMultiheadAttention(nn.Module):
             raise ValueError("attn_mask: expected a mask with is_causal=True, got None")
         heads = self._heads(*inputs)
         batch, length, source = inputs[0].shape[0], inputs[0].shape[1], inputs[1].shape[1]
-        padding, attn_mask = self._masks(key_padding_mask, attn_mask, heads[0].dtype, batch, length, source, batched)
+        mask = self._mask(key_padding_mask, attn_mask, heads[0].dtype, batch, length, source, batched)
         mask_logits = None if self.mask_proj is None else self.mask_proj(inputs[1]).transpose(1, 2)
         scale = 1.0 / (math.sqrt(self.head_dim) * self.temperature)
 
-        weights = None
-        if need_weights or padding is not None or attn_mask is not None:
-            weights = self._map(heads[0], heads[1], mask_logits, padding, attn_mask, scale)
+        weights = no_keys = None
+        if mask is not None and not need_weights:
+            no_keys = (mask == -math.inf).all(-1, keepdim=True)
+            mask = mask.masked_fill(no_keys, 0.0)  # a softmax over nothing is NaN, and so would be all gradients
+        if need_weights or mask is not None:
+            weights = self._map(heads[0], heads[1], mask_logits, mask, scale)
             output = weights @ heads[2]
         else:
             functional = BACKENDS[self.backend]
             output = functional.disentangled_attention(*heads, mask_logits, scale=scale, whiten=self.whiten)
+        if no_keys is not None:
+            output = output.masked_fill(no_keys, 0.0)
         output = self.out_proj(output.transpose(1, 2).flatten(2))
         if not batched:
             output = output.squeeze(0)
@@ -172,6 +182,20 @@ class DisentangledMultiheadAttention(nn.Module):
             return output, None
         weights = weights.mean(1) if average_attn_weights else weights
         return output, weights if batched else weights.squeeze(0)
+
+    def _nested(self, query, key, value, key_padding_mask, need_weights, attn_mask):
+        """:meth:`forward` of a nested tensor: its sequences one by one, so that none needs padding or a mask."""
+        if not (query is key and key is value and self.batch_first):
+            raise ValueError(
+                "query: expected a nested tensor only with batch_first=True and the same one as key and value"
+            )
+        for name, given in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None with a nested query, got a mask")
+        if need_weights:
+            raise ValueError("need_weights: expected False with a nested query, got True")
+        outputs = [self.forward(x, x, x, need_weights=False)[0] if len(x) else x for x in query.unbind()]
+        return torch.nested.as_nested_tensor(outputs), None
 
     def _checked(self, query, key, value):
         if torch.jit.is_tracing():  # as in check_input
@@ -190,21 +214,24 @@ class DisentangledMultiheadAttention(nn.Module):
             raise ValueError(f"value: expected length and batch of key {tuple(key.shape)}, got {tuple(value.shape)}")
         return query, key, value
 
-    def _masks(self, key_padding_mask, attn_mask, dtype, batch, length, source, batched):
-        """Both masks as what is added to the logits: (B, S) and (L, S) or (B, heads, L, S)."""
+    def _mask(self, key_padding_mask, attn_mask, dtype, batch, length, source, batched):
+        """Both masks as what is added to the logits, or None: it broadcasts to (B, heads, L, S)."""
         if key_padding_mask is not None:
             shape = (batch, source) if batched else (source,)
-            key_padding_mask = self._additive("key_padding_mask", key_padding_mask, dtype, shape).view(batch, source)
+            padding = self._additive("key_padding_mask", key_padding_mask, dtype, shape).view(batch, 1, 1, source)
             if self.whiten not in ("channel", "in_nostd", "spatial", None):
                 raise ValueError(f"key_padding_mask: expected None with whiten={self.whiten!r}, got a mask")
-        if attn_mask is not None:
-            if self.unary:
-                raise ValueError("attn_mask: expected None with unary=True, whose weights know no query, got a mask")
-            shapes = (length, source), (batch * self.num_heads, length, source)
-            attn_mask = self._additive("attn_mask", attn_mask, dtype, *shapes)
-            if attn_mask.dim() == 3:
-                attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
-        return key_padding_mask, attn_mask
+            if attn_mask is None:
+                return padding
+        if attn_mask is None:
+            return None
+        if self.unary:
+            raise ValueError("attn_mask: expected None with unary=True, whose weights know no query, got a mask")
+        shapes = (length, source), (batch * self.num_heads, length, source)
+        attn_mask = self._additive("attn_mask", attn_mask, dtype, *shapes)
+        if attn_mask.dim() == 3:
+            attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
+        return attn_mask if key_padding_mask is None else attn_mask + padding
 
     @staticmethod
     def _additive(name, mask, dtype, *shapes):
