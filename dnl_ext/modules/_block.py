@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from .. import ops, reference
@@ -283,8 +284,19 @@ class AttentionBlock(nn.Module):
         query, key = functional.whiten(query, whiten), functional.whiten(key, whiten)
         if self.mode == "dot_product":
             return functional.dot_product_attention(query, key, value)
-        by_query, by_key = self._layer("concat").conv.weight.to(query.dtype).flatten().chunk(2)
-        return functional.concatenation_attention(query @ by_query, key @ by_key, value)
+        return functional.concatenation_attention(*self._concatenation_logits(query, key), value)
+
+    def _concatenation_logits(self, query, key):
+        """(B, Nq) and (B, Nk) whose sums over all pairs are what ``concat_project`` gives for query above key.
+
+        The layer is affine: of a pair it is its value of (q_i, 0) plus that of (0, k_j) less that of (0, 0). One call
+        with these Nq + Nk + 1 columns in place of Nq * Nk.
+        """
+        queries, keys = query.shape[1], key.shape[1]
+        columns = torch.cat([F.pad(query.mT, (0, keys + 1)), F.pad(key.mT, (queries, 1))], 1)
+        logits = self._layer("concat")(columns.unsqueeze(-1)).flatten(1)
+        by_query, by_key, origin = logits.split([queries, keys, 1], 1)
+        return by_query, by_key - origin
 
     def _attend(self, query, key, value, mask_logits):
         """gamma * sum_j P_ij v_j + sum_j u_j v_j: (B, Nq, Dv) from (B, Nq, C'), (B, Nk, C'), (B, Nk, Dv), (B, Nk).
@@ -320,14 +332,19 @@ class AttentionBlock(nn.Module):
         """
         self._check_input(x)
         y = self._attend(*self._embed(x))
-        grid = x.shape[2:] if VARIANTS[self.variant].pairwise else (1,) * self.dims
-        y = y.transpose(1, 2).unflatten(2, grid)
-        out, norm = self._out_and_norm()
-        # One vector for every position is projected once; a norm sees it at each of them, as beside other terms.
+        out, norm = self._layer("out"), self._layer("norm")
+        # Without a pairwise term one vector for every position is projected once. A norm sees it at each of them, as
+        # beside other terms, and in "mmseg" it is inside conv_out.
+        if VARIANTS[self.variant].pairwise:
+            y = y.transpose(1, 2).unflatten(2, x.shape[2:])
+        else:
+            y = y.transpose(1, 2).unflatten(2, (1,) * self.dims)
+            if self.style == "mmseg":
+                y = y.expand(y.shape[:2] + x.shape[2:])
         if out is not None:
             y = per_position(out, y)
         if norm is not None:
-            y = norm(y.expand(*y.shape[:2], *x.shape[2:]))
+            y = norm(y.expand(y.shape[:2] + x.shape[2:]))
         return x + y  # x first: where the two differ in memory format, the sum takes that of x
 
     def extra_repr(self):

@@ -31,7 +31,7 @@ class ConvNorm(nn.Module):
         return None if self.norm_key is None else getattr(self, self.norm_key)
 
     def forward(self, x):
-        x = self.conv(x)
+        x = per_position(self.conv, x)
         return x if self.norm is None else self.norm(x)
 
 
@@ -107,8 +107,11 @@ def check_input(x, dims, channels, window):
 
 
 def per_position(layer, x):
-    """layer(x) for 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off again."""
-    if torch.jit.is_tracing() or x.shape[2]:
+    """layer(x) for 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off again.
+
+    A ConvNorm does that itself: its norm must not count the row.
+    """
+    if torch.jit.is_tracing() or x.shape[2] or isinstance(layer, ConvNorm):
         return layer(x)
     row = x.new_zeros((*x.shape[:2], 1, *x.shape[3:]))
     return layer(torch.cat((x, row), 2)).narrow(2, 0, 0)  # of x and not of zeros alone: the backward must pass here

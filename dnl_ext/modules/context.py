@@ -59,7 +59,7 @@ class _GlobalContext(_Pooling):
             return nn.Sequential(
                 conv(in_channels, self.planes, kernel_size=1),
                 nn.LayerNorm([self.planes, *(1,) * self.dims]),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),  # not in place: full backward hooks on its neighbour would raise
                 conv(self.planes, in_channels, kernel_size=1),
             )
 

@@ -94,7 +94,7 @@ class RelationModule(nn.Module):
         # In float32 at least: a bfloat16 angle of 100 x log has no digit left behind the point.
         wide = torch.promote_types(boxes.dtype, torch.float32)
         embedding = sinusoidal(relative_geometry(boxes.to(wide)), self.geometry_channels)
-        weight = self.geometry(embedding.to(self.geometry.weight.dtype)).relu().movedim(-1, -3)
+        weight = self.geometry(embedding.to(features.dtype)).relu().movedim(-1, -3)
         query, key, value = heads(self.query), heads(self.key), heads(self.value)
         logits = query @ key.transpose(-2, -1) / math.sqrt(self.key_channels)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
