@@ -149,20 +149,28 @@ class AttentionBlock(nn.Module):
             # mmcv's has two spatial dimensions, positions of query and key, whatever the block's.
             "concat": ConvNorm(nn.Conv2d(2 * width, 1, 1, bias=False)) if mode == "concatenation" else None,
         }
+        pool = None
+        if sub_sample:
+            window = POOL_WINDOW[self.dims]
+            pool = MAX_POOL[self.dims](window if self.dims > 1 else window[0])
         if style == "mmseg":
             layers["out"] = ConvNorm(layers["out"], layers.pop("norm"))
             for role in ("query", "key", "value"):
-                if layers[role] is None:
-                    continue
-                layers[role] = ConvNorm(layers[role])
-                if sub_sample == "after" and role != "query":
-                    layers[role] = nn.Sequential(layers[role])  # mmcv pools in the same Sequential: its key is `g.0`
+                if layers[role] is not None:
+                    layers[role] = ConvNorm(layers[role])
+            if sub_sample == "after":  # as mmcv: the layers of key and value pool
+                layers["value"] = nn.Sequential(layers["value"], pool)
+                if embedded:
+                    layers["key"] = nn.Sequential(layers["key"], pool)
+                elif terms.pairwise:
+                    layers["key"] = pool
         for role, name in STYLES[style].items():
-            self.add_module(name, layers[role])
+            if layers[role] is not None or style != "mmseg":
+                self.add_module(name, layers[role])
         if self.whiten in BATCH_NORM_WHITEN:
             for role in ("key", "query"):
                 self.add_module(f"{role}_{whiten}", nn.BatchNorm1d(width, affine=BATCH_NORM_WHITEN[whiten]))
-        self.pool = MAX_POOL[self.dims](POOL_WINDOW[self.dims]) if sub_sample else None
+        self.pool = pool
         self.register_parameter("gamma", nn.Parameter(torch.zeros(1)) if learn_gamma else None)
         self.reset_parameters()
         if mesh is not None:
@@ -188,8 +196,9 @@ class AttentionBlock(nn.Module):
             )
 
     def _layer(self, role):
+        """The layer of a role, or None: in "mmseg" one that the block has not is no attribute, in the others None."""
         name = STYLES[self.style].get(role)
-        return None if name is None else getattr(self, name)
+        return None if name is None else getattr(self, name, None)
 
     def reset_parameters(self):
         """Initialise as the block of this `style` does: see the class."""
@@ -232,18 +241,21 @@ class AttentionBlock(nn.Module):
         terms, source = VARIANTS[self.variant], self.pool(x) if self.sub_sample == "before" else x
 
         def layer(role, y):
-            return per_position(self._layer(role), y)
+            layer = self._layer(role)
+            return y if layer is None else per_position(layer, y)
 
+        def pool(y):
+            return self.pool(y) if self.sub_sample == "after" and y is not None else y
+
+        query = key = None
         value = layer("value", source)
-        mask = layer("mask", source) if terms.unary == "mask" else None
-        if not terms.pairwise:
-            query = key = None
-        elif self.mode == "gaussian":
-            query, key = x.to(value.dtype), source.to(value.dtype)  # under autocast the value is narrower
-        else:
+        mask = pool(layer("mask", source) if terms.unary == "mask" else None)
+        if terms.pairwise:
             query, key = layer("query", x), layer("key", source)
-        if self.sub_sample == "after":
-            key, value, mask = (None if y is None else self.pool(y) for y in (key, value, mask))
+            if self.mode == "gaussian":
+                query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the value is narrower
+        if self.style != "mmseg":  # whose layers of key and value pool
+            key, value = pool(key), pool(value)
         value, mask = positions_last_but_one(value), None if mask is None else mask.flatten(1)
         if not terms.pairwise:
             return None, None, value, mask
