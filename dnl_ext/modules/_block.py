@@ -8,6 +8,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
@@ -16,6 +17,7 @@ from ._common import (
     CONV,
     MAX_POOL,
     POOL_WINDOW,
+    Block,
     ConvNorm,
     check_choice,
     check_flags,
@@ -28,6 +30,8 @@ from ._common import (
     zero_parameters,
 )
 from ._inputs import AttentionInputs
+
+torch.fx.wrap("check_input")
 
 #: Who computes the attention. "reference" holds the N x N map.
 BACKENDS = {"fused": ops, "reference": reference}
@@ -89,7 +93,7 @@ def resolve_variant(variant, unary, whiten):
     return variant, "channel" if whiten == "in_nostd" else whiten
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """x + norm(out(attention(x))); the arguments are those of DisentangledNonLocal2d. `dims`: spatial dimensions."""
 
     dims: int
@@ -181,19 +185,20 @@ class AttentionBlock(nn.Module):
     def _functions(self):
         return BACKENDS[self.backend] if self.sharded is None else self.sharded
 
-    def _check_input(self, x):
+    def _checked(self, x):
         window = (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims]
         if self.sharded is not None:
             window = (0, *window[1:])  # a slab may have no rows
-        check_input(x, self.dims, self.in_channels, window)
-        norm = self._out_and_norm()[1]
-        if self.sharded is None or norm is None or isinstance(norm, nn.SyncBatchNorm):
-            return
+        x = check_input(x, self.dims, self.in_channels, window)
+        norm = None if self.sharded is None else self._out_and_norm()[1]
+        if norm is None or isinstance(norm, nn.SyncBatchNorm):
+            return x
         if norm.training or norm.running_mean is None:
             raise RuntimeError(
                 "norm: expected evaluation mode or a SyncBatchNorm with sharded positions, got a "
                 f"{type(norm).__name__} in training, whose statistics would be those of a slab"
             )
+        return x
 
     def _layer(self, role):
         """The layer of a role, or None: in "mmseg" one that the block has not is no attribute, in the others None."""
@@ -275,7 +280,7 @@ class AttentionBlock(nn.Module):
         Raises:
             NotImplementedError: the pairwise term is no softmax (``mode``).
         """
-        self._check_input(x)
+        x = self._checked(x)
         if VARIANTS[self.variant].pairwise and self.mode not in ("embedded_gaussian", "gaussian"):
             raise NotImplementedError(f"mode: expected 'embedded_gaussian' or 'gaussian', softmaxes, got {self.mode!r}")
         query, key, value, mask = self._embed(x)
@@ -342,7 +347,7 @@ class AttentionBlock(nn.Module):
             TypeError: ``x`` is not a tensor.
             ValueError: its number of dimensions, its channels or its spatial sizes do not fit.
         """
-        self._check_input(x)
+        x = self._checked(x)
         y = self._attend(*self._embed(x))
         out, norm = self._layer("out"), self._layer("norm")
         # Without a pairwise term one vector for every position is projected once. A norm sees it at each of them, as
@@ -356,7 +361,7 @@ class AttentionBlock(nn.Module):
         if out is not None:
             y = per_position(out, y)
         if norm is not None:
-            y = norm(y.expand(y.shape[:2] + x.shape[2:]))
+            y = norm(y.expand_as(x))
         return x + y  # x first: where the two differ in memory format, the sum takes that of x
 
     def extra_repr(self):
