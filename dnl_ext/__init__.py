@@ -7,8 +7,10 @@ PyTorch under :mod:`dnl_ext.reference`. Blocks: see :mod:`dnl_ext.modules`. Prog
 library: see :mod:`dnl_ext.export`.
 """
 
+import torch.fx
+
 from . import _load as _load  # first: the compiled operators, before anything that calls them
-from . import export, reference
+from . import export, ops, reference
 from .config import show_config
 from .modules import (
     DisentangledMultiheadAttention,
@@ -70,3 +72,6 @@ __all__ = [
     "unary_softmax",
     "whiten",
 ]
+
+for _name in ops.__all__:  # as in ops: of the functions under the names that they have here too
+    torch.fx.wrap(_name)

@@ -10,6 +10,7 @@ Shapes: query (..., Nq, Dqk), key (..., Nk, Dqk), value (..., Nk, Dv), mask_logi
 import math
 
 import torch
+import torch.fx
 
 __all__ = [
     "WHITEN_NAMES",
@@ -110,3 +111,7 @@ def concatenation_attention(query_logits, key_logits, value):
 
 
 _whiten = whiten  # an argument of the functions above has its name
+
+for _name in __all__:  # functions are one call each in a graph of torch.fx
+    if callable(globals()[_name]):
+        torch.fx.wrap(_name)

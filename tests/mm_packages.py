@@ -56,8 +56,8 @@ def _import_torchvision():
 
 def importorskip(name):
     """The module `name`, a part of one of the packages, or skip."""
-    pytest.importorskip(name.split(".")[0])
     _import_torchvision()
+    pytest.importorskip(name.split(".")[0])
     if importlib.util.find_spec("mmcv") is not None and importlib.util.find_spec("mmcv._ext") is None:
         _stand_in("mmcv._ext")
     drn, root = (

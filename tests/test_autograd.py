@@ -147,6 +147,13 @@ class TestWhatIsComputed:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
 
+    def test_changing_the_output_of_attention_in_place_is_noticed(self):
+        """It is saved too; torch's message names the node that docs/pytorch.md explains."""
+        y = dnl_ext.disentangled_attention(*(x.requires_grad_() for x in make("disentangled_attention")))
+        y.relu_()
+        with pytest.raises(RuntimeError, match="GeneratedBackwardFor_dnl_ext_pairwise_forward_default"):
+            y.sum().backward()
+
     @every_op
     def test_one_tensor_for_every_argument(self, op):
         """The same leaf as query, key and value: gradients add up."""

@@ -44,7 +44,8 @@ def wrap(network, wrapper, device):
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     if isinstance(network, SegmentationNetwork):
         fully_shard(network.encoder, mesh=mesh)
-        fully_shard(network.block, mesh=mesh)  # as a whole: it calls the parts of its layers itself
+        fully_shard(network.block.conv_out, mesh=mesh)  # a layer of the block, gathered by its hooks
+        fully_shard(network.block, mesh=mesh)
     return fully_shard(network, mesh=mesh)
 
 

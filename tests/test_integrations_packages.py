@@ -49,6 +49,11 @@ class TestMmcv:
         kind = {1: cnn.NonLocal1d, 2: cnn.NonLocal2d, 3: cnn.NonLocal3d}[dims]
         block = scramble(kind(8, sub_sample=sub_sample, norm_cfg=norm_cfg, mode=mode).double())
         assert_converts(block, make_input(dims), "", backward=mode != "concatenation")
+        ours = getattr(dnl_ext, kind.__name__)(8, sub_sample=sub_sample, norm_cfg=norm_cfg, mode=mode)
+        assert [name for name, _ in ours.named_children() if name != "pool"] == list(dict(block.named_children()))
+        for name, layer in block.named_modules():
+            if isinstance(layer, nn.modules.pooling._MaxPoolNd):
+                assert repr(ours.get_submodule(name)) == repr(layer)
 
     @pytest.mark.parametrize("reduction, use_scale", [(1, False), (4, True)])
     def test_options(self, reduction, use_scale):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from blocks import BLOCKS as DISENTANGLED
 from blocks import (
     CHANNELS_LAST,
     assert_loads_both_ways,
@@ -17,6 +18,7 @@ from blocks import (
     run,
     scramble,
 )
+from torch import nn
 from transcriptions import MmcvBlock
 
 import dnl_ext
@@ -85,6 +87,23 @@ class TestBlocks:
         )
         assert NonLocal2d(8, norm_cfg={"type": "BN", "eps": 0.1}).conv_out.bn.eps == 0.1
         assert NonLocal2d(1).inter_channels == 1
+
+    @modes
+    @dimensions
+    @pytest.mark.parametrize("style", ["mmcv", "mmseg"])
+    def test_attributes_are_those_of_mmcv(self, style, dims, mode):
+        """What a mode does not have is no attribute, and the layers of key and value pool: mmcv's tests look there."""
+        make = BLOCKS[dims] if style == "mmcv" else DISENTANGLED[dims].mmseg
+        block = make(8, mode=mode)
+        absent = {"theta", "phi"} if mode == "gaussian" else set()
+        absent |= set() if mode == "concatenation" else {"concat_project"}
+        names = ("g", "theta", "phi", "concat_project", "conv_out")
+        assert {name for name in names if not hasattr(block, name)} == absent
+        pooled = make(8, mode=mode, sub_sample=True)
+        window = {1: 2, 2: (2, 2), 3: (1, 2, 2)}[dims]
+        assert len(pooled.g) == 2 and (mode == "gaussian" or len(pooled.phi) == 2)
+        for pool in (pooled.g[1], pooled.phi if mode == "gaussian" else pooled.phi[1]):
+            assert type(pool) is getattr(nn, f"MaxPool{dims}d") and pool.kernel_size == window
 
     @modes
     @dimensions

@@ -8,6 +8,8 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.fx
+import torch.nn.functional as F
 from torch import nn
 
 from .. import ops, reference
@@ -15,6 +17,7 @@ from ._common import (
     CONV,
     MAX_POOL,
     POOL_WINDOW,
+    Block,
     ConvNorm,
     check_choice,
     check_flags,
@@ -27,6 +30,8 @@ from ._common import (
     zero_parameters,
 )
 from ._inputs import AttentionInputs
+
+torch.fx.wrap("check_input")
 
 #: Who computes the attention. "reference" holds the N x N map.
 BACKENDS = {"fused": ops, "reference": reference}
@@ -88,7 +93,7 @@ def resolve_variant(variant, unary, whiten):
     return variant, "channel" if whiten == "in_nostd" else whiten
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """x + norm(out(attention(x))); the arguments are those of DisentangledNonLocal2d. `dims`: spatial dimensions."""
 
     dims: int
@@ -148,20 +153,28 @@ class AttentionBlock(nn.Module):
             # mmcv's has two spatial dimensions, positions of query and key, whatever the block's.
             "concat": ConvNorm(nn.Conv2d(2 * width, 1, 1, bias=False)) if mode == "concatenation" else None,
         }
+        pool = None
+        if sub_sample:
+            window = POOL_WINDOW[self.dims]
+            pool = MAX_POOL[self.dims](window if self.dims > 1 else window[0])
         if style == "mmseg":
             layers["out"] = ConvNorm(layers["out"], layers.pop("norm"))
             for role in ("query", "key", "value"):
-                if layers[role] is None:
-                    continue
-                layers[role] = ConvNorm(layers[role])
-                if sub_sample == "after" and role != "query":
-                    layers[role] = nn.Sequential(layers[role])  # mmcv pools in the same Sequential: its key is `g.0`
+                if layers[role] is not None:
+                    layers[role] = ConvNorm(layers[role])
+            if sub_sample == "after":  # as mmcv: the layers of key and value pool
+                layers["value"] = nn.Sequential(layers["value"], pool)
+                if embedded:
+                    layers["key"] = nn.Sequential(layers["key"], pool)
+                elif terms.pairwise:
+                    layers["key"] = pool
         for role, name in STYLES[style].items():
-            self.add_module(name, layers[role])
+            if layers[role] is not None or style != "mmseg":
+                self.add_module(name, layers[role])
         if self.whiten in BATCH_NORM_WHITEN:
             for role in ("key", "query"):
                 self.add_module(f"{role}_{whiten}", nn.BatchNorm1d(width, affine=BATCH_NORM_WHITEN[whiten]))
-        self.pool = MAX_POOL[self.dims](POOL_WINDOW[self.dims]) if sub_sample else None
+        self.pool = pool
         self.register_parameter("gamma", nn.Parameter(torch.zeros(1)) if learn_gamma else None)
         self.reset_parameters()
         if mesh is not None:
@@ -172,23 +185,25 @@ class AttentionBlock(nn.Module):
     def _functions(self):
         return BACKENDS[self.backend] if self.sharded is None else self.sharded
 
-    def _check_input(self, x):
+    def _checked(self, x):
         window = (1,) * self.dims if self.pool is None else POOL_WINDOW[self.dims]
         if self.sharded is not None:
             window = (0, *window[1:])  # a slab may have no rows
-        check_input(x, self.dims, self.in_channels, window)
-        norm = self._out_and_norm()[1]
-        if self.sharded is None or norm is None or isinstance(norm, nn.SyncBatchNorm):
-            return
+        x = check_input(x, self.dims, self.in_channels, window)
+        norm = None if self.sharded is None else self._out_and_norm()[1]
+        if norm is None or isinstance(norm, nn.SyncBatchNorm):
+            return x
         if norm.training or norm.running_mean is None:
             raise RuntimeError(
                 "norm: expected evaluation mode or a SyncBatchNorm with sharded positions, got a "
                 f"{type(norm).__name__} in training, whose statistics would be those of a slab"
             )
+        return x
 
     def _layer(self, role):
+        """The layer of a role, or None: in "mmseg" one that the block has not is no attribute, in the others None."""
         name = STYLES[self.style].get(role)
-        return None if name is None else getattr(self, name)
+        return None if name is None else getattr(self, name, None)
 
     def reset_parameters(self):
         """Initialise as the block of this `style` does: see the class."""
@@ -231,18 +246,21 @@ class AttentionBlock(nn.Module):
         terms, source = VARIANTS[self.variant], self.pool(x) if self.sub_sample == "before" else x
 
         def layer(role, y):
-            return per_position(self._layer(role), y)
+            layer = self._layer(role)
+            return y if layer is None else per_position(layer, y)
 
+        def pool(y):
+            return self.pool(y) if self.sub_sample == "after" and y is not None else y
+
+        query = key = None
         value = layer("value", source)
-        mask = layer("mask", source) if terms.unary == "mask" else None
-        if not terms.pairwise:
-            query = key = None
-        elif self.mode == "gaussian":
-            query, key = x.to(value.dtype), source.to(value.dtype)  # under autocast the value is narrower
-        else:
+        mask = pool(layer("mask", source) if terms.unary == "mask" else None)
+        if terms.pairwise:
             query, key = layer("query", x), layer("key", source)
-        if self.sub_sample == "after":
-            key, value, mask = (None if y is None else self.pool(y) for y in (key, value, mask))
+            if self.mode == "gaussian":
+                query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the value is narrower
+        if self.style != "mmseg":  # whose layers of key and value pool
+            key, value = pool(key), pool(value)
         value, mask = positions_last_but_one(value), None if mask is None else mask.flatten(1)
         if not terms.pairwise:
             return None, None, value, mask
@@ -262,7 +280,7 @@ class AttentionBlock(nn.Module):
         Raises:
             NotImplementedError: the pairwise term is no softmax (``mode``).
         """
-        self._check_input(x)
+        x = self._checked(x)
         if VARIANTS[self.variant].pairwise and self.mode not in ("embedded_gaussian", "gaussian"):
             raise NotImplementedError(f"mode: expected 'embedded_gaussian' or 'gaussian', softmaxes, got {self.mode!r}")
         query, key, value, mask = self._embed(x)
@@ -283,8 +301,19 @@ class AttentionBlock(nn.Module):
         query, key = functional.whiten(query, whiten), functional.whiten(key, whiten)
         if self.mode == "dot_product":
             return functional.dot_product_attention(query, key, value)
-        by_query, by_key = self._layer("concat").conv.weight.to(query.dtype).flatten().chunk(2)
-        return functional.concatenation_attention(query @ by_query, key @ by_key, value)
+        return functional.concatenation_attention(*self._concatenation_logits(query, key), value)
+
+    def _concatenation_logits(self, query, key):
+        """(B, Nq) and (B, Nk) whose sums over all pairs are what ``concat_project`` gives for query above key.
+
+        The layer is affine: of a pair it is its value of (q_i, 0) plus that of (0, k_j) less that of (0, 0). One call
+        with these Nq + Nk + 1 columns in place of Nq * Nk.
+        """
+        queries, keys = query.shape[1], key.shape[1]
+        columns = torch.cat([F.pad(query.mT, (0, keys + 1)), F.pad(key.mT, (queries, 1))], 1)
+        logits = self._layer("concat")(columns.unsqueeze(-1)).flatten(1)
+        by_query, by_key, origin = logits.split([queries, keys, 1], 1)
+        return by_query, by_key - origin
 
     def _attend(self, query, key, value, mask_logits):
         """gamma * sum_j P_ij v_j + sum_j u_j v_j: (B, Nq, Dv) from (B, Nq, C'), (B, Nk, C'), (B, Nk, Dv), (B, Nk).
@@ -318,16 +347,21 @@ class AttentionBlock(nn.Module):
             TypeError: ``x`` is not a tensor.
             ValueError: its number of dimensions, its channels or its spatial sizes do not fit.
         """
-        self._check_input(x)
+        x = self._checked(x)
         y = self._attend(*self._embed(x))
-        grid = x.shape[2:] if VARIANTS[self.variant].pairwise else (1,) * self.dims
-        y = y.transpose(1, 2).unflatten(2, grid)
-        out, norm = self._out_and_norm()
-        # One vector for every position is projected once; a norm sees it at each of them, as beside other terms.
+        out, norm = self._layer("out"), self._layer("norm")
+        # Without a pairwise term one vector for every position is projected once. A norm sees it at each of them, as
+        # beside other terms, and in "mmseg" it is inside conv_out.
+        if VARIANTS[self.variant].pairwise:
+            y = y.transpose(1, 2).unflatten(2, x.shape[2:])
+        else:
+            y = y.transpose(1, 2).unflatten(2, (1,) * self.dims)
+            if self.style == "mmseg":
+                y = y.expand(y.shape[:2] + x.shape[2:])
         if out is not None:
             y = per_position(out, y)
         if norm is not None:
-            y = norm(y.expand(*y.shape[:2], *x.shape[2:]))
+            y = norm(y.expand_as(x))
         return x + y  # x first: where the two differ in memory format, the sum takes that of x
 
     def extra_repr(self):

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.fx
 from torch import nn
 
 CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -14,6 +15,15 @@ POOL_WINDOW = {1: (2,), 2: (2, 2), 3: (1, 2, 2)}
 
 #: mmcv's names of norm layers: a word of the class name and the attribute under which the layer is kept.
 _NORM_KEYS = (("instance", "in"), ("batch", "bn"), ("group", "gn"), ("layer", "ln"))
+
+
+class Block(nn.Module):
+    """What every block is."""
+
+    def __prepare_scriptable__(self):  # torch.jit.script calls it, of a block inside a model too
+        raise NotImplementedError(
+            f"torch.jit.script: {type(self).__name__} is not supported; torch.compile and torch.export are"
+        )
 
 
 class ConvNorm(nn.Module):
@@ -31,7 +41,7 @@ class ConvNorm(nn.Module):
         return None if self.norm_key is None else getattr(self, self.norm_key)
 
     def forward(self, x):
-        x = self.conv(x)
+        x = per_position(self.conv, x)
         return x if self.norm is None else self.norm(x)
 
 
@@ -89,12 +99,13 @@ def check_temperature(value):
 
 
 def check_input(x, dims, channels, window):
-    """Check a block's input (B, channels, *spatial); `window` is the smallest spatial size of each dimension.
+    """A block's input (B, channels, *spatial), checked; `window` is the smallest spatial size of each dimension.
 
-    Not under torch.jit.trace, where sizes are tensors: a comparison would warn, and not be kept.
+    Not under torch.jit.trace, where sizes are tensors: a comparison would warn, and not be kept. In a graph of torch.fx
+    it is one call, whose result is used so that nothing takes it for dead code.
     """
     if torch.jit.is_tracing():
-        return
+        return x
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"input: expected a torch.Tensor, got {type(x).__name__}")
     if x.dim() != dims + 2:
@@ -104,11 +115,15 @@ def check_input(x, dims, channels, window):
         raise ValueError(f"input: expected {channels} channels in dimension 1, got shape {tuple(x.shape)}")
     if any(size < least for size, least in zip(x.shape[2:], window, strict=True)):
         raise ValueError(f"input: expected spatial sizes of at least {tuple(window)}, got shape {tuple(x.shape)}")
+    return x
 
 
 def per_position(layer, x):
-    """layer(x) for 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off again."""
-    if torch.jit.is_tracing() or x.shape[2]:
+    """layer(x) for 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off again.
+
+    A ConvNorm does that itself: its norm must not count the row. Graphs (torch.jit.trace, torch.fx) do without.
+    """
+    if torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy) or x.shape[2] or isinstance(layer, ConvNorm):
         return layer(x)
     row = x.new_zeros((*x.shape[:2], 1, *x.shape[3:]))
     return layer(torch.cat((x, row), 2)).narrow(2, 0, 0)  # of x and not of zeros alone: the backward must pass here

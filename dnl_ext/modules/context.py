@@ -3,14 +3,17 @@
 See :class:`GlobalContext2d` (GCNet) and :class:`SimplifiedNonLocal2d`.
 """
 
+import torch.fx
 from torch import nn
 
 from ._block import BACKENDS
-from ._common import CONV, check_choice, check_input, check_width, positions_last_but_one, zero_parameters
+from ._common import CONV, Block, check_choice, check_input, check_width, positions_last_but_one, zero_parameters
 from ._inputs import AttentionInputs
 
+torch.fx.wrap("check_input")
 
-class _Pooling(nn.Module):
+
+class _Pooling(Block):
     """A block that pools its input with the softmax of ``conv_mask``, or evenly."""
 
     dims: int
@@ -21,20 +24,20 @@ class _Pooling(nn.Module):
 
     def attention_inputs(self, x):
         """The pooling as attention: one map for all positions, of the input itself. See :class:`AttentionInputs`."""
-        check_input(x, self.dims, self.in_channels, (1,) * self.dims)
+        x = check_input(x, self.dims, self.in_channels, (1,) * self.dims)
         mask = x.new_zeros(x.shape[0], x[0, 0].numel()) if self.conv_mask is None else self.conv_mask(x).flatten(1)
         value, shape = positions_last_but_one(x), tuple(x.shape[2:])
         return AttentionInputs(None, None, value, mask, 1.0, None, 1.0, query_shape=shape, key_shape=shape)
 
     def _pool(self, x):
         """sum_j softmax_j(conv_mask(x)) x_j, or the mean without a mask: (B, C, *spatial) to (B, C, 1, ...)."""
-        check_input(x, self.dims, self.in_channels, (1,) * self.dims)
+        x = check_input(x, self.dims, self.in_channels, (1,) * self.dims)
         if self.conv_mask is None:
-            return x.mean(tuple(range(2, x.dim())), keepdim=True)
+            return x.mean(tuple(range(2, 2 + self.dims)), keepdim=True)
         mask = self.conv_mask(x).flatten(1)
         value = positions_last_but_one(x).to(mask.dtype)  # under autocast the mask is narrower than x
         context = BACKENDS[self.backend].unary_attention(mask, value)
-        return context.reshape(*context.shape, *(1,) * self.dims)
+        return context.unflatten(1, (self.in_channels, *(1,) * self.dims))
 
 
 class _GlobalContext(_Pooling):
@@ -59,7 +62,7 @@ class _GlobalContext(_Pooling):
             return nn.Sequential(
                 conv(in_channels, self.planes, kernel_size=1),
                 nn.LayerNorm([self.planes, *(1,) * self.dims]),
-                nn.ReLU(inplace=True),
+                nn.ReLU(),  # not in place: full backward hooks on its neighbour would raise
                 conv(self.planes, in_channels, kernel_size=1),
             )
 

@@ -3,15 +3,118 @@
 import math
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
 from .. import reference
 from ._block import BACKENDS
-from ._common import check_choice, check_flags, check_temperature, check_width
+from ._common import Block, check_choice, check_flags, check_temperature, check_width
 
 
-class DisentangledMultiheadAttention(nn.Module):
+@torch.fx.wrap
+def batch_first_inputs(query, key, value, widths, batch_first):
+    """Query, key and value checked, as (B, length, width); unbatched ones are a batch of one."""
+    if not torch.jit.is_tracing():  # as in check_input
+        for name, width, x in zip(("query", "key", "value"), widths, (query, key, value), strict=True):
+            if not isinstance(x, torch.Tensor):
+                raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+            if x.dim() not in (2, 3) or x.shape[-1] != width:
+                order = "(B, length, " if batch_first else "(length, B, "
+                raise ValueError(f"{name}: expected shape {order}{width}) or (length, {width}), got {tuple(x.shape)}")
+        batch = 0 if batch_first else 1
+        if key.dim() != query.dim() or (key.dim() == 3 and key.shape[batch] != query.shape[batch]):
+            raise ValueError(f"key: expected the batch of query {tuple(query.shape)}, got {tuple(key.shape)}")
+        if value.shape[:-1] != key.shape[:-1]:
+            raise ValueError(f"value: expected length and batch of key {tuple(key.shape)}, got {tuple(value.shape)}")
+    if query.dim() == 2:
+        return tuple(x.unsqueeze(0) for x in (query, key, value))
+    return (query, key, value) if batch_first else tuple(x.transpose(0, 1) for x in (query, key, value))
+
+
+@torch.fx.wrap
+def as_given(output, weights, query, batch_first):
+    """Output (B, L, E) and weights (B, ..., L, S) or None, in the layout of a `query`."""
+    if query.dim() == 2:
+        return output.squeeze(0), None if weights is None else weights.squeeze(0)
+    return output if batch_first else output.transpose(0, 1), weights
+
+
+def _additive(name, mask, dtype, *shapes):
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(mask).__name__}")
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+    if not mask.is_floating_point():
+        raise ValueError(f"{name}: expected bool or a float type, got {mask.dtype}")
+    return mask.to(dtype)
+
+
+@torch.fx.wrap
+def merged_mask(key_padding_mask, attn_mask, is_causal, query, query_heads, key_heads, *, unary, whiten):
+    """Both masks as what is added to the logits, or None: it broadcasts to (B, heads, L, S).
+
+    Masks and `query` are as the module was given them, (B, heads, L, d) and (B, heads, S, d) projected.
+    """
+    if is_causal and attn_mask is None:
+        raise ValueError("attn_mask: expected a mask with is_causal=True, got None")
+    (batch, heads, length), source, dtype = query_heads.shape[:3], key_heads.shape[2], query_heads.dtype
+    if key_padding_mask is not None:
+        shape = (batch, source) if query.dim() == 3 else (source,)
+        padding = _additive("key_padding_mask", key_padding_mask, dtype, shape).view(batch, 1, 1, source)
+        if whiten not in ("channel", "in_nostd", "spatial", None):
+            raise ValueError(f"key_padding_mask: expected None with whiten={whiten!r}, got a mask")
+        if attn_mask is None:
+            return padding
+    if attn_mask is None:
+        return None
+    if unary:
+        raise ValueError("attn_mask: expected None with unary=True, whose weights know no query, got a mask")
+    attn_mask = _additive("attn_mask", attn_mask, dtype, (length, source), (batch * heads, length, source))
+    if attn_mask.dim() == 3:
+        attn_mask = attn_mask.unflatten(0, (batch, heads))
+    return attn_mask if key_padding_mask is None else attn_mask + padding
+
+
+def _map(functional, query, key, mask_logits, mask, scale, whiten):
+    """P_ij + u_j of every head, (B, heads, L, S)."""
+    if mask is None:
+        pairwise = functional.pairwise_softmax(query, key, scale=scale, whiten=whiten)
+    else:
+        query, key = functional.whiten(query, whiten), functional.whiten(key, whiten)
+        pairwise = torch.softmax((query * scale) @ key.transpose(-2, -1) + mask, -1)
+    if mask_logits is None:
+        return pairwise
+    if mask is not None:
+        mask_logits = mask_logits + mask.squeeze(-2)
+    return pairwise + functional.unary_softmax(mask_logits).unsqueeze(-2)
+
+
+@torch.fx.wrap
+def attend(query, key, value, mask_logits, mask, need_weights, average_weights, *, backend, scale, whiten):
+    """Output (B, L, heads * d) and weights (B, L, S), not averaged (B, heads, L, S), or None, of projected inputs."""
+    functional = BACKENDS[backend]
+    if mask is None and not need_weights:
+        output = functional.disentangled_attention(query, key, value, mask_logits, scale=scale, whiten=whiten)
+        return output.transpose(1, 2).flatten(2), None
+    no_keys = None
+    if mask is not None and not need_weights:
+        no_keys = (mask == -math.inf).all(-1, keepdim=True)
+        mask = mask.masked_fill(no_keys, 0.0)  # a softmax over nothing is NaN, and so would be all gradients
+    weights = _map(functional, query, key, mask_logits, mask, scale, whiten)
+    output = weights @ value
+    if no_keys is not None:
+        output = output.masked_fill(no_keys, 0.0)
+    if not need_weights:
+        weights = None
+    elif average_weights:
+        weights = weights.mean(1)
+    return output.transpose(1, 2).flatten(2), weights
+
+
+class DisentangledMultiheadAttention(Block):
     """``nn.MultiheadAttention`` whose heads may whiten their pairwise term and add a unary one.
 
     Head h of query i:  sum_j (P_ij + u_j) v_j,  P_ij = softmax_j(<q'_i, k'_j> / (sqrt(d) temperature)),
@@ -92,31 +195,17 @@ class DisentangledMultiheadAttention(nn.Module):
             nn.init.normal_(self.mask_proj.weight, std=0.01)
             nn.init.zeros_(self.mask_proj.bias)
 
-    def _heads(self, *inputs):
+    def _heads(self, query, key, value):
         """Query, key and value (B, length, dim) projected, each (B, heads, length, head_dim): views."""
-        weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
-        if self.in_proj_weight is not None:
-            weights = self.in_proj_weight.chunk(3)
-        biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-        projected = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
-        return [x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for x in projected]
-
-    def _map(self, query, key, mask_logits, key_padding_mask, attn_mask, scale):
-        """P_ij + u_j of every head, (B, heads, L, S)."""
-        functional = BACKENDS[self.backend]
-        if key_padding_mask is None and attn_mask is None:
-            pairwise = functional.pairwise_softmax(query, key, scale=scale, whiten=self.whiten)
-        else:
-            query, key = functional.whiten(query, self.whiten), functional.whiten(key, self.whiten)
-            logits = (query * scale) @ key.transpose(-2, -1)
-            for bias in (attn_mask, None if key_padding_mask is None else key_padding_mask[:, None, None]):
-                logits = logits if bias is None else logits + bias
-            pairwise = torch.softmax(logits, -1)
-        if mask_logits is None:
-            return pairwise
-        if key_padding_mask is not None:
-            mask_logits = mask_logits + key_padding_mask[:, None]
-        return pairwise + functional.unary_softmax(mask_logits).unsqueeze(-2)
+        packed, bias = self.in_proj_weight, self.in_proj_bias  # once: a parametrization computes them at each access
+        by_query, by_key, by_value = self.q_proj_weight, self.k_proj_weight, self.v_proj_weight
+        query_bias = key_bias = value_bias = None
+        if packed is not None:
+            by_query, by_key, by_value = packed.chunk(3)
+        if bias is not None:
+            query_bias, key_bias, value_bias = bias.chunk(3)
+        rows = (query, by_query, query_bias), (key, by_key, key_bias), (value, by_value, value_bias)
+        return [F.linear(*row).unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for row in rows]
 
     def forward(
         self, query, key, value, key_padding_mask=None, need_weights=True, attn_mask=None, average_attn_weights=True,
@@ -125,7 +214,9 @@ class DisentangledMultiheadAttention(nn.Module):
         """Attend; arguments and results as those of ``nn.MultiheadAttention``.
 
         Args:
-            query: tensor (L, B, embed_dim), with ``batch_first`` (B, L, embed_dim), unbatched (L, embed_dim).
+            query: tensor (L, B, embed_dim), with ``batch_first`` (B, L, embed_dim), unbatched (L, embed_dim). Or, with
+                ``batch_first`` and for query, key and value alike, one nested tensor of B sequences, without masks and
+                with ``need_weights=False``: what ``nn.TransformerEncoder`` makes of padding in evaluation mode.
             key, value: the same with S in place of L and kdim, vdim in place of embed_dim.
             key_padding_mask: bool (B, S), True where a key is left out of both terms, or floats added to the logits;
                 None. Queries at padded positions still count in the mean that whitening subtracts; names of
@@ -137,86 +228,46 @@ class DisentangledMultiheadAttention(nn.Module):
             is_causal: a hint that ``attn_mask`` is causal, which is not needed here; it wants the mask, as in torch.
 
         Returns:
-            Output of the shape of ``query``; weights (B, L, S), not averaged (B, heads, L, S), or None.
+            Output of the shape of ``query``; weights (B, L, S), not averaged (B, heads, L, S), or None. A query whose
+            keys are all left out attends to nothing, and its output is the bias of ``out_proj``; with ``need_weights``
+            its weights, its output and their gradients are NaN.
 
         Raises:
             TypeError: not a tensor. ValueError: a shape or mask that does not fit.
         """
-        inputs = self._checked(query, key, value)
-        batched = query.dim() == 3
-        if not batched:
-            inputs = [x.unsqueeze(0) for x in inputs]
-        elif not self.batch_first:
-            inputs = [x.transpose(0, 1) for x in inputs]
-        if is_causal and attn_mask is None:
-            raise ValueError("attn_mask: expected a mask with is_causal=True, got None")
-        heads = self._heads(*inputs)
-        batch, length, source = inputs[0].shape[0], inputs[0].shape[1], inputs[1].shape[1]
-        padding, attn_mask = self._masks(key_padding_mask, attn_mask, heads[0].dtype, batch, length, source, batched)
-        mask_logits = None if self.mask_proj is None else self.mask_proj(inputs[1]).transpose(1, 2)
-        scale = 1.0 / (math.sqrt(self.head_dim) * self.temperature)
+        if any(isinstance(x, torch.Tensor) and x.is_nested for x in (query, key, value)):
+            return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask)
+        inputs = batch_first_inputs(query, key, value, (self.embed_dim, self.kdim, self.vdim), self.batch_first)
+        batch_query, batch_key, batch_value = inputs
+        heads = self._heads(batch_query, batch_key, batch_value)
+        mask = merged_mask(
+            key_padding_mask, attn_mask, is_causal, query, heads[0], heads[1], unary=self.unary, whiten=self.whiten
+        )
+        output, weights = attend(
+            *heads,
+            None if self.mask_proj is None else self.mask_proj(batch_key).transpose(1, 2),
+            mask,
+            need_weights,
+            average_attn_weights,
+            backend=self.backend,
+            scale=1.0 / (math.sqrt(self.head_dim) * self.temperature),
+            whiten=self.whiten,
+        )
+        return as_given(self.out_proj(output), weights, query, self.batch_first)
 
-        weights = None
-        if need_weights or padding is not None or attn_mask is not None:
-            weights = self._map(heads[0], heads[1], mask_logits, padding, attn_mask, scale)
-            output = weights @ heads[2]
-        else:
-            functional = BACKENDS[self.backend]
-            output = functional.disentangled_attention(*heads, mask_logits, scale=scale, whiten=self.whiten)
-        output = self.out_proj(output.transpose(1, 2).flatten(2))
-        if not batched:
-            output = output.squeeze(0)
-        elif not self.batch_first:
-            output = output.transpose(0, 1)
-        if not need_weights:
-            return output, None
-        weights = weights.mean(1) if average_attn_weights else weights
-        return output, weights if batched else weights.squeeze(0)
-
-    def _checked(self, query, key, value):
-        if torch.jit.is_tracing():  # as in check_input
-            return query, key, value
-        widths = {"query": self.embed_dim, "key": self.kdim, "value": self.vdim}
-        for (name, width), x in zip(widths.items(), (query, key, value), strict=True):
-            if not isinstance(x, torch.Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-            if x.dim() not in (2, 3) or x.shape[-1] != width:
-                order = "(B, length, " if self.batch_first else "(length, B, "
-                raise ValueError(f"{name}: expected shape {order}{width}) or (length, {width}), got {tuple(x.shape)}")
-        batch = 0 if self.batch_first else 1
-        if key.dim() != query.dim() or (key.dim() == 3 and key.shape[batch] != query.shape[batch]):
-            raise ValueError(f"key: expected the batch of query {tuple(query.shape)}, got {tuple(key.shape)}")
-        if value.shape[:-1] != key.shape[:-1]:
-            raise ValueError(f"value: expected length and batch of key {tuple(key.shape)}, got {tuple(value.shape)}")
-        return query, key, value
-
-    def _masks(self, key_padding_mask, attn_mask, dtype, batch, length, source, batched):
-        """Both masks as what is added to the logits: (B, S) and (L, S) or (B, heads, L, S)."""
-        if key_padding_mask is not None:
-            shape = (batch, source) if batched else (source,)
-            key_padding_mask = self._additive("key_padding_mask", key_padding_mask, dtype, shape).view(batch, source)
-            if self.whiten not in ("channel", "in_nostd", "spatial", None):
-                raise ValueError(f"key_padding_mask: expected None with whiten={self.whiten!r}, got a mask")
-        if attn_mask is not None:
-            if self.unary:
-                raise ValueError("attn_mask: expected None with unary=True, whose weights know no query, got a mask")
-            shapes = (length, source), (batch * self.num_heads, length, source)
-            attn_mask = self._additive("attn_mask", attn_mask, dtype, *shapes)
-            if attn_mask.dim() == 3:
-                attn_mask = attn_mask.unflatten(0, (batch, self.num_heads))
-        return key_padding_mask, attn_mask
-
-    @staticmethod
-    def _additive(name, mask, dtype, *shapes):
-        if not isinstance(mask, torch.Tensor):
-            raise TypeError(f"{name}: expected a torch.Tensor, got {type(mask).__name__}")
-        if tuple(mask.shape) not in shapes:
-            raise ValueError(f"{name}: expected shape {' or '.join(map(str, shapes))}, got {tuple(mask.shape)}")
-        if mask.dtype == torch.bool:
-            return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
-        if not mask.is_floating_point():
-            raise ValueError(f"{name}: expected bool or a float type, got {mask.dtype}")
-        return mask.to(dtype)
+    def _nested(self, query, key, value, key_padding_mask, need_weights, attn_mask):
+        """:meth:`forward` of a nested tensor: its sequences one by one, so that none needs padding or a mask."""
+        if not (query is key and key is value and self.batch_first):
+            raise ValueError(
+                "query: expected a nested tensor only with batch_first=True and the same one as key and value"
+            )
+        for name, given in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None with a nested query, got a mask")
+        if need_weights:
+            raise ValueError("need_weights: expected False with a nested query, got True")
+        outputs = [self.forward(x, x, x, need_weights=False)[0] if len(x) else x for x in query.unbind()]
+        return torch.nested.as_nested_tensor(outputs), None
 
     def extra_repr(self):
         return (

@@ -3,9 +3,10 @@
 import math
 
 import torch
+import torch.fx
 from torch import nn
 
-from ._common import check_width
+from ._common import Block, check_width
 
 #: Widths, heights and relative distances are at least this before their logarithm is taken.
 SMALLEST = 1e-3
@@ -26,6 +27,7 @@ def relative_geometry(boxes):
     return torch.cat([distance.clamp(min=SMALLEST).log(), (there / here).log()], -1)
 
 
+@torch.fx.wrap
 def sinusoidal(x, channels):
     """Sines and cosines of each of the last dimension's 4 numbers at channels / 8 wavelengths: (..., channels)."""
     steps = torch.arange(channels // 8, device=x.device, dtype=x.dtype) * (8.0 / channels)
@@ -33,7 +35,28 @@ def sinusoidal(x, channels):
     return torch.cat([angles.sin(), angles.cos()], -1).flatten(-2)
 
 
-class RelationModule(nn.Module):
+@torch.fx.wrap
+def at_least_float32(x):
+    """x in its dtype or float32, whichever is wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@torch.fx.wrap
+def check_objects(features, boxes, in_channels):
+    """The features (..., N, in_channels), checked with the boxes; used and traced as `check_input` is."""
+    if torch.jit.is_tracing():
+        return features
+    for name, x in (("features", features), ("boxes", boxes)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if features.dim() < 2 or features.shape[-1] != in_channels:
+        raise ValueError(f"features: expected shape (..., N, {in_channels}), got {tuple(features.shape)}")
+    if boxes.shape != (*features.shape[:-1], 4):
+        raise ValueError(f"boxes: expected shape {(*features.shape[:-1], 4)}, got {tuple(boxes.shape)}")
+    return features
+
+
+class RelationModule(Block):
     """Object relations: out_m = f_m + concat over relations r of sum_n w^r_mn W_v^r f_n.
 
     w^r_mn = softmax_n(log(max(g^r_mn, eps)) + <W_q^r f_m, W_k^r f_n> / sqrt(key_channels)) with the geometric weight
@@ -86,32 +109,19 @@ class RelationModule(nn.Module):
         Raises:
             TypeError: not a tensor. ValueError: shapes that do not fit.
         """
-        self._check(features, boxes)
+        features = check_objects(features, boxes, self.in_channels)
 
         def heads(layer):  # (..., relations, N, width)
             return layer(features).unflatten(-1, (self.num_relations, -1)).transpose(-3, -2)
 
-        # In float32 at least: a bfloat16 angle of 100 x log has no digit left behind the point.
-        wide = torch.promote_types(boxes.dtype, torch.float32)
-        embedding = sinusoidal(relative_geometry(boxes.to(wide)), self.geometry_channels)
-        weight = self.geometry(embedding.to(self.geometry.weight.dtype)).relu().movedim(-1, -3)
+        # A bfloat16 angle of 100 x log has no digit left behind the point.
+        embedding = sinusoidal(relative_geometry(at_least_float32(boxes)), self.geometry_channels)
+        weight = self.geometry(embedding.to(features.dtype)).relu().movedim(-1, -3)
         query, key, value = heads(self.query), heads(self.key), heads(self.value)
-        logits = query @ key.transpose(-2, -1) / math.sqrt(self.key_channels)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = at_least_float32(query @ key.transpose(-2, -1) / math.sqrt(self.key_channels))
         logits = logits + weight.to(logits.dtype).clamp(min=self.eps).log()
         relations = torch.softmax(logits, -1).to(value.dtype) @ value
         return features + relations.transpose(-3, -2).flatten(-2)
-
-    def _check(self, features, boxes):
-        if torch.jit.is_tracing():  # as in check_input
-            return
-        for name, x in (("features", features), ("boxes", boxes)):
-            if not isinstance(x, torch.Tensor):
-                raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-        if features.dim() < 2 or features.shape[-1] != self.in_channels:
-            raise ValueError(f"features: expected shape (..., N, {self.in_channels}), got {tuple(features.shape)}")
-        if boxes.shape != (*features.shape[:-1], 4):
-            raise ValueError(f"boxes: expected shape {(*features.shape[:-1], 4)}, got {tuple(boxes.shape)}")
 
     def extra_repr(self):
         return (

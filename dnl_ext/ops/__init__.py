@@ -1,5 +1,7 @@
 """Operators: one file per operator, with its autograd Function, fake implementation and vmap rule."""
 
+import torch.fx
+
 from . import flops as _registers_the_formulas  # noqa: F401
 from . import part as part  # its operators' fake implementations
 from .linear import concatenation_attention, dot_product_attention, shared_key_logits
@@ -19,3 +21,6 @@ __all__ = [
     "unary_softmax",
     "whiten",
 ]
+
+for _name in __all__:  # one call each in a graph of torch.fx, checks included
+    torch.fx.wrap(_name)
