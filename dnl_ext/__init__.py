@@ -7,6 +7,7 @@ PyTorch under :mod:`dnl_ext.reference`. Blocks: see :mod:`dnl_ext.modules`. Prog
 library: see :mod:`dnl_ext.export`.
 """
 
+import torch.distributed
 import torch.fx
 
 from . import _load as _load  # first: the compiled operators, before anything that calls them
@@ -72,6 +73,9 @@ __all__ = [
     "unary_softmax",
     "whiten",
 ]
+
+if torch.distributed.is_available():  # it teaches functions and blocks what lies on several devices
+    from . import distributed as distributed
 
 for _name in ops.__all__:  # as in ops: of the functions under the names that they have here too
     torch.fx.wrap(_name)

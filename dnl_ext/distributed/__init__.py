@@ -16,12 +16,20 @@ it (``(output * 0).sum()`` connects it). A rank that dies or never comes makes t
 time-out.
 """
 
+from importlib import import_module
+
 import torch.distributed as dist
 
 if not dist.is_available():
     raise ImportError("dnl_ext.distributed needs a torch with torch.distributed; this one was built without")
 
-from .blocks import shard_positions
+from ..modules._sharding import register_sharding
+from ..ops._handlers import register_handler
+from ._shards import is_dtensor
+from .blocks import shard_block, shard_positions
 from .functions import disentangled_attention, pairwise_attention, shared_key_logits, unary_attention
 
 __all__ = ["disentangled_attention", "pairwise_attention", "shard_positions", "shared_key_logits", "unary_attention"]
+
+register_handler(is_dtensor, lambda: import_module(".dtensor", __name__))
+register_sharding(shard_block)

@@ -27,6 +27,11 @@ GATHER_BYTES = 2**20
 EXCHANGES = ("ring", "gather")
 
 
+def is_dtensor(x):
+    """Whether `x` is a torch.distributed.tensor.DTensor, found out without importing that."""
+    return type(x).__name__ == "DTensor" and type(x).__module__.startswith("torch.distributed.")
+
+
 def process_group(group, name="group"):
     """The process group of what `group` may be: a ProcessGroup, a DeviceMesh of one dimension, or None for the default.
 

@@ -1,7 +1,8 @@
 """DTensors: how the operators act on them, registered when this module is imported.
 
-It is imported by the first DTensor that a function of :mod:`dnl_ext` sees; whoever calls ``torch.ops.dnl_ext.*`` on
-DTensors imports it. `import dnl_ext` alone does not load torch.distributed.tensor, which takes seconds.
+The first DTensor that a function of :mod:`dnl_ext` sees imports it (dnl_ext/ops/_handlers.py); whoever calls
+``torch.ops.dnl_ext.*`` on DTensors imports it. `import dnl_ext` alone does not load torch.distributed.tensor, which
+takes seconds.
 
 - Sharded over leading dimensions (batch, heads): every operator acts on each shard, forward and backward, no messages.
 - Sharded over positions: `disentangled_attention` and `pairwise_attention` go to dnl_ext.distributed.functions, over
@@ -14,9 +15,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
-from ..ops._checks import is_dtensor
 from ..ops._common import empty_like_layout, ops
 from . import functions
+from ._shards import is_dtensor
 
 
 def _all_but(trailing):

@@ -30,6 +30,7 @@ from ._common import (
     zero_parameters,
 )
 from ._inputs import AttentionInputs
+from ._sharding import shard_block
 
 torch.fx.wrap("check_input")
 
@@ -178,8 +179,6 @@ class AttentionBlock(Block):
         self.register_parameter("gamma", nn.Parameter(torch.zeros(1)) if learn_gamma else None)
         self.reset_parameters()
         if mesh is not None:
-            from ..distributed.blocks import shard_block  # a torch without torch.distributed has no meshes
-
             shard_block(self, mesh)
 
     def _functions(self):

@@ -5,19 +5,14 @@ and they see physical tensors. Messages name the argument, what was wanted and w
 """
 
 import functools
-import importlib
 import math
 
 import torch
 
 from ..reference import check_whiten_name
+from ._handlers import handler_of
 
 FLOAT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def is_dtensor(x):
-    """Whether `x` is a torch.distributed.tensor.DTensor, found out without importing that."""
-    return type(x).__name__ == "DTensor" and type(x).__module__.startswith("torch.distributed.")
 
 
 def _untraced(check):
@@ -35,8 +30,7 @@ def check_tensor(name, x, shape):
     """`x` is a dense float tensor on a known device with the dimensions that `shape`, such as "(..., N, C)", names."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if is_dtensor(x):
-        importlib.import_module("dnl_ext.distributed.dtensor")  # how the operators act on it
+    handler_of(x)  # loaded, it knows how the operators act on `x`
     if x.is_nested or x.layout != torch.strided or x.is_quantized:
         kind = "nested" if x.is_nested else "quantized" if x.is_quantized else str(x.layout)
         raise NotImplementedError(f"{name}: expected a dense strided tensor, got a {kind} one")

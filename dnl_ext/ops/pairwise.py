@@ -3,7 +3,7 @@
 import torch
 from torch.autograd import Function
 
-from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, is_dtensor, parse_scale
+from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, parse_scale
 from ._common import (
     accumulate_type,
     differentiable,
@@ -15,6 +15,7 @@ from ._common import (
     register_batching,
     save,
 )
+from ._handlers import handler_of
 from .pairwise_autograd import AttentionGradient, AttentionTangent
 from .unary import softmax
 from .whiten import whiten as _whiten
@@ -138,12 +139,11 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
     check_tensor("query", query, "(..., Nq, Dqk)")
     scale = parse_scale(query, scale)
     check_pairwise(query, key, value, mask_logits, scale, whiten)
-    if is_dtensor(query):
-        from ..distributed import dtensor
-
-        sharded = dtensor.disentangled_attention(query, key, value, mask_logits, scale, whiten)
-        if sharded is not None:
-            return sharded
+    handler = handler_of(query)
+    if handler is not None:
+        output = handler.disentangled_attention(query, key, value, mask_logits, scale, whiten)
+        if output is not None:
+            return output
     query, key, whiten = _whitened(query, key, whiten)
     # A 16-bit output alone is too coarse for the backward; what its rounding lost is kept only if there may be one.
     # A trace is the same whoever requires grad, and for inference.

@@ -1,0 +1,21 @@
+"""Types of tensors that the operators do not know by themselves, and who does: packages above this one register here.
+
+A handler is an object that has functions of :mod:`dnl_ext.ops` under their names, for tensors of one type. Each takes
+all its arguments by position and returns None where the operators shall compute as usual. It is loaded when the first
+such tensor is seen, since that may take seconds, and may tell torch how the operators act on tensors of that type.
+"""
+
+_handlers = []
+
+
+def register_handler(matches, load):
+    """From now on, tensors for which `matches(tensor)` is true are the business of what `load()` returns."""
+    _handlers.append((matches, load))
+
+
+def handler_of(x):
+    """The handler of tensor `x`, loaded; None for a plain tensor."""
+    for matches, load in _handlers:
+        if matches(x):
+            return load()
+    return None
