@@ -79,7 +79,7 @@ bench: $(VENV)/.built
 
 host-test: $(VENV)/.torch
 	$(BIN)/python $(PIP) cmake
-	$(BIN)/cmake -S . -B build/host -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN)/ninja) $(HOST_FLAGS)
+	$(BIN)/cmake -S . -B build/host -G Ninja -DCMAKE_MAKE_PROGRAM="$$(cd $(BIN) && pwd)/ninja" $(HOST_FLAGS)
 	$(BIN)/cmake --build build/host
 	$(BIN)/ctest --test-dir build/host --output-on-failure
 
@@ -123,4 +123,5 @@ dist: $(VENV)/.built
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 clean:
-	rm -rf build dist runs $(VENV) $(MM) .venv-cuda *.egg-info dnl_ext/*.so
+	rm -rf build dist runs $(VENV) $(MM) .venv-cuda *.egg-info dnl_ext/*.so .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ Environment:
 import copy
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -25,6 +26,9 @@ LIBRARY = "dnl_ext.libdnl_ext"
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 # The stable ABI version the operators are written for; a binary built with a later torch runs with this one too.
 TORCH_TARGET = "0x020a000000000000"
+
+# ninja lies beside the Python that builds, whether or not its environment is activated.
+os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
 
 def flag(name):

@@ -4,6 +4,7 @@ import zlib
 
 import pytest
 import routes
+import toolchain
 import torch
 
 
@@ -25,6 +26,12 @@ def pytest_collection_modifyitems(config, items):
             if function in seen:
                 item.add_marker(skip)
             seen.add(function)
+
+
+def pytest_terminal_summary(terminalreporter):
+    """One line: the tests that lacked something, and how to get it."""
+    if line := toolchain.left_out(report.longrepr[2] for report in terminalreporter.getreports("skipped")):
+        terminalreporter.write_line(line)
 
 
 def pytest_make_parametrize_id(config, val, argname):
@@ -53,7 +60,7 @@ def one_thread():
 def device(request):
     """Runs a test of operators on CPU tensors by every route there is: see routes.py."""
     if request.param == "cuda" and not routes.HAS_GPU:
-        pytest.skip("needs a GPU and dnl_ext built with CUDA")
+        pytest.skip(toolchain.NO_GPU)
     with routes.route(request.param, zlib.crc32(request.node.nodeid.encode())):
         yield request.param
 

@@ -57,13 +57,11 @@ def _import_torchvision():
 def importorskip(name):
     """The module `name`, a part of one of the packages, or skip."""
     _import_torchvision()
-    pytest.importorskip(name.split(".")[0])
+    package = name.split(".")[0]
+    pytest.importorskip(package, reason=f"needs {package}: make test-integrations")
     if importlib.util.find_spec("mmcv") is not None and importlib.util.find_spec("mmcv._ext") is None:
         _stand_in("mmcv._ext")
-    drn, root = (
-        "mmaction.models.localizers.drn",
-        importlib.util.find_spec(name.split(".")[0]).submodule_search_locations,
-    )
+    drn, root = "mmaction.models.localizers.drn", importlib.util.find_spec(package).submodule_search_locations
     if name.startswith("mmaction") and not Path(root[0], "models", "localizers", "drn").exists():
         _stand_in(drn)
         _stand_in(f"{drn}.drn", DRN=type("DRN", (), {}))

@@ -22,6 +22,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests/gates")]
 
 import commands  # noqa: E402
+import compilers  # noqa: E402
 import programs  # noqa: E402
 
 
@@ -96,6 +97,9 @@ def run_gates(context, outcome, mode, counts, seconds, at_once=100):
 
 def cpu_program(mode):
     """tests/cpp/test_cpu_kernels.cpp, built in `mode` by g++, whose pragmas choose the kernels' instruction sets."""
+    purpose = {"asan": "asan", "tsan": "tsan-gnu"}[mode]
+    if lacking := compilers.missing(purpose):
+        raise programs.BuildError(f"needs {lacking}")
     folder = ROOT / "build/gates"
     folder.mkdir(parents=True, exist_ok=True)
     sources = sorted((ROOT / "csrc/core/cpu").glob("*.cpp"))
@@ -105,7 +109,8 @@ def cpu_program(mode):
     )
     if not out.exists() or out.stat().st_mtime < newest:
         flags = ("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-w", "-pthread")
-        command = ["g++", *programs.MODES[mode][1:], "-std=c++17", *flags, f"-I{ROOT}/csrc", f"-I{ROOT}/tests/cpp"]
+        command = [*compilers.find(purpose), *programs.MODES[mode][1:], "-std=c++17", *flags]
+        command += [f"-I{ROOT}/csrc", f"-I{ROOT}/tests/cpp"]
         subprocess.run([*command, ROOT / "tests/cpp/test_cpu_kernels.cpp", *sources, "-o", out], check=True)
     return out
 
@@ -132,7 +137,7 @@ def bounds(context, outcome, seconds):
 def races(context, outcome, seconds):
     run_gates(context, outcome, "tsan", RACES, seconds, 20)
     run_cpu_kernels(context, outcome, "tsan", 100, 600)
-    outcome.note += f"; {programs.MODES['tsan'][0]}, CPU kernels g++"
+    outcome.note += f"; {'ziglang' if 'ziglang' in compilers.find('tsan') else 'clang++'}, CPU kernels g++"
 
 
 def overflow(context, outcome, seconds):

@@ -11,7 +11,9 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import os
 import pathlib
+import sysconfig
 import warnings
 
 import torch
@@ -56,6 +58,8 @@ def build_emulated():
     library = folder / f"{NAME}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
+        # torch runs ninja, which lies beside this Python.
+        os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
         cpp_extension.load(
             NAME,
             [str(main)],

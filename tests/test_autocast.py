@@ -2,16 +2,15 @@
 
 import accuracy
 import pytest
-import routes
 import torch
 from cases import ARGUMENTS
 from inputs import function, make
+from toolchain import needs_gpu
 
 import dnl_ext
 from dnl_ext import reference
 
 every_op = pytest.mark.parametrize("op", ARGUMENTS)
-needs_gpu = pytest.mark.skipif(not routes.HAS_GPU, reason="needs a GPU and dnl_ext built with CUDA")
 narrow = pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
 
 

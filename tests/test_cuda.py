@@ -11,13 +11,13 @@ import cases
 import pytest
 import routes
 import torch
-from routes import HAS_GPU, OPERATORS, onto
+from routes import OPERATORS, onto
+from toolchain import needs_gpu
 
 import dnl_ext
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-needs_gpu = pytest.mark.skipif(not HAS_GPU, reason="needs a GPU and dnl_ext built with CUDA")
 
 CASES, AT_ONCE = 2000, 100
 EMULATED_SHORT, EMULATED_CASES, EMULATED_AT_ONCE = 20, 1000, 50
@@ -81,7 +81,7 @@ def step(inputs, **options):
 
 
 class TestRegistration:
-    @pytest.mark.skipif(not dnl_ext._C.build_info()["cuda"], reason="built without CUDA")
+    @pytest.mark.skipif(not dnl_ext._C.build_info()["cuda"], reason="needs dnl_ext built with CUDA: make gpu-check")
     @pytest.mark.parametrize("name", OPERATORS)
     def test_every_operator_has_a_cuda_kernel(self, name):
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"dnl_ext::{name}", "CUDA")

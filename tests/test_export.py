@@ -12,7 +12,7 @@ import torch
 from blocks import BLOCKS, dimensions, make_input, run, scramble
 from cases import ARGUMENTS, ATTENTION
 from inputs import function, make
-from toolchain import CMAKE, needs_cmake, needs_compiler
+from toolchain import CMAKE, needs_aot, needs_binutils, needs_cmake, needs_compiler
 from torch.export import Dim
 
 import dnl_ext
@@ -121,6 +121,7 @@ torch.testing.assert_close(x.grad, dx)
 
 
 @needs_compiler
+@needs_aot
 class TestAOTInductor:
     @pytest.mark.parametrize("name", ["mmseg", *(pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS)])
     def test_package(self, name, tmp_path):
@@ -135,6 +136,7 @@ class TestAOTInductor:
 
 
 class TestLibrary:
+    @needs_binutils
     def test_loads_without_python(self):
         """It leaves no symbol of Python's C interface open, and nothing is loaded that would bring one."""
         path = dnl_ext.export.library()
@@ -145,6 +147,7 @@ class TestLibrary:
         assert "libtorch_cpu" in needed and "python" not in needed
 
     @needs_compiler
+    @needs_aot
     @needs_cmake
     @pytest.mark.slow
     def test_cpp_program(self, tmp_path):

@@ -13,6 +13,7 @@ import cases
 import pytest
 import routes
 import torch
+from toolchain import NO_GPU
 
 import dnl_ext
 
@@ -31,7 +32,7 @@ WIDTH_IN_99_KIB = 176
 def fused(request, monkeypatch, allow_tf32):
     """dnl_ext on CPU tensors, by the fused path of a route, TF32 allowed; a function that sets the emulated GPU."""
     if request.param == "cuda" and not routes.HAS_GPU:
-        pytest.skip("needs a GPU and dnl_ext built with CUDA")
+        pytest.skip(NO_GPU)
     monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fused")
     allow_tf32(True)
     with routes.route(request.param):

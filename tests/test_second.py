@@ -6,11 +6,11 @@ import itertools
 import accuracy
 import cases
 import pytest
-import routes
 import test_memory
 import torch
 from cases import ARGUMENTS, ATTENTION
 from inputs import LAYOUTS, function, make
+from toolchain import needs_gpu
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import dnl_ext
@@ -226,7 +226,7 @@ class TestErrors:
     def test_more_random_cases(self, seed):
         self.check(second_case(seed))
 
-    @pytest.mark.skipif(not routes.HAS_GPU, reason="needs a GPU and dnl_ext built with CUDA")
+    @needs_gpu
     @pytest.mark.parametrize("seed", range(15))
     def test_random_cases_on_a_gpu(self, seed):
         self.check(second_case(seed), "cuda")

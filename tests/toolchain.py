@@ -1,22 +1,51 @@
-"""What tests need beside Python and torch: each is a mark that skips cleanly where it is missing."""
+"""What tests need beside Python and torch. Where it is missing they skip, with a reason of the form
+``needs WHAT: HOW TO GET IT``, which the summary of a run repeats."""
 
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import sys
 
+import compilers
 import pytest
 import routes
 
+DEV = 'pip install -e ".[dev]"'
+NO_GPU = "needs a GPU and dnl_ext built with CUDA: make gpu-check"
+
 needs_compiler = pytest.mark.skipif(
-    not shutil.which(os.environ.get("CXX", "g++")), reason="torch's inductor needs a C++ compiler: g++, or CXX"
+    not shutil.which(os.environ.get("CXX", "g++")),
+    reason="needs g++, or CXX, for torch's inductor: the README lists the commands",
 )
-#: On the path, or beside this Python, where the extra dev puts it.
-CMAKE = shutil.which("cmake") or shutil.which("cmake", path=pathlib.Path(sys.executable).parent)
-needs_cmake = pytest.mark.skipif(CMAKE is None, reason="needs cmake")
-needs_gpu = pytest.mark.skipif(not routes.HAS_GPU, reason="needs a GPU and dnl_ext built with CUDA")
+#: Beside this Python, where the extra dev puts it, or on the path.
+CMAKE = shutil.which("cmake", path=pathlib.Path(sys.executable).parent) or shutil.which("cmake")
+needs_cmake = pytest.mark.skipif(CMAKE is None, reason=f"needs cmake: {DEV}")
+needs_aot = pytest.mark.skipif(
+    not shutil.which("openssl"), reason="needs openssl, which AOTInductor calls: the README lists the commands"
+)
+needs_binutils = pytest.mark.skipif(
+    not (shutil.which("nm") and shutil.which("readelf")), reason="needs nm and readelf: they are GNU binutils"
+)
+needs_gpu = pytest.mark.skipif(not routes.HAS_GPU, reason=NO_GPU)
 needs_onnx = pytest.mark.skipif(
     not all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")),
-    reason="needs the extra onnx",
+    reason=f"needs onnx, onnxscript and onnxruntime: {DEV}",
 )
+
+
+def skip_without_compiler(purpose):
+    """A compiler for a purpose of compilers.py. Inside a test, for it takes a program built and run to know."""
+    if lacking := compilers.missing(purpose):
+        pytest.skip(f"needs {lacking}")
+
+
+def left_out(reasons):
+    """One line for many reasons, those of the same remedy together; none if nothing was missing."""
+    groups = {}
+    for reason in reasons:
+        if match := re.fullmatch(r"(?:Skipped: )?needs (.*?): (.*)", reason):
+            groups.setdefault(match[2], []).append(match[1])
+    parts = [f"{len(whats)} need {', '.join(dict.fromkeys(whats))} ({how})" for how, whats in groups.items()]
+    return f"Tests left out: {'; '.join(parts)}" if parts else None

@@ -12,9 +12,31 @@
 
 #include "sanitizers.h"
 
+#if defined(EMULATOR_TSAN) && defined(_LIBCPP_VERSION)
+#define EMULATOR_OWN_EXCEPTIONS 1
+#include <cxxabi.h>
+#endif
+
 #if !defined(__x86_64__) || defined(EMULATOR_UCONTEXT)
 #define EMULATOR_SWAPCONTEXT 1
 #include <ucontext.h>
+#endif
+
+#ifdef EMULATOR_OWN_EXCEPTIONS
+// libc++'s runtime keeps a list of caught exceptions per operating-system thread. Where the runtime is instrumented as
+// well, as zig's is, fibers that throw would seem to race in it. So each fiber has a list of its own.
+namespace __cxxabiv1 {
+struct __cxa_eh_globals {
+  void* caught;
+  unsigned uncaught;
+};
+inline __cxa_eh_globals exceptions_of_scheduler;
+inline __cxa_eh_globals* exceptions = &exceptions_of_scheduler;
+extern "C" {
+EMULATOR_UNSEEN __attribute__((used)) __cxa_eh_globals* __cxa_get_globals() { return exceptions; }
+EMULATOR_UNSEEN __attribute__((used)) __cxa_eh_globals* __cxa_get_globals_fast() { return exceptions; }
+}
+}  // namespace __cxxabiv1
 #endif
 
 namespace emulator {
@@ -76,13 +98,13 @@ class Fiber {
 #ifdef EMULATOR_SWAPCONTEXT
     getcontext(&context_);
     context_.uc_stack.ss_sp = stack_;
-    context_.uc_stack.ss_size = kStackBytes;
+    context_.uc_stack.ss_size = kStackBytes - kTopBytes;
     context_.uc_link = nullptr;
     makecontext(&context_, entry, 0);
 #else
     // What switch_context() pops: six registers, the address it returns to, and there a return address of nobody.
-    auto* top = reinterpret_cast<uintptr_t*>(stack_ + kStackBytes) - 2;
-    static_assert(kStackBytes % 16 == 0, "a function begins 8 bytes below a multiple of 16");
+    auto* top = reinterpret_cast<uintptr_t*>(stack_ + kStackBytes - kTopBytes) - 2;
+    static_assert((kStackBytes - kTopBytes) % 16 == 0, "a function begins 8 bytes below a multiple of 16");
     *--top = 0;
     *--top = reinterpret_cast<uintptr_t>(entry);
     for (int i = 0; i < 6; ++i) *--top = 0;
@@ -99,7 +121,13 @@ class Fiber {
     home.fiber = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(fiber_, kNoOrder);
 #endif
+#ifdef EMULATOR_OWN_EXCEPTIONS
+    abi::exceptions = reinterpret_cast<abi::__cxa_eh_globals*>(stack_ + kStackBytes - kTopBytes);
+#endif
     switch_context(home.context, context_);
+#ifdef EMULATOR_OWN_EXCEPTIONS
+    abi::exceptions = &abi::exceptions_of_scheduler;
+#endif
 #ifdef EMULATOR_ASAN
     __sanitizer_finish_switch_fiber(home.fake_stack, nullptr, nullptr);
 #endif
@@ -137,8 +165,9 @@ class Fiber {
 
  private:
   static constexpr size_t kGuardBytes = 4096;
+  static constexpr size_t kTopBytes = 16;  // above the stack: the fiber's list of exceptions, zeros in new pages
 #ifdef EMULATOR_TSAN
-  static constexpr unsigned kNoOrder = __tsan_switch_to_fiber_no_sync;
+  static constexpr unsigned kNoOrder = 1;  // __tsan_switch_to_fiber_no_sync
   void* fiber_ = nullptr;
 #endif
 #ifdef EMULATOR_ASAN

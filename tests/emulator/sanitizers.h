@@ -20,8 +20,14 @@
 
 #if defined(__SANITIZE_THREAD__) || __has_feature(thread_sanitizer)
 #define EMULATOR_TSAN 1
-#include <sanitizer/tsan_interface.h>
+// Declared here, since some distributions of clang have ThreadSanitizer's library without sanitizer/tsan_interface.h.
 extern "C" {
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void AnnotateIgnoreReadsBegin(const char*, int);
 void AnnotateIgnoreReadsEnd(const char*, int);
 void AnnotateIgnoreWritesBegin(const char*, int);

@@ -5,20 +5,21 @@ python tests/gates/programs.py GATE [MODE] [--type TYPE]     prints the path of 
 
 import hashlib
 import pathlib
-import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 
 ROOT = pathlib.Path(__file__).parents[2]
-CLANG = next((n for n in ("clang++", *(f"clang++-{v}" for v in range(22, 13, -1))) if shutil.which(n)), None)
+sys.path[:0] = [str(ROOT / "tests")]
 
-# g++ sees misaligned vectors that clang++ lets pass; clang++'s ThreadSanitizer knows fibers and static shared memory.
-# g++'s does not say where static shared memory lies: it stands in, and what it reports there is not to be trusted.
+import compilers  # noqa: E402
+
+# Mode: purpose in compilers.py, flags.
 MODES = {
-    "plain": ("g++", "-O1"),
-    "fast": ("g++", "-O2"),
-    "asan": ("g++", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "tsan": (CLANG or "g++", "-O1", "-g", "-fsanitize=thread"),
+    "plain": ("plain", "-O1"),
+    "fast": ("plain", "-O2"),
+    "asan": ("asan", "-O1", "-g"),
+    "tsan": ("tsan", "-O1", "-g"),
 }
 ENVIRONMENT = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
 FUSED = {"fused": 3, "fused_forward": 1, "fused_backward": 2}  # GATE_FUSED of fused.cpp
@@ -37,12 +38,15 @@ class BuildError(RuntimeError):
 
 def command(program, csrc, out):
     """The compiler's command line for `program` over the sources in the folder `csrc`."""
+    purpose, *flags = MODES[program.mode]
+    if lacking := compilers.missing(purpose):
+        raise BuildError(f"needs {lacking}")
     source = ROOT / "tests/gates" / ("fused.cpp" if program.gate in FUSED else f"{program.gate}.cpp")
     defines = [f"-DGATE_TYPE={program.type}"] if program.type else []
     if program.gate in FUSED:
         defines.append(f"-DGATE_FUSED={FUSED[program.gate]}")
     includes = [f"-I{csrc}", *(f"-I{ROOT / 'tests' / name}" for name in ("emulator", "cpp", "gates"))]
-    return [*MODES[program.mode], "-std=c++17", "-w", *defines, *includes, str(source), "-o", str(out)]
+    return [*compilers.find(purpose), *flags, "-std=c++17", "-w", *defines, *includes, str(source), "-o", str(out)]
 
 
 def build(program, csrc, out, timeout=600):
