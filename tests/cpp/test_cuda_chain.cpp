@@ -7,9 +7,9 @@
 #include "core/cuda/per_device.h"
 #include "core/tf32.cpp"  // this program is one file
 #include "cuda_host.h"
-#include "ops/pairwise/pairwise_backward_cuda.cuh"
-#include "ops/pairwise/pairwise_forward_cuda.cuh"
-#include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
+#include "ops/pairwise/chain/backward.cuh"
+#include "ops/pairwise/chain/forward.cuh"
+#include "ops/pairwise/fused/forward.cuh"
 #include "ops/unary/unary_cuda.cuh"
 #include "ops/whiten/whiten_cuda.cuh"
 

@@ -1,4 +1,4 @@
-// Random cases of pairwise attention by the chain, forward and backward (ops/pairwise/pairwise_*_cuda.cuh).
+// Random cases of pairwise attention by the chain, forward and backward (ops/pairwise/chain).
 #include "pairwise.h"
 
 int main(int argc, char** argv) {

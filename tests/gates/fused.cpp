@@ -6,7 +6,7 @@
 #define GATE_FUSED 3
 #endif
 
-#include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
+#include "ops/pairwise/fused/forward.cuh"
 
 namespace {
 

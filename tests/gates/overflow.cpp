@@ -6,9 +6,9 @@
 #include <sys/mman.h>
 
 #include "gate.h"
-#include "ops/pairwise/pairwise_backward_cuda.cuh"
-#include "ops/pairwise/pairwise_forward_cuda.cuh"
-#include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
+#include "ops/pairwise/chain/backward.cuh"
+#include "ops/pairwise/chain/forward.cuh"
+#include "ops/pairwise/fused/forward.cuh"
 #include "ops/unary/unary_cuda.cuh"
 #include "ops/whiten/standardise_cuda.cuh"
 

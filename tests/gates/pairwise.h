@@ -3,8 +3,8 @@
 #pragma once
 
 #include "gate.h"
-#include "ops/pairwise/pairwise_backward_cuda.cuh"
-#include "ops/pairwise/pairwise_forward_cuda.cuh"
+#include "ops/pairwise/chain/backward.cuh"
+#include "ops/pairwise/chain/forward.cuh"
 #include "ops/unary/unary_cuda.cuh"
 
 namespace gates {
@@ -195,7 +195,7 @@ struct PairwiseProblem {
     const double most = *std::max_element(s.begin(), s.end());
     double sum = 0, delta = 0, deltas = 0;
     for (int64_t j = 0; j < M; ++j) sum += std::exp(s[j] - most);
-    // Kernels leave out a constant of the row: see the head of ops/pairwise/pairwise_cuda.cuh.
+    // Kernels leave out a constant of the row: see the head of ops/pairwise/chain/operands.cuh.
     double constant = 0;
     if (t.whiten == kHalf<T> && !t.part)
       for (int64_t d = 0; d < D; ++d)

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "core/cpu/kernels.h"
-#include "ops/pairwise/pairwise_backward_cpu.h"
-#include "ops/pairwise/pairwise_forward_cpu.h"
+#include "ops/pairwise/cpu/backward.h"
+#include "ops/pairwise/cpu/forward.h"
 #include "ops/unary/unary_cpu.h"
 #include "ops/whiten/standardise_cpu.h"
 #include "ops/whiten/whiten_cpu.h"

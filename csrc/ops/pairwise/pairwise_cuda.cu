@@ -1,9 +1,9 @@
 // Pairwise attention: the CUDA route.
 #include "core/cuda/launch.h"
 #include "core/tf32.h"
-#include "ops/pairwise/pairwise_backward_cuda.cuh"
-#include "ops/pairwise/pairwise_forward_cuda.cuh"
-#include "ops/pairwise/pairwise_fused_forward_cuda.cuh"
+#include "ops/pairwise/chain/backward.cuh"
+#include "ops/pairwise/chain/forward.cuh"
+#include "ops/pairwise/fused/forward.cuh"
 #include "ops/pairwise/pairwise_op.h"
 
 namespace dnl {

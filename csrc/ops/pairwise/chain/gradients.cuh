@@ -7,7 +7,7 @@
 // The sums come from library products, in the accumulate type; each gradient is one write in the layout of its input.
 #pragma once
 
-#include "ops/pairwise/pairwise_cuda.cuh"
+#include "ops/pairwise/chain/operands.cuh"
 
 namespace dnl {
 

@@ -7,7 +7,7 @@
 // and a last partial block simply has fewer rows.
 #pragma once
 
-#include "ops/pairwise/pairwise_cpu.h"
+#include "ops/pairwise/cpu/operands.h"
 
 namespace dnl {
 namespace DNL_ISA {

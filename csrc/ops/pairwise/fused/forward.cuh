@@ -23,7 +23,7 @@
 // buffer each for K and V leaves a load one product's time to arrive.
 #pragma once
 
-#include "ops/pairwise/pairwise_fused_output_cuda.cuh"
+#include "ops/pairwise/fused/output.cuh"
 
 namespace dnl {
 

@@ -11,13 +11,13 @@
 // paper's temperature makes it, plain PyTorch has P = 1 and dS = 0 without any error; P with the forward's statistics
 // is off by the rounding of S, which at a hot logit's size is many times that of P, whenever the library adds S up
 // in another order than before. Traded away: dK and dV are summed over chunks (keys x (width + channels) values), where
-// the schedule for halves (pairwise_backward_cuda.cuh) sums the narrower dQ; and a row is read three times. A part
+// the schedule for halves (chain/backward.cuh) sums the narrower dQ; and a row is read three times. A part
 // (pairwise.h) has no whole rows: a kernel of its own makes P and dS with the statistics and Delta that the caller
 // gives.
 #pragma once
 
-#include "ops/pairwise/pairwise_gradients_cuda.cuh"
-#include "ops/pairwise/pairwise_row_cuda.cuh"
+#include "ops/pairwise/chain/gradients.cuh"
+#include "ops/pairwise/chain/row_logits.cuh"
 
 namespace dnl {
 

@@ -1,15 +1,15 @@
 // Backward of whitened pairwise attention on CUDA for halves, in chunks of keys (the map lies transposed, a row per
-// key); float and double go by rows of the map (pairwise_backward_rows_cuda.cuh):
+// key); float and double go by rows of the map (chain/backward_rows.cuh):
 //
 //   S' = K Q^T, dP' = V dO^T         library products, float out    (keys x queries)
 //   P' = 2^(log2(e) (scale S' + bias_j) - shift_i) factor_i       our kernel, a block per key, in 16 bits
 //   dS' = P' (dP' - Delta_i), and its sum over the queries;  Delta_i = <dO_i, y_i - offset>
 //   dv = P' dO + u G                 library product, then our write with the unary term
-//   dk = scale (dS' Q + mean_term (sum_i dS'_ji) mu_q)      where the query mean enters apart (pairwise_cuda.cuh)
+//   dk = scale (dS' Q + mean_term (sum_i dS'_ji) mu_q)      where the query mean enters apart (chain/operands.cuh)
 //   dQ += dS K'                      library product into a buffer of its own, then added
 //   dq = scale (dQ - its mean over queries)       once all keys have passed
 //
-// The first three lines are one kernel on the fused path (pairwise_fused_backward_cuda.cuh), which writes only P' and
+// The first three lines are one kernel on the fused path (fused/backward_map.cuh), which writes only P' and
 // dS'.
 //
 // The sum over queries uses dS as rounded, which is what makes the correction exact. Only dQ (queries x width) is held
@@ -20,8 +20,8 @@
 // |dO_i| |v_j| gives per batch element; both are divided out in float. For bfloat16 these factors are 1.
 #pragma once
 
-#include "ops/pairwise/pairwise_backward_rows_cuda.cuh"
-#include "ops/pairwise/pairwise_fused_backward_cuda.cuh"
+#include "ops/pairwise/chain/backward_rows.cuh"
+#include "ops/pairwise/fused/backward_map.cuh"
 
 namespace dnl {
 

@@ -1,8 +1,8 @@
 // The step of the backward for halves that makes the map of a chunk, as the chain takes it: P' and dS' in 16 bits from
-// the products S' and dP' in float. pairwise_fused_backward_cuda.cuh takes the same step together with the products.
+// the products S' and dP' in float. fused/backward_map.cuh takes the same step together with the products.
 #pragma once
 
-#include "ops/pairwise/pairwise_cuda.cuh"
+#include "ops/pairwise/chain/operands.cuh"
 
 namespace dnl {
 

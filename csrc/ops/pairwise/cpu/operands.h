@@ -1,6 +1,6 @@
 // Whitened pairwise attention on the CPU: what forward and backward share.
 //
-// Both are one tiled algorithm (pairwise_forward_cpu.h, pairwise_backward_cpu.h): a thread owns a tile, which lies on
+// Both are one tiled algorithm (cpu/forward.h, cpu/backward.h): a thread owns a tile, which lies on
 // the lanes of the vectors, and streams blocks of the other side past it, so that a block of logits lives and dies in
 // that core's cache and no buffer grows with Nq * Nk. In the forward a thread owns queries, in the backward keys.
 //

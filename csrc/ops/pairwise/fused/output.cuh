@@ -1,4 +1,4 @@
-// What goes into the fused forward (pairwise_fused_forward_cuda.cuh) and how its results come out: the tiling, the
+// What goes into the fused forward (fused/forward.cuh) and how its results come out: the tiling, the
 // parameters, which block and warp own what, the last step of a block, and the kernel that merges splits of the keys.
 //
 // Results leave through shared memory in steps of 32 channels, so that lanes write neighbours whichever order the
@@ -6,8 +6,8 @@
 // leaves its unnormalised O and (maximum, sum, sum as rounded) of each row in float, for fused_merge_kernel.
 #pragma once
 
-#include "ops/pairwise/pairwise_cuda.cuh"
-#include "ops/pairwise/pairwise_fused_tile_cuda.cuh"
+#include "ops/pairwise/chain/operands.cuh"
+#include "ops/pairwise/fused/tile.cuh"
 #include "ops/pairwise/pairwise_plan.h"
 
 namespace dnl {

@@ -14,8 +14,8 @@
 // place.
 #pragma once
 
-#include "ops/pairwise/pairwise_cpu.h"
-#include "ops/pairwise/pairwise_delta_cpu.h"
+#include "ops/pairwise/cpu/delta.h"
+#include "ops/pairwise/cpu/operands.h"
 
 namespace dnl {
 namespace DNL_ISA {

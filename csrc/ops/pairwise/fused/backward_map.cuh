@@ -1,5 +1,5 @@
 // The map of the backward for halves in one kernel (sm_80 and later): both products of a chunk stay in registers, and
-// only P' and dS', in 16 bits, reach memory. The rest of the backward is the chain's (pairwise_backward_cuda.cuh).
+// only P' and dS', in 16 bits, reach memory. The rest of the backward is the chain's (chain/backward.cuh).
 //
 // A block makes 128 keys x 128 queries of both S' = K Q^T and dP' = V dO^T. Eight warps, 64 keys x 32 queries each:
 //
@@ -13,8 +13,8 @@
 // over the block's queries are written per block, and added in order by a second kernel.
 #pragma once
 
-#include "ops/pairwise/pairwise_backward_map_cuda.cuh"
-#include "ops/pairwise/pairwise_fused_tile_cuda.cuh"
+#include "ops/pairwise/chain/backward_map.cuh"
+#include "ops/pairwise/fused/tile.cuh"
 
 namespace dnl {
 

@@ -5,7 +5,7 @@
 // buffers stay under a fixed size. The forward cuts queries (a row's softmax needs all its keys), and so does the
 // backward of float and double, which makes the softmax again; the backward of halves, which has the forward's row
 // statistics, cuts keys, so that dk and dv of a chunk are complete and only dq is summed over chunks
-// (pairwise_forward_cuda.cuh, pairwise_backward_rows_cuda.cuh, pairwise_backward_cuda.cuh). Any width, any number of
+// (chain/forward.cuh, chain/backward_rows.cuh, chain/backward.cuh). Any width, any number of
 // keys; no atomics.
 //
 // Centring. Float and double queries and keys are centred in a copy, before any rounding to TF32, whatever `whiten`

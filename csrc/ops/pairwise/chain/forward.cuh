@@ -11,8 +11,8 @@
 // the maximum and for the exponentials.
 #pragma once
 
-#include "ops/pairwise/pairwise_cuda.cuh"
-#include "ops/pairwise/pairwise_row_cuda.cuh"
+#include "ops/pairwise/chain/operands.cuh"
+#include "ops/pairwise/chain/row_logits.cuh"
 
 namespace dnl {
 
