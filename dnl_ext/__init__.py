@@ -12,6 +12,7 @@ import torch.fx
 
 from . import _load as _load  # first: the compiled operators, before anything that calls them
 from . import export, ops, reference
+from ._version import __version__ as __version__
 from .config import show_config
 from .modules import (
     DisentangledMultiheadAttention,
@@ -41,8 +42,6 @@ from .ops import (
     unary_softmax,
     whiten,
 )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "DisentangledMultiheadAttention",

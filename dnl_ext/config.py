@@ -6,6 +6,7 @@ import platform
 import torch
 
 from ._load import _C
+from ._version import __version__
 from .reference import check_whiten_name
 
 __all__ = ["Config", "show_config"]
@@ -92,7 +93,7 @@ def _versions():
 
         own = version("dnl_ext")
     except ImportError:  # PackageNotFoundError: built in place, not installed
-        from . import __version__ as own
+        own = __version__
     return {
         "dnl_ext": own,
         "torch": torch.__version__,

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from dnl_ext import cli
 from dnl_ext.cli.app import app
-from dnl_ext.segmentation import checkpoint
+from dnl_ext.segmentation.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--steps", "2", "--crop", "64x64", "--batch-size", "1", "--width", "4", "--val-images", "1", "--val-every", "0",
@@ -238,11 +238,11 @@ class TestTrainErrors:
         def fail(*_):
             raise error
 
-        monkeypatch.setattr("dnl_ext.segmentation.trainer.Trainer.train_step", fail)
+        monkeypatch.setattr("dnl_ext.segmentation.training.trainer.Trainer.train_step", fail)
         assert_one_line(train("--out", tmp_path), "out of memory", "--crop")
 
     def test_a_bug_keeps_its_traceback(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("dnl_ext.segmentation.trainer.Trainer.train_step", lambda *_: [][1])
+        monkeypatch.setattr("dnl_ext.segmentation.training.trainer.Trainer.train_step", lambda *_: [][1])
         assert isinstance(train("--out", tmp_path).exception, IndexError)
 
 
@@ -303,7 +303,7 @@ class TestDemo:
         assert f"seed {metrics['seed']}" in text
 
     def test_report_with_memory(self, demo):
-        from dnl_ext.segmentation.report import report
+        from dnl_ext.segmentation.experiments.demo_report import report
 
         metrics = json.loads(json.dumps(demo[1]))
         metrics["encoder_alone"]["full_step"] = {"peak_bytes": 100e6, "seconds": 1.0}

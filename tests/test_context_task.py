@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from dnl_ext.segmentation import context
-from dnl_ext.segmentation.ablation import Ablation, Run, quiet
-from dnl_ext.segmentation.config import TrainConfig
-from dnl_ext.segmentation.context import ContextData, PretextData
+from dnl_ext.segmentation.data import context
+from dnl_ext.segmentation.data.context import ContextData, PretextData
 from dnl_ext.segmentation.errors import InputError
-from dnl_ext.segmentation.trainer import Trainer, open_data
+from dnl_ext.segmentation.experiments.ablation import Ablation, Run, quiet
+from dnl_ext.segmentation.training.config import TrainConfig
+from dnl_ext.segmentation.training.trainer import Trainer, open_data
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dnl_ext.segmentation import mosaic
+from dnl_ext.segmentation.data import mosaic
+from dnl_ext.segmentation.data.files import read_image, read_label
+from dnl_ext.segmentation.data.folders import FolderData, augment, read_sample, spans
+from dnl_ext.segmentation.data.layouts import CITYSCAPES_IDS, find_layout
 from dnl_ext.segmentation.errors import InputError
-from dnl_ext.segmentation.files import read_image, read_label
-from dnl_ext.segmentation.folders import FolderData, augment, read_sample, spans
-from dnl_ext.segmentation.layouts import CITYSCAPES_IDS, find_layout
 from dnl_ext.segmentation.metrics import IGNORE, Confusion
 
 SIZE = (48, 64)
@@ -277,7 +277,7 @@ class TestFolderData:
             seen.append(sample.image)
             return read_sample(sample)
 
-        monkeypatch.setattr("dnl_ext.segmentation.folders.read_sample", read_and_note)
+        monkeypatch.setattr("dnl_ext.segmentation.data.folders.read_sample", read_and_note)
         for index in range(2 * data.epoch):
             data.training_sample(0, index, (32, 32))
         first, second = seen[: data.epoch], seen[data.epoch :]

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dnl_ext import DisentangledNonLocal1d, DisentangledNonLocal2d
 from dnl_ext.segmentation.network import SegmentationNetwork
-from dnl_ext.segmentation.sync_norm import SyncBatchNorm, sync_norms
+from dnl_ext.segmentation.training.sync_norm import SyncBatchNorm, sync_norms
 
 STEPS, BATCH = 20, 4
 TOLERANCE = 1e-9

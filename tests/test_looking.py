@@ -13,12 +13,12 @@ from test_cli import assert_one_line, run, start, train
 from test_data import MAKERS
 
 from dnl_ext.analysis import AttentionProbe
-from dnl_ext.segmentation.ablation import Ablation, Run, over_seeds, plan, quiet
-from dnl_ext.segmentation.diagnose import Samples
 from dnl_ext.segmentation.errors import InputError
-from dnl_ext.segmentation.recipes import RECIPES, VARIANTS
-from dnl_ext.segmentation.restore import restore
-from dnl_ext.segmentation.trainer import open_data
+from dnl_ext.segmentation.experiments.ablation import Ablation, Run, over_seeds, plan, quiet
+from dnl_ext.segmentation.experiments.recipes import RECIPES, VARIANTS
+from dnl_ext.segmentation.looking.diagnosis import Samples
+from dnl_ext.segmentation.training.restore import restore
+from dnl_ext.segmentation.training.trainer import open_data
 
 TINY = ("--steps", "3", "--pretext", "2", "--crop", "64x96", "--width", "4", "--val-images", "2", "--images", "1",
         "--batch-size", "1", "--threads", "1")  # fmt: skip

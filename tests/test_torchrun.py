@@ -22,12 +22,12 @@ from test_data import make_plain
 from typer.testing import CliRunner
 
 from dnl_ext.cli.app import app
-from dnl_ext.segmentation import checkpoint, distributed
-from dnl_ext.segmentation.config import TrainConfig
+from dnl_ext.segmentation.data.mosaic import MosaicData
 from dnl_ext.segmentation.metrics import IGNORE
-from dnl_ext.segmentation.mosaic import MosaicData
 from dnl_ext.segmentation.network import VARIANTS
-from dnl_ext.segmentation.trainer import Listener, Trainer
+from dnl_ext.segmentation.training import checkpoint, distributed
+from dnl_ext.segmentation.training.config import TrainConfig
+from dnl_ext.segmentation.training.trainer import Listener, Trainer
 
 STEPS = 20
 CONFIG = TrainConfig(

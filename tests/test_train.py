@@ -10,14 +10,15 @@ import torch
 
 import dnl_ext
 from dnl_ext.analysis import attention_rows
-from dnl_ext.segmentation import checkpoint, memory
-from dnl_ext.segmentation.attention import focus, token_labels
-from dnl_ext.segmentation.config import TrainConfig, resolve
+from dnl_ext.segmentation.data.mosaic import MosaicData
 from dnl_ext.segmentation.errors import InputError
+from dnl_ext.segmentation.experiments import memory
+from dnl_ext.segmentation.looking.class_focus import focus, token_labels
 from dnl_ext.segmentation.metrics import IGNORE
-from dnl_ext.segmentation.mosaic import MosaicData
 from dnl_ext.segmentation.network import VARIANTS, SegmentationNetwork, tokens
-from dnl_ext.segmentation.trainer import Listener, Trainer, learning_rate, segmentation_loss
+from dnl_ext.segmentation.training import checkpoint
+from dnl_ext.segmentation.training.config import TrainConfig, resolve
+from dnl_ext.segmentation.training.trainer import Listener, Trainer, learning_rate, segmentation_loss
 
 TINY = TrainConfig(
     steps=6, crop=(64, 96), batch_size=2, width=4, val_every=2, val_images=1, save_every=2, block_gain=0.5, threads=1
@@ -322,7 +323,8 @@ class TestMemory:
     def test_peak_counts_what_was_freed(self):
         # In a process of its own: here, memory that earlier tests give back in between would hide the block.
         code = (
-            "import torch; from dnl_ext.segmentation import memory; torch.ones(1).sum(); peak = memory.HostPeak();"
+            "import torch; from dnl_ext.segmentation.experiments import memory; torch.ones(1).sum();"
+            "peak = memory.HostPeak();"
             "block = torch.ones(16 << 20); del block; print(peak.read())"  # 64 MB
         )
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

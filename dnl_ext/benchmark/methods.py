@@ -88,7 +88,7 @@ def sdpa_maps(contiguous):
 
 @method("this library")
 def dnl_ext(case: Case):
-    from dnl_ext import disentangled_attention
+    from dnl_ext.ops import disentangled_attention
 
     whiten = "channel" if case.whiten else None
     return lambda q, k, v, m: disentangled_attention(q, k, v, m, scale=case.scale, whiten=whiten)

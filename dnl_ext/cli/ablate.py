@@ -48,10 +48,10 @@ def ablate(
 
     The default takes about an hour on two CPU cores. Ctrl-C saves; the same command goes on.
     """
-    from ..segmentation.ablation import Ablation
-    from ..segmentation.ablation_report import write_report
     from ..segmentation.errors import InputError, Interrupted
-    from ..segmentation.progress import TerminalProgress
+    from ..segmentation.experiments.ablation import Ablation
+    from ..segmentation.experiments.ablation_report import write_report
+    from ..segmentation.training.progress import TerminalProgress
 
     overrides = {
         "data": data, "steps": steps, "crop": parse_size(crop) if crop else None, "batch_size": batch_size,

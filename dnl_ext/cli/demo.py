@@ -20,7 +20,7 @@ def demo(
 
     Takes a few minutes on two CPU cores.
     """
-    from ..segmentation.demo import DemoSettings, run_demo
+    from ..segmentation.experiments.demo import DemoSettings, run_demo
 
     sizes = {"encoder_steps": 2, "steps": 2, "crop": (64, 128), "full": (128, 256), "val_images": 1, "picture": 0,
              "batch_size": 2, "width": 8} if small else {}  # fmt: skip

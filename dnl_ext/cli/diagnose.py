@@ -27,10 +27,10 @@ def diagnose(
     from rich.console import Console
     from rich.table import Table
 
-    from ..segmentation.diagnose import DiagnoseSettings
-    from ..segmentation.diagnose import diagnose as run
-    from ..segmentation.maps import row_titles
-    from ..segmentation.restore import restore
+    from ..segmentation.looking.diagnosis import DiagnoseSettings
+    from ..segmentation.looking.diagnosis import diagnose as run
+    from ..segmentation.looking.maps import row_titles
+    from ..segmentation.training.restore import restore
 
     if threads:
         torch.set_num_threads(threads)

@@ -8,8 +8,8 @@ import signal
 
 import typer
 
-from ..segmentation import distributed
 from ..segmentation.errors import InputError, Interrupted
+from ..segmentation.training import distributed
 
 
 def tell(message):

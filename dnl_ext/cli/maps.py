@@ -31,10 +31,10 @@ def maps(
     """Draw where query pixels look: pairwise, unary and total attention of trained networks, side by side."""
     from pathlib import Path
 
+    from ..segmentation.data.files import read_image
     from ..segmentation.errors import InputError
-    from ..segmentation.files import read_image
-    from ..segmentation.maps import LARGEST, check_queries, draw_maps, look, row_titles
-    from ..segmentation.restore import restore
+    from ..segmentation.looking.maps import LARGEST, check_queries, draw_maps, look, row_titles
+    from ..segmentation.training.restore import restore
 
     if not checkpoint:
         fail("--checkpoint: give at least one, as written by dnl-ext train")

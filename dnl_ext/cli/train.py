@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from ..segmentation import distributed
 from ..segmentation.errors import InputError
+from ..segmentation.training import distributed
 from .errors import fail, one_line_errors
 
 RUN, DATA, NETWORK = "Run", "Data", "Network and optimizer"
@@ -113,9 +113,9 @@ def read(typed, path, resume, overwrite, init, epochs):
     """
     import dataclasses
 
-    from ..segmentation import checkpoint
-    from ..segmentation.config import resolve
-    from ..segmentation.trainer import open_data
+    from ..segmentation.training import checkpoint
+    from ..segmentation.training.config import resolve
+    from ..segmentation.training.trainer import open_data
 
     if path.exists() and not resume and not overwrite:
         raise InputError(f"{path} exists: --resume continues that run, --overwrite starts anew")
@@ -135,10 +135,10 @@ def run(typed, out, *, resume, overwrite, init, epochs, stop_after):
     """Open everything, train, say what came out."""
     from pathlib import Path
 
-    from ..segmentation.config import show
     from ..segmentation.network import tokens
-    from ..segmentation.progress import TerminalProgress
-    from ..segmentation.trainer import CHECKPOINT, Trainer
+    from ..segmentation.training.config import show
+    from ..segmentation.training.progress import TerminalProgress
+    from ..segmentation.training.trainer import CHECKPOINT, Trainer
 
     path = Path(out) / CHECKPOINT
     config, options = distributed.together(read, typed, path, resume, overwrite, init, epochs)

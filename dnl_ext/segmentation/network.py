@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .. import DisentangledNonLocal2d
+from ..modules import DisentangledNonLocal2d
 
 #: Pixels per token along each side.
 STRIDE = 8

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .errors import InputError
+from ..errors import InputError
+from ..metrics import IGNORE
 from .files import read_label
-from .metrics import IGNORE
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 

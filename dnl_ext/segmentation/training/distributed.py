@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def is_distributed():

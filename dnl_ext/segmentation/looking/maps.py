@@ -12,10 +12,10 @@ import torch
 from matplotlib.colors import to_rgb
 from matplotlib.patches import Patch
 
-from ..analysis import AttentionMaps, attention_rows
-from .errors import InputError
+from ...analysis import AttentionMaps, attention_rows
+from ..errors import InputError
+from ..network import STRIDE
 from .figure import CLASS_COLORS
-from .network import STRIDE
 from .overlay import QUERY_COLORS, heat, mark
 
 #: What the attention of a block is called in its row.

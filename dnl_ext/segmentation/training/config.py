@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from .errors import InputError
-from .layouts import LAYOUTS
-from .network import STRIDE, VARIANTS
+from ..data.layouts import LAYOUTS
+from ..errors import InputError
+from ..network import STRIDE, VARIANTS
 
 AMP = ("none", "bf16")
 DTYPES = ("float32", "float64")

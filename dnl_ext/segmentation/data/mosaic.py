@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .errors import InputError
+from ..errors import InputError
 
 #: Side of a Voronoi cell in pixels, on average, where the mosaic is large enough for the least number of cells.
 CELL = 190

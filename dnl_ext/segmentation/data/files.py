@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from .errors import InputError
+from ..errors import InputError
 
 
 def read_image(path):

@@ -8,9 +8,9 @@ matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
 
-from ..analysis.results import to_dict
+from ...analysis.results import to_dict
+from ..errors import InputError
 from .ablation import over_seeds, write_json
-from .errors import InputError
 from .recipes import VARIANT_NAMES, VARIANTS
 
 #: Columns of the talk's table: key of a figure, head, factor, and the figure of uniform attention.

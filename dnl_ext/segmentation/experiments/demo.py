@@ -14,19 +14,18 @@ from pathlib import Path
 
 import torch
 
-import dnl_ext
-
-from ..analysis import attention_rows
-from .attention import focus, token_labels
-from .config import TrainConfig
-from .errors import InputError
-from .figure import Rows, choose_queries, class_share, draw
+from ..._version import __version__
+from ...analysis import attention_rows
+from ..data.mosaic import MosaicData
+from ..errors import InputError
+from ..looking.class_focus import focus, token_labels
+from ..looking.figure import Rows, choose_queries, class_share, draw
+from ..network import tokens
+from ..training.config import TrainConfig
+from ..training.progress import TerminalProgress
+from ..training.trainer import Trainer
+from .demo_report import write_report
 from .memory import measure_step
-from .mosaic import MosaicData
-from .network import tokens
-from .progress import TerminalProgress
-from .report import write_report
-from .trainer import Trainer
 
 VARIANTS = ("nl", "dnl")
 TITLES = {"none": "encoder, on alone", "nl": "encoder + nl", "dnl": "encoder + dnl"}
@@ -147,7 +146,7 @@ def describe(settings, trainer):
     cuda = trainer.device.type == "cuda"
     return {
         "versions": {
-            "dnl_ext": dnl_ext.__version__, "torch": torch.__version__, "python": platform.python_version(),
+            "dnl_ext": __version__, "torch": torch.__version__, "python": platform.python_version(),
         },
         "device": torch.cuda.get_device_name(trainer.device) if cuda else f"cpu ({platform.machine()})",
         "cpu_count": os.cpu_count(),

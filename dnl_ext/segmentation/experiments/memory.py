@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from .config import TrainConfig
+from ..training.config import TrainConfig
 
 #: Crop of the small step that goes first, in pixels.
 FIRST = (64, 128)
@@ -32,7 +32,7 @@ def measure_step(config, timeout=600):
         dict with ``peak_bytes`` (int), ``seconds`` (of a second step of the same shapes) and ``method``; or with
         ``error`` (one line) alone where the step did not run, such as for lack of memory.
     """
-    command = [sys.executable, "-m", "dnl_ext.segmentation.memory", json.dumps(dataclasses.asdict(config))]
+    command = [sys.executable, "-m", "dnl_ext.segmentation.experiments.memory", json.dumps(dataclasses.asdict(config))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -93,7 +93,7 @@ class DevicePeak:
 
 def measure_here(config):
     """What :func:`measure_step` returns, in this process."""
-    from .trainer import Trainer
+    from ..training.trainer import Trainer
 
     trainer = Trainer(config)
     images, labels = trainer.batch(0)

@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..analysis import attention_rows
-from .metrics import IGNORE
-from .network import STRIDE
+from ...analysis import attention_rows
+from ..metrics import IGNORE
+from ..network import STRIDE
 
 
 def token_labels(label):

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .errors import InputError
+from ..errors import InputError
+from ..metrics import IGNORE
 from .files import read_image, read_label
 from .layouts import find_layout
-from .metrics import IGNORE
 
 #: Range of the random scale of training images.
 SCALES = (0.5, 2.0)

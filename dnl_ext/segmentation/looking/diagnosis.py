@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
-from ..analysis import AttentionProbe
-from ..analysis.tables import as_markdown, sections
-from .errors import InputError
+from ..._version import __version__
+from ...analysis import AttentionProbe
+from ...analysis.tables import as_markdown, sections
+from ..errors import InputError
+from ..training.trainer import open_data
 from .figure import choose_queries, place_of
 from .maps import draw_maps, look
-from .trainer import open_data
 
 
 @dataclasses.dataclass

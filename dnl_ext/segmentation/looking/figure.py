@@ -8,9 +8,9 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Patch
 from scipy import ndimage
 
-from ..analysis import AttentionMaps
-from .attention import token_labels
-from .network import STRIDE
+from ...analysis import AttentionMaps
+from ..network import STRIDE
+from .class_focus import token_labels
 from .overlay import QUERY_COLORS, heat, mark
 
 CLASS_COLORS = ("#d1495b", "#3c8d40", "#edae49", "#2e6f9e", "#8d6a9f", "#66c3c0", "#7f5539", "#f4a5ae")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from .errors import InputError
+from ..errors import InputError
 
 FORMAT = 1
 

@@ -42,7 +42,7 @@ RECIPES = {
         1200,
         None,
         24,
-        "The built-in task of dnl_ext.segmentation.context; two temperatures: none, and the paper's for Cityscapes.",
+        "The built-in task (segmentation.data.context); two temperatures: none, and the paper's for Cityscapes.",
     ),
     "cityscapes": Recipe(
         (1.0, 0.05),

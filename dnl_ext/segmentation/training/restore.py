@@ -2,10 +2,10 @@
 
 from typing import NamedTuple
 
+from ..errors import InputError
+from ..network import SegmentationNetwork
 from . import checkpoint
 from .config import TrainConfig
-from .errors import InputError
-from .network import SegmentationNetwork
 
 
 class Trained(NamedTuple):

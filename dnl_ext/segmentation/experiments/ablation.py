@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from .. import __version__
-from ..analysis import AttentionProbe
-from . import checkpoint
-from .config import FREE, TrainConfig
-from .context import PretextData
-from .diagnose import Samples
-from .errors import InputError
+from ..._version import __version__
+from ...analysis import AttentionProbe
+from ..data.context import PretextData
+from ..errors import InputError
+from ..looking.diagnosis import Samples
+from ..training import checkpoint
+from ..training.config import FREE, TrainConfig
+from ..training.trainer import CHECKPOINT, Listener, Trainer, open_data
 from .recipes import RECIPES, VARIANTS
-from .trainer import CHECKPOINT, Listener, Trainer, open_data
 
 RESULT = "result.json"
 #: Queries per image whose rows are measured.

@@ -18,14 +18,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from ..data.context import ContextData
+from ..data.folders import FolderData
+from ..data.mosaic import MosaicData
+from ..errors import InputError, Interrupted
+from ..metrics import IGNORE, Confusion
+from ..network import SegmentationNetwork, prepare
 from . import checkpoint, distributed
-from .context import ContextData
-from .errors import InputError, Interrupted
-from .folders import FolderData
 from .log import CsvLog
-from .metrics import IGNORE, Confusion
-from .mosaic import MosaicData
-from .network import SegmentationNetwork, prepare
 from .sync_norm import sync_norms
 
 CHECKPOINT = "checkpoint.pt"

@@ -1,0 +1,1 @@
+"""Images and labels: the built-in ones, and those of folders."""

@@ -1,0 +1,1 @@
+"""The attention of trained networks: pictures of single images, and measurements over a data set."""

@@ -1,0 +1,1 @@
+"""Training: settings, loop, checkpoints, logs; one process or several."""
