@@ -1,13 +1,15 @@
-"""Builds the operators and dnl_ext._C, for CPU alone or for CPU and CUDA.
+"""Builds the operators and dnl_ext._C, for CPU alone or for CPU and CUDA. build_backend.py chooses torch and toolkit.
 
 Environment:
     DNL_EXT_CPU_ONLY=1      leave CUDA out even where it could be built
-    FORCE_CUDA=1            build CUDA even where no GPU is seen (CUDA_HOME names the toolkit)
+    FORCE_CUDA=1            fail where CUDA cannot be built, and build it with a toolkit that seems incomplete
+    CUDA_HOME               the CUDA toolkit, default: that of the nvcc on PATH, then /usr/local/cuda
     TORCH_CUDA_ARCH_LIST    architectures, default "8.0;9.0+PTX"
     MAX_JOBS                parallel compilations
 """
 
 import copy
+import json
 import os
 import sys
 import sysconfig
@@ -15,11 +17,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-try:
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
-except ImportError:
-    sys.exit("dnl_ext builds against an installed torch: pip install torch, then pip install --no-build-isolation .")
+import build_backend
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "dnl_ext.libdnl_ext"
@@ -27,29 +25,9 @@ DEFAULT_ARCHS = "8.0;9.0+PTX"
 # The stable ABI version the operators are written for; a binary built with a later torch runs with this one too.
 TORCH_TARGET = "0x020a000000000000"
 
-# ninja lies beside the Python that builds, whether or not its environment is activated.
-os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
 
-
-def flag(name):
-    return os.environ.get(name, "0").lower() not in ("", "0", "false", "off", "no")
-
-
-def with_cuda():
-    if flag("DNL_EXT_CPU_ONLY"):
-        return False
-    can_build = torch.version.cuda is not None and CUDA_HOME is not None
-    if flag("FORCE_CUDA"):
-        if not can_build:
-            missing = "a CUDA build of torch" if torch.version.cuda is None else "a CUDA toolkit (set CUDA_HOME)"
-            sys.exit(f"FORCE_CUDA=1: building with CUDA needs {missing}; torch here is {torch.__version__}")
-        return True
-    return can_build
-
-
-def extensions():
+def extensions(torch, cpp_extension, toolkit, left_out):
     """dnl_ext/libdnl_ext.so, the operators without Python, and dnl_ext._C, the Python module that links to it."""
-    cuda = with_cuda()
     bindings = "csrc/bindings.cpp"
     sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
     sources.remove(bindings)
@@ -57,32 +35,63 @@ def extensions():
     # Of fast-math only what keeps NaN, Inf and the order of sums. -Wno-maybe-uninitialized: GCC's own AVX-512 headers.
     cxx = "-O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Wno-maybe-uninitialized"
     arguments = {"cxx": cxx.split()}
-    if cuda:
+    includes, libraries = [str(ROOT / "csrc")], []
+    if toolkit:
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
         sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu"))
         defines += [("DNL_EXT_WITH_CUDA", None), ("USE_CUDA", None), ("DNL_EXT_CUDA_ARCHS", f'"{archs}"')]
         arguments["nvcc"] = ["-O3", "-lineinfo", "-Xptxas=-v", "--expt-relaxed-constexpr"]
-    common = {"include_dirs": [str(ROOT / "csrc")], "define_macros": defines, "extra_compile_args": arguments}
-    operators = (CUDAExtension if cuda else CppExtension)(LIBRARY, sources, **copy.deepcopy(common))
+        # torch adds those of CUDA_HOME itself. Those of the system are the compiler's own, and come in its order.
+        includes += [toolkit.include] if toolkit.include not in ("", "/usr/include") else []
+        libraries += [toolkit.libraries] if toolkit.libraries else []
+    common = {"include_dirs": includes, "define_macros": defines, "extra_compile_args": arguments}
+    extension = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
+    operators = extension(LIBRARY, sources, library_dirs=libraries, **copy.deepcopy(common))
     operators.libraries.remove("torch_python")
     operators.extra_link_args.append(f"-Wl,-soname,{LIBRARY.split('.')[-1]}.so")
-    module = CppExtension("dnl_ext._C", [bindings], **common)
+    module = cpp_extension.CppExtension("dnl_ext._C", [bindings], **common)
+    module.define_macros.append(("DNL_EXT_CUDA_LEFT_OUT", json.dumps(left_out)))
     module.runtime_library_dirs.append("$ORIGIN")  # beside it, wherever that is
     return [operators, module]
 
 
-class Build(BuildExtension):
-    """Gives the library of operators its plain name, and links the module to it."""
+def build_command(cpp_extension):
+    class Build(cpp_extension.BuildExtension):
+        """Gives the library of operators its plain name, and links the module to it."""
 
-    def get_ext_filename(self, fullname):
-        if LIBRARY.endswith(fullname):  # with the package in front or without
-            return fullname.replace(".", os.sep) + ".so"
-        return super().get_ext_filename(fullname)
+        def get_ext_filename(self, fullname):
+            if LIBRARY.endswith(fullname):  # with the package in front or without
+                return fullname.replace(".", os.sep) + ".so"
+            return super().get_ext_filename(fullname)
 
-    def build_extension(self, ext):
-        if ext.name != LIBRARY:
-            ext.extra_link_args.append(self.get_ext_fullpath(LIBRARY))
-        super().build_extension(ext)
+        def build_extension(self, ext):
+            if ext.name != LIBRARY:
+                ext.extra_link_args.append(self.get_ext_fullpath(LIBRARY))
+            super().build_extension(ext)
+
+    return Build
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build})
+def compiled():
+    """The arguments of setup() for what is compiled."""
+    # ninja lies beside the Python that builds, whether or not its environment is activated.
+    os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+    with build_backend.target_importable():
+        try:
+            import torch
+        except ImportError as error:
+            sys.exit(f"dnl_ext builds against an installed torch, which cannot be imported: {error}")
+        toolkit, left_out = build_backend.choose_cuda(torch.__version__, torch.version.cuda, os.environ)
+        if toolkit:  # before torch looks for one
+            os.environ["CUDA_HOME"] = toolkit.home
+        from torch.utils import cpp_extension
+    if toolkit:
+        print(f"dnl_ext: built for torch {torch.__version__} and CUDA, with the toolkit in {toolkit.home}")
+    else:
+        print(f"dnl_ext: built for torch {torch.__version__} and the CPU. CUDA is left out: {left_out}")
+    modules = extensions(torch, cpp_extension, toolkit, left_out)
+    return {"ext_modules": modules, "cmdclass": {"build_ext": build_command(cpp_extension)}}
+
+
+# Metadata and the source distribution need no torch.
+setup(**({} if {"egg_info", "dist_info", "sdist"}.intersection(sys.argv) else compiled()))

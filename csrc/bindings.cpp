@@ -18,6 +18,9 @@
 #ifndef DNL_EXT_CUDA_ARCHS
 #define DNL_EXT_CUDA_ARCHS ""
 #endif
+#ifndef DNL_EXT_CUDA_LEFT_OUT
+#define DNL_EXT_CUDA_LEFT_OUT ""
+#endif
 #ifndef DNL_EXT_TORCH_VERSION
 #define DNL_EXT_TORCH_VERSION "unknown"
 #endif
@@ -62,6 +65,7 @@ PYBIND11_MODULE(_C, m) {
     py::dict info;
     info["torch"] = DNL_EXT_TORCH_VERSION;
     info["cuda_archs"] = DNL_EXT_CUDA_ARCHS;
+    info["cuda_left_out"] = DNL_EXT_CUDA_LEFT_OUT;  // why there is no CUDA, empty where there is
 #ifdef DNL_EXT_WITH_CUDA
     info["cuda"] = true;
 #else

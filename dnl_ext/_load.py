@@ -2,7 +2,7 @@
 
 import torch  # before ours: its libraries must be loaded first, and ours link to them
 
-REBUILD = "rebuild it against the torch you run: pip install --no-build-isolation --force-reinstall --no-deps ."
+REBUILD = "rebuild it against the torch you run: pip install --force-reinstall --no-deps ."
 
 try:
     from . import _C

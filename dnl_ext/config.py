@@ -137,6 +137,8 @@ def _cuda():
     built = _C.build_info()
     archs = [arch for arch in built["cuda_archs"].replace(",", ";").replace(" ", ";").split(";") if arch]
     section = {"built": built["cuda"], "archs": archs, "torch_cuda": torch.version.cuda, "devices": []}
+    if not built["cuda"]:
+        section["left_out"] = built["cuda_left_out"]
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             capability = torch.cuda.get_device_capability(index)
@@ -263,8 +265,8 @@ FUSED = "fused: the map made and used on chip by mma.sync kernels"
 def _cuda_path(dtype, sizes, channel_first):
     cuda = _cuda()
     if not torch._C._dispatch_has_kernel_for_dispatch_key("dnl_ext::pairwise_forward", "CUDA"):
-        why = "built without CUDA kernels" if not cuda["built"] else "the CUDA kernels are not registered"
-        return {"path": "none", "why": f"{why}; rebuild with FORCE_CUDA=1 against a CUDA build of torch"}
+        why = "the CUDA kernels are not registered" if cuda["built"] else f"built without CUDA: {cuda['left_out']}"
+        return {"path": "none", "why": why}
     if not cuda["devices"]:
         return {"path": CHAIN, "why": f"built for {', '.join(cuda['archs'])}, but torch sees no GPU here"}
     index = torch.cuda.current_device()

@@ -1,0 +1,180 @@
+"""Setuptools as a PEP 517 backend, for the torch that will run what is built, and whether CUDA is part of it.
+
+Build isolation hides the environment that pip installs into. With torch among the requirements of the build, pip would
+fetch the newest one, often for CUDA, whatever torch that environment has. So torch is asked for only where there is
+none, and setup.py imports the one that is there.
+"""
+
+import contextlib
+import glob
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from setuptools import build_meta
+from setuptools.build_meta import *  # noqa: F403
+
+OLDEST_TORCH = (2, 10)
+USUAL_TOOLKIT = "/usr/local/cuda"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The torch to build against
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def target_folders():
+    """The site-packages of the environment that this Python installs into, hidden by build isolation or not."""
+    folders = site.getsitepackages()
+    if sys.prefix == sys.base_prefix:  # in a virtual environment the user's packages do not count
+        folders.append(site.getusersitepackages())
+    return folders
+
+
+def has_torch(folders):
+    """Whether a torch lies there that dnl_ext can be built against and run with."""
+    for found in importlib.metadata.distributions(name="torch", path=folders):
+        if tuple(map(int, re.findall(r"\d+", found.version)[:2])) >= OLDEST_TORCH:
+            return True
+    return False
+
+
+def torch_requirement():
+    """What pip shall fetch for the build: the newest torch, as for the environment, only where that has none."""
+    if has_torch(target_folders()) or importlib.util.find_spec("torch"):
+        return []
+    return ["torch>={}.{}".format(*OLDEST_TORCH)]
+
+
+def get_requires_for_build_wheel(config_settings=None):
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *torch_requirement()]
+
+
+def get_requires_for_build_editable(config_settings=None):
+    return [*build_meta.get_requires_for_build_editable(config_settings), *torch_requirement()]
+
+
+@contextlib.contextmanager
+def target_importable():
+    """While entered, what the target environment has can be imported, after all that the build has itself."""
+    hidden = [folder for folder in target_folders() if folder not in sys.path]
+    sys.path += hidden
+    try:
+        yield
+    finally:
+        for folder in hidden:
+            sys.path.remove(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# CUDA
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A CUDA toolkit in the folder `home`. Empty strings for what it lacks."""
+
+    home: str
+    include: str  # the folder of cuda_runtime.h
+    libraries: str  # the folder of libcudart.so
+    version: str  # nvcc's: "13.0"
+
+    @property
+    def major(self):
+        return major(self.version)
+
+    @property
+    def lacks(self):
+        needed = {"bin/nvcc": self.version, "cuda_runtime.h": self.include, "libcudart.so": self.libraries}
+        return [name for name, found in needed.items() if not found]
+
+
+def major(version):
+    return version.split(".")[0]
+
+
+def inspect_toolkit(home):
+    """The Toolkit in a folder, in the layouts of NVIDIA's installers, conda and Debian (home /usr)."""
+
+    def folder_of(name, *patterns):
+        found = (path for pattern in patterns for path in sorted(glob.glob(f"{glob.escape(str(home))}/{pattern}")))
+        return next((path for path in found if Path(path, name).is_file()), "")
+
+    release = re.search(r"release (\d+\.\d+)", output_of(Path(home, "bin/nvcc"), "--version"))
+    return Toolkit(
+        str(home),
+        folder_of("cuda_runtime.h", "include", "targets/*/include"),
+        folder_of("libcudart.so", "lib64", "lib", "targets/*/lib", "lib/*-linux-gnu"),
+        release[1] if release else "",
+    )
+
+
+def output_of(*command):
+    """What a command writes, or nothing if it does not run."""
+    try:
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+    except OSError:
+        return ""
+
+
+def find_toolkit(torch_cuda, environ):
+    """A whole Toolkit of torch's major version, else a whole one, else one that lacks something, else None.
+
+    CUDA_HOME or CUDA_PATH decide alone. An nvcc on the path may be a script that calls another: its own word for where
+    it lies (TOP) counts as well.
+    """
+    if named := environ.get("CUDA_HOME") or environ.get("CUDA_PATH"):
+        return inspect_toolkit(named)
+    homes = []
+    if nvcc := shutil.which("nvcc", path=environ.get("PATH", "")):
+        homes += [Path(nvcc).parents[1], Path(nvcc).resolve().parents[1]]
+        if top := re.search(r"^#\$ TOP=(.+)$", output_of(nvcc, "--dryrun", "-E", "-x", "cu", os.devnull), re.MULTILINE):
+            homes.append(Path(top[1].strip()).resolve())
+    homes += filter(os.path.exists, [USUAL_TOOLKIT])
+    toolkits = [inspect_toolkit(home) for home in homes]
+    return min(toolkits, key=lambda toolkit: (len(toolkit.lacks), toolkit.major != major(torch_cuda)), default=None)
+
+
+def flag(environ, name):
+    return environ.get(name, "0").lower() not in ("", "0", "false", "off", "no")
+
+
+def choose_cuda(torch_version, torch_cuda, environ):
+    """The Toolkit to build CUDA with and "", or None and why CUDA is left out.
+
+    Args:
+        torch_version, torch_cuda: of the torch that is built against; its CUDA version is None in a CPU build.
+        environ: DNL_EXT_CPU_ONLY, FORCE_CUDA, CUDA_HOME, CUDA_PATH and PATH are read.
+
+    Raises:
+        SystemExit: FORCE_CUDA is set, and CUDA cannot be built.
+    """
+    if flag(environ, "DNL_EXT_CPU_ONLY"):
+        return None, "DNL_EXT_CPU_ONLY is set"
+    force = flag(environ, "FORCE_CUDA")
+    toolkit = find_toolkit(torch_cuda, environ) if torch_cuda else None
+    if not torch_cuda:
+        why = f"torch {torch_version} has no CUDA: install a torch for CUDA first"
+    elif toolkit is None:
+        why = "there is no CUDA toolkit: set CUDA_HOME to one"
+    elif toolkit.lacks and not (force and toolkit.version):
+        lacks = " and ".join(toolkit.lacks)
+        why = f"the CUDA toolkit in {toolkit.home} lacks {lacks}: set CUDA_HOME to a whole one"
+        if toolkit.version:
+            why += ", or FORCE_CUDA=1 to build with it all the same"
+    elif toolkit.major != major(torch_cuda):
+        why = f"the CUDA toolkit in {toolkit.home} is {toolkit.version}, torch {torch_version} is for {torch_cuda}"
+        why += f": set CUDA_HOME to a toolkit of {major(torch_cuda)}"
+    else:
+        return toolkit, ""
+    if force:
+        raise SystemExit(f"FORCE_CUDA=1, but CUDA cannot be built: {why}")
+    return None, why
