@@ -69,7 +69,7 @@ $(MM)/.installed:
 	touch $@
 
 test-integrations: $(VENV)/.built $(MM)/.installed
-	$(MM)/bin/python -m pytest -q tests/test_integrations_*.py
+	$(MM)/bin/python -m pytest -q tests/integrations
 
 prove: $(VENV)/.built
 	$(BIN)/python tests/prove.py $(PROVE_FLAGS)

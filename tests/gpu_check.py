@@ -5,8 +5,8 @@
 Steps, in this order; each has a share of the time, and what is left over goes to timings:
 
     build      the extension, for this GPU
-    test       tests/test_cuda.py: values, layouts, several chunks, streams, graph capture and replay, N * N > 2^31,
-               memory; then what the fused path takes, under DNL_EXT_CUDA_PATH=fused
+    test       tests/kernels/test_cuda.py: values, layouts, several chunks, streams, graph capture and replay, memory,
+               N * N > 2^31; then what the fused path takes, under DNL_EXT_CUDA_PATH=fused
     values     random cases against float64, chain and fused
     repeats    20 shapes, 250 times each, forward and backward, bit-equal, chain and fused
     together   two processes on the GPU at once, both right
@@ -116,8 +116,8 @@ class Check:
         for path, chosen in (("chain", ()), ("fused", ("-k", "bfloat16 or float16 or tf32"))):
             began = time.time()
             # As many of the 2,000 random cases as make up the `values` step run there, under a limit of time.
-            skip = ("--deselect", "test_cuda.py::TestValues::test_error_is_within_the_bar")
-            command = [sys.executable, "-m", "pytest", "-q", "-x", "test_cuda.py", *skip, *chosen]
+            skip = ("--deselect", "kernels/test_cuda.py::TestValues::test_error_is_within_the_bar")
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "kernels/test_cuda.py", *skip, *chosen]
             status, text = self.call(command, SHARES["test"] / 2, DNL_EXT_CUDA_PATH=path)
             self.record(f"test_cuda.py, {path}", began, status == 0, text[-1500 if status else -120 :])
 

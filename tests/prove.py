@@ -227,16 +227,16 @@ def determinism(context, outcome, seconds):
 
 
 def gradients(context, outcome, seconds):
-    files = ("autograd", "second", "second_methods", "func", "modules")
-    pytest_counts(outcome, *(f"test_{name}.py" for name in files), seconds=seconds)
+    of_ops = (f"ops/test_{name}.py" for name in ("autograd", "second", "second_methods"))
+    pytest_counts(outcome, *of_ops, "pytorch/test_func.py", "modules/test_modules.py", seconds=seconds)
 
 
 def bad_inputs(context, outcome, seconds):
-    pytest_counts(outcome, "test_errors.py", "test_empty.py", seconds=seconds)
+    pytest_counts(outcome, "ops/test_errors.py", "ops/test_empty.py", seconds=seconds)
 
 
 def launches(context, outcome, seconds):
-    pytest_counts(outcome, "test_launches.py", seconds=seconds)
+    pytest_counts(outcome, "kernels/test_launches.py", seconds=seconds)
 
 
 EMULATED = {"whiten": 8000, "standardise": 8000, "unary": 10_000, "chain": 12_000, "fused": 12_000}

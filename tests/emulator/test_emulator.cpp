@@ -1,5 +1,5 @@
 // The emulator itself: every feature with a kernel that passes, and a wrong twin (twins.h) that must be found.
-// tests/test_emulator.py builds this program in all the ways that show faults.
+// tests/kernels/test_emulator.py builds this program in all the ways that show faults.
 #include <cmath>
 #include <limits>
 

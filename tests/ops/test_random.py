@@ -95,7 +95,8 @@ class TestCpuCapabilities:
 
     @pytest.mark.parametrize("name", [name for name, supported in _C.cpu_capabilities() if supported])
     def test_each_passes(self, name):
-        tests = pathlib.Path(__file__).parent
+        here = pathlib.Path(__file__).parent
+        paths = [str(path) for path in (here, here.parent, here.parents[1])]
         code = (
             "import torch, test_random; from dnl_ext import _C\n"
             "torch.set_num_threads(1)\n"
@@ -108,7 +109,7 @@ class TestCpuCapabilities:
         environment = {
             **os.environ,
             "DNL_EXT_CPU_CAPABILITY": name,
-            "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")]),
         }
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -118,7 +119,7 @@ class TestCpuCapabilities:
         environment = {
             **os.environ,
             "DNL_EXT_CPU_CAPABILITY": "avx9000",
-            "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
+            "PYTHONPATH": os.pathsep.join([str(pathlib.Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]),
         }
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.returncode == 1

@@ -8,7 +8,7 @@ import compilers
 import pytest
 from toolchain import skip_without_compiler
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 # Build: purpose in compilers.py, flags.
 BUILDS = {
     "plain": ("plain", "-O1"),

@@ -62,7 +62,7 @@ print(json.dumps(results))
 @functools.cache
 def cost(what):
     """Figures of both joints, "memory" or "time": in processes of their own, since seeing every peak costs time."""
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
     if what == "memory":
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back, and is seen when taken again

@@ -14,7 +14,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 MEGABYTE = 2**20
 
 
@@ -57,9 +57,10 @@ def main():
 @functools.cache
 def peaks(*calls):
     """The most bytes of any rank, for each call: (world_size, positions, width, channels, exchange)."""
+    paths = [ROOT, ROOT / "tests", pathlib.Path(__file__).parent, os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "MALLOC_MMAP_THRESHOLD_": "65536",  # what is freed goes back to the system, and is seen when taken again
     }
     script = "import test_sharded_memory\nif __name__ == '__main__': test_sharded_memory.main()"

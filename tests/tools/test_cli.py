@@ -21,7 +21,7 @@ from dnl_ext import cli
 from dnl_ext.cli.app import app
 from dnl_ext.segmentation.training import checkpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ("--steps", "2", "--crop", "64x64", "--batch-size", "1", "--width", "4", "--val-images", "1", "--val-every", "0",
         "--threads", "1")  # fmt: skip
 

@@ -13,7 +13,7 @@ from mm_packages import importorskip
 
 import dnl_ext
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ def call(ops, positions, width=256, channels=512, dtype="float32", threads=2):
 @functools.cache
 def beyond(*calls, step=STEP):
     """Bytes that `step` of each call needs beyond its inputs and results."""
-    root = pathlib.Path(__file__).parents[1]
+    root = pathlib.Path(__file__).parents[2]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-CSRC = pathlib.Path(__file__).parents[1] / "csrc"
+CSRC = pathlib.Path(__file__).parents[2] / "csrc"
 SOURCES = sorted(path for path in CSRC.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp"))
 KERNELS = [path for path in SOURCES if path.suffix == ".cuh"]
 LAUNCHER = "launch.h"

@@ -105,7 +105,7 @@ class TestValues:
 
 
 class TestRandom:
-    """On the CPU; tests/test_cuda.py has the emulated ones."""
+    """On the CPU; tests/kernels/test_cuda.py has the emulated ones."""
 
     @pytest.mark.parametrize("first", range(0, 240, 60))
     def test_random_cases(self, first):

@@ -20,7 +20,7 @@ from dnl_ext.modules import GlobalContext2d, NonLocal2d, SimplifiedNonLocal2d
 
 every_op = pytest.mark.parametrize("op", ARGUMENTS)
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 SPATIAL = {1: ((11,), (17,), (3,)), 2: ((5, 6), (9, 4), (2, 2)), 3: ((4, 5, 3), (2, 2, 5), (3, 4, 2))}
 AXES = ("batch", None, "depth", "height", "width")
 VARIANTS = {
