@@ -24,7 +24,7 @@ MM := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc dnl_ext -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py build_backend.py pyproject.toml
 
-.PHONY: help demo test test-slow test-integrations prove bench lint format host-test cuda-build cuda-budget gpu-check \
+.PHONY: help demo test test-slow test-integrations prove bench lint format docs host-test cuda-build cuda-budget gpu-check \
   dist clean
 
 help:
@@ -39,6 +39,7 @@ help:
 	@echo "  make gpu-check   on a machine with a GPU: build, test, sanitize and time, in 8 minutes"
 	@echo "  make dist        sdist and wheel, the wheel built from the sdist"
 	@echo "  make lint        formatting and lint;  make format  mends what it can"
+	@echo "  make docs        the documentation site, build/docs/html/index.html"
 
 # torch comes first and alone: a package that depends on it would otherwise choose which build to fetch.
 $(VENV)/.torch:
@@ -87,11 +88,24 @@ lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
+	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: $(VENV)/.built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+# dnl_ext is installed already: what comes is what its extra asks for.
+$(VENV)/.docs: $(VENV)/.built
+	$(BIN)/python $(PIP) "dnl_ext[docs]"
+	touch $@
+
+# Warnings are errors, and a reference that leads nowhere is a warning. No network is needed. Pages are read anew (-E), since
+# Sphinx says nothing of a page that it has read before.
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -q -E -W --keep-going -d build/docs/doctrees docs build/docs/html
 
 .venv-cuda/.torch:
 	@test -n "$(CUDA_HOME)" || { echo "no CUDA toolkit found: set CUDA_HOME" >&2; exit 3; }

@@ -2,7 +2,7 @@
 
 The disentangled block began as an analysis: in vision the standard non-local block tends to one map for all queries,
 because it multiplies a pairwise term with a unary one (Yin et al., ECCV 2020; Cao et al., GCNet, 2019). Here are the
-means to see that in a network of your own, one idea per file:
+means to see that in a network of your own, one idea per file::
 
     terms           the pairwise, unary and total maps of a block, by rows
     maps            rows of chosen queries as pictures

@@ -95,7 +95,7 @@ def block_inputs(block, x):
 
     Args:
         block: a block of this library, or of a kind in ``KINDS``.
-        x: its input, tensor (B, C, *spatial).
+        x: its input, tensor ``(B, C, *spatial)``.
 
     Returns:
         :class:`dnl_ext.modules.AttentionInputs`.

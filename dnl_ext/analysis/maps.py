@@ -11,9 +11,11 @@ from .terms import split_images
 class AttentionMaps(NamedTuple):
     """Weights over the key positions, each map of sum 1, float32 or float64 on the CPU.
 
-    joint: "product", "sum", "pairwise" or "unary", see :mod:`.terms`, which also says what the maps are.
-    pairwise, total: tensors (queries, *key shape), None where the block has no such map.
-    unary: tensor (*key shape), or None.
+    Attributes:
+        joint: "product", "sum", "pairwise" or "unary", see :class:`Terms`, which also says what the maps are.
+        pairwise: tensor ``(queries, *key_shape)``, None where the block has no such map.
+        unary: tensor ``(*key_shape)``, or None.
+        total: as ``pairwise``.
     """
 
     joint: str
@@ -28,7 +30,7 @@ class AttentionMaps(NamedTuple):
 
     @property
     def own(self):
-        """Where a query looks by itself: the pairwise map of a sum, all there is of any other block."""
+        """Where a query looks by itself, which is the pairwise map of a sum and all there is of any other block."""
         return self.pairwise if self.joint == "sum" else self.total
 
 
@@ -37,8 +39,8 @@ def attention_rows(block, features, queries):
     """Where chosen positions look.
 
     Args:
-        block: any block that :func:`blocks.block_inputs` knows.
-        features: its input, tensor (1, C, *spatial).
+        block: any block that :func:`block_inputs` knows.
+        features: its input, tensor ``(1, C, *spatial)``.
         queries: positions on the spatial grid, each a tuple of as many numbers.
 
     Returns:
@@ -46,7 +48,7 @@ def attention_rows(block, features, queries):
 
     Raises:
         ValueError: ``features`` holds more than one image or head, or a query lies outside of it.
-        NotAttention: see :func:`blocks.block_inputs`.
+        NotAttention: see :func:`block_inputs`.
     """
     if features.shape[0] != 1:
         raise ValueError(f"features: expected one image, got {features.shape[0]}")

@@ -25,11 +25,13 @@ QUERIES = 256
 class TermStatistics:
     """One map of a block.
 
-    entropy: mean of H = -sum_j p_j log p_j over rows, in nats. entropy_share: the mean over log Nk; 1 is uniform.
-    cosine_distance, jsd: degeneration, means over pairs of queries, see :mod:`.degeneration`; for the unary map, which
-        all queries share, None.
-    own_class, boundaries: see :mod:`.consistency`; None without labels, and ``boundaries`` for all but the unary map,
-        ``own_class`` for the unary map.
+    Attributes:
+        entropy: mean of H = -sum_j p_j log p_j over rows, in nats.
+        entropy_share: the mean over log Nk; 1 is uniform.
+        cosine_distance: between rows, mean over pairs of queries; None for the unary map, which all queries share.
+        jsd: Jensen-Shannon divergence, likewise.
+        own_class: mass on the query's class; None without labels, and for the unary map.
+        boundaries: mass on boundaries; None without labels, and for all but the unary map.
     """
 
     entropy: Estimate

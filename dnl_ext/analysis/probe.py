@@ -40,7 +40,7 @@ class BlockReport:
 
 
 class AttentionProbe:
-    """Context in which a network's non-local blocks are measured at every forward.
+    """Context in which a network's non-local blocks are measured at every forward::
 
         with AttentionProbe(network) as probe:
             probe.run(loader)  # of images, or of (images, labels)
@@ -50,12 +50,12 @@ class AttentionProbe:
 
     Args:
         model: any nn.Module. Its blocks are the modules with ``attention_inputs`` and those of
-            :data:`blocks.KINDS` (eager blocks of other code).
-        queries: random queries per image, None for all; see :func:`measure.measure_terms`.
+            ``dnl_ext.analysis.blocks.KINDS`` (eager blocks of other code).
+        queries: random queries per image, None for all; see :func:`measure_terms`.
         seed: of everything random.
 
     Attributes:
-        blocks: {name: :class:`BlockReport`}. labels: class numbers (B, *image shape) int64 of the next forward, or
+        blocks: {name: :class:`BlockReport`}. labels: class numbers ``(B, *image_shape)`` int64 of the next forward, or
             None; 255 is no class. skipped: {name: why} of blocks that have no softmax over positions.
 
     Raises:
@@ -127,8 +127,8 @@ class AttentionProbe:
         """Pass every batch of a loader through the network, in evaluation mode.
 
         Args:
-            loader: iterable of images (B, C, *shape), or of (images, labels (B, *shape) int64); what else a batch
-                holds is left alone.
+            loader: iterable of images ``(B, C, *shape)``, or of (images, labels ``(B, *shape)`` int64); what else a
+                batch holds is left alone.
             forward: called with the images; None is the network, on the device of its first parameter.
             progress: a rich bar where rich is installed, or a callable ``progress(done, total or None)`` in batches.
 

@@ -48,7 +48,8 @@ class Terms:
 
     Attributes:
         joint: "product", "sum", "pairwise" or "unary", see the module.
-        query, key: the query times ``scale``, the key: logits are ``query @ key.T``.
+        query: the query times ``scale``: logits are ``query @ key.T``.
+        key: the key.
         pair_query: the query of the pairwise term: less its mean where the joint is the product.
         unary_logits: tensor (Nk,) or None. gain: float. queries, positions: Nq, Nk.
 
@@ -78,7 +79,7 @@ class Terms:
         self.unary = None if self.log_unary is None else self.log_unary.exp()
 
     def rows(self, queries):
-        """The :class:`Rows` of the queries with these numbers (n,); the caller keeps n small."""
+        """The rows (``Rows``) of the queries with these numbers (n,); the caller keeps n small."""
         if self.joint == "unary":
             return Rows(None, None, self.unary, self.unary.expand(len(queries), -1))
         logs = torch.log_softmax(self.pair_query[queries] @ self.key.T, 1)

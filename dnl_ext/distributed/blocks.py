@@ -79,9 +79,9 @@ def shard_positions(module, group=None):
         ``module``.
 
     Raises:
-        ValueError: there is no block in it. NotImplementedError: a block that mixes positions in a way that does not
-        shard: modes without a softmax, ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None,
-            norms.
+        ValueError: there is no block in it.
+        NotImplementedError: a block that mixes positions in a way that does not shard: modes without a softmax,
+            ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None, norms.
     """
     group = process_group(group)
     blocks = [(name, block) for name, block in module.named_modules() if isinstance(block, AttentionBlock)]

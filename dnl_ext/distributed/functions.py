@@ -83,7 +83,7 @@ def disentangled_attention(
         Tensor (..., Nq, Dv) of the dtype and dimension order of ``query``.
 
     Raises:
-        ValueError, on all ranks: the ranks' calls do not fit together, or no rank has a key.
+        ValueError: on all ranks, where their calls do not fit together or no rank has a key.
         RuntimeError: another rank's arguments were wrong (there, what :func:`dnl_ext.disentangled_attention` raises),
             or a rank did not answer in time.
         NotImplementedError: second derivatives.

@@ -67,15 +67,17 @@ def convert(model, *, multihead=False, backend="fused"):
 
     Args:
         model: the nn.Module. Blocks are known by class name and attributes; nothing is imported.
-        multihead: also ``torch.nn.MultiheadAttention``, by :class:`DisentangledMultiheadAttention` without its terms.
+        multihead: also ``torch.nn.MultiheadAttention``, by :class:`.DisentangledMultiheadAttention` without its terms.
         backend: of the new blocks, ``"fused"`` or ``"reference"``.
 
     Returns:
         A :class:`Report`: ``.model``, ``.converted`` and ``.skipped``.
 
     Raises:
-        TypeError: `model` is not an nn.Module. ValueError: an option that does not fit. A block that is known but
-        cannot be converted does not raise: it is in ``.skipped``, with the reason.
+        TypeError: `model` is not an nn.Module.
+        ValueError: an option that does not fit.
+
+    A block that is known but cannot be converted does not raise: it is in ``.skipped``, with the reason.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")

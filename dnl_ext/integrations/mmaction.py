@@ -8,7 +8,7 @@ every ``non_local_block`` replaced. In a config::
                                non_local_cfg=dict(type="DisentangledNonLocal3d", temperature=0.05)))
 
 ``non_local_cfg`` has an optional ``type``. ``"NonLocal3d"``, the default, takes mmcv's arguments and loads mmaction2's
-checkpoints; ``"DisentangledNonLocal3d"`` takes those of :meth:`dnl_ext.DisentangledNonLocal3d.mmseg`, with ``norm_cfg``
+checkpoints; ``"DisentangledNonLocal3d"`` takes those of ``dnl_ext.DisentangledNonLocal3d.mmseg``, with ``norm_cfg``
 in place of ``norm``. Importing this module without mmaction2 raises ImportError.
 """
 

@@ -108,7 +108,7 @@ class ResNet(_resnet.ResNet):
     Args:
         nlgcb: arguments of :class:`NonLocal2dGc` in a dict, or None for no block.
         stage_with_nlgcb: for each stage the indices of its bottlenecks with a block; negative ones count from the end.
-        those of ResNet: as there; no ``plugins`` with ``nlgcb``.
+        kwargs: those of ResNet, as there; no ``plugins`` with ``nlgcb``.
 
     Raises:
         ValueError: an option that does not fit, an index that the stage has not.
@@ -140,7 +140,7 @@ class BFP(_necks.BFP):
     """mmdetection's balanced feature pyramid with :class:`dnl_ext.NonLocal2d` as its refinement.
 
     Args:
-        those of BFP: as there; ``refine_type="non_local"`` is the block.
+        kwargs: those of BFP, as there; ``refine_type="non_local"`` is the block.
         variant: None, or of the block in place of it (:meth:`dnl_ext.DisentangledNonLocal2d.mmseg`, ``"dnl"`` and the
             others), which then whitens, with ``temperature``.
         temperature: of a ``variant``.

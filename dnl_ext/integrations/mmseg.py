@@ -20,7 +20,7 @@ class DNLHead(_heads.DNLHead):
     """mmsegmentation's DNLHead on :meth:`dnl_ext.DisentangledNonLocal2d.mmseg`.
 
     Args:
-        reduction, use_scale, mode, temperature, and those of FCNHead: as there.
+        reduction, use_scale, mode, temperature: as there, like all of FCNHead's.
         sub_sample: max-pool keys, values and the mask by 2 in H and W.
         variant, whiten, backend: of the block, as in :class:`dnl_ext.DisentangledNonLocal2d`; the defaults are what
             mmsegmentation's block does.
@@ -51,7 +51,7 @@ class NLHead(_heads.NLHead):
     """mmsegmentation's NLHead on :class:`dnl_ext.NonLocal2d`.
 
     Args:
-        reduction, use_scale, mode, and those of FCNHead: as there.
+        reduction, use_scale, mode: as there, like all of FCNHead's.
         sub_sample: max-pool keys and values by 2 in H and W.
         backend: of the block.
 

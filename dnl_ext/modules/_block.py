@@ -274,7 +274,7 @@ class AttentionBlock(Block):
         return query, key, value, mask
 
     def attention_inputs(self, x):
-        """What the attention receives for an input, see :class:`AttentionInputs`; arguments as in :meth:`forward`.
+        """What the attention receives for an input, see :class:`.AttentionInputs`; arguments as in :meth:`forward`.
 
         Raises:
             NotImplementedError: the pairwise term is no softmax (``mode``).
@@ -337,7 +337,7 @@ class AttentionBlock(Block):
         """x + out(gamma * sum_j P_ij v_j + sum_j u_j v_j).
 
         Args:
-            x: tensor (B, in_channels, *spatial), of the parameters' dtype or under autocast. B may be 0.
+            x: tensor ``(B, in_channels, *spatial)``, of the parameters' dtype or under autocast. B may be 0.
 
         Returns:
             Tensor of the shape, memory format and dtype of ``x`` (the wider dtype under autocast).

@@ -23,7 +23,7 @@ class _Pooling(Block):
         self.backend = check_choice("backend", backend, ("fused", "reference"))
 
     def attention_inputs(self, x):
-        """The pooling as attention: one map for all positions, of the input itself. See :class:`AttentionInputs`."""
+        """The pooling as attention: one map for all positions, of the input itself. See :class:`.AttentionInputs`."""
         x = check_input(x, self.dims, self.in_channels, (1,) * self.dims)
         mask = x.new_zeros(x.shape[0], x[0, 0].numel()) if self.conv_mask is None else self.conv_mask(x).flatten(1)
         value, shape = positions_last_but_one(x), tuple(x.shape[2:])
@@ -83,7 +83,7 @@ class _GlobalContext(_Pooling):
         """x * sigmoid(mul(c)) + add(c) for the context c of x.
 
         Args:
-            x: tensor (B, in_channels, *spatial). B may be 0.
+            x: tensor ``(B, in_channels, *spatial)``. B may be 0.
 
         Returns:
             Tensor of the shape and memory format of ``x``.

@@ -60,7 +60,7 @@ class RelationModule(Block):
     """Object relations: out_m = f_m + concat over relations r of sum_n w^r_mn W_v^r f_n.
 
     w^r_mn = softmax_n(log(max(g^r_mn, eps)) + <W_q^r f_m, W_k^r f_n> / sqrt(key_channels)) with the geometric weight
-    g^r_mn = relu(W_g^r embedding of :func:`relative_geometry`).
+    g^r_mn = relu(W_g^r embedding of ``relative_geometry``).
 
     Plain PyTorch that holds ``num_relations`` maps of N x N and one embedding of N x N x geometry_channels: there are
     hundreds of objects in an image, and the geometric weight is different for every pair.

@@ -262,8 +262,9 @@ def whiten(x, name="channel", *, eps=1e-5):
         A tensor of the shape, dtype and dimension order of ``x``.
 
     Raises:
-        TypeError: ``x`` is not a tensor or ``name`` not a string. ValueError: an unknown name, a dtype or shape that
-        does not fit, a negative ``eps``. NotImplementedError: complex, sparse, nested or quantised ``x``.
+        TypeError: ``x`` is not a tensor or ``name`` not a string.
+        ValueError: an unknown name, a dtype or shape that does not fit, a negative ``eps``.
+        NotImplementedError: complex, sparse, nested or quantised ``x``.
 
     Source: the names and formulae of the paper's segmentation code (NonLocal2d_bn and NonLocal2d_nowd).
     """

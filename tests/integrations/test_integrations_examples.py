@@ -144,16 +144,26 @@ def test_video(scope):
     assert_trains(model, 5, step)
 
 
-PAGE = (ROOT / "docs/integrations.md").read_text()
-
-
-@pytest.mark.parametrize("package", ["torch", "torchvision", "timm"])
-def test_code_of_the_page(package):
+@pytest.mark.parametrize(
+    "page, package",
+    [
+        ("integrations", "torch"),
+        ("howto/timm", "torchvision"),
+        ("howto/timm", "timm"),
+        ("howto/mmsegmentation", "mmseg.models.decode_heads"),
+        ("howto/mmdetection", "mmdet.models.necks"),
+        ("howto/mmaction2", "mmaction.models.backbones"),
+    ],
+)
+def test_code_of_the_page(page, package):
     """A block of the page that imports the package runs; it asserts what it shows."""
     importorskip(package)
+    text = (ROOT / f"docs/{page}.md").read_text()
     codes = [
-        code for code in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL) if code.startswith(f"import {package}\n")
+        code
+        for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        if re.search(rf"^(import|from) {package}\b", code, re.MULTILINE)
     ]
     assert codes
     for code in codes:
-        exec(compile(code, "docs/integrations.md", "exec"), {})
+        exec(compile(code, f"docs/{page}.md", "exec"), {})
