@@ -45,7 +45,7 @@ def works(command, condition):
         source, program = pathlib.Path(folder, "main.cpp"), pathlib.Path(folder, "program")
         source.write_text(f"#include <string>\n#if !({condition})\n#error another compiler\n#endif\nint main() {{}}\n")
         built = subprocess.run([*command, "-std=c++17", source, "-o", program], capture_output=True)
-        return built.returncode == 0 and subprocess.run([program], capture_output=True).returncode == 0
+        return built.returncode == 0 and program.exists() and subprocess.run([program]).returncode == 0
 
 
 @functools.cache

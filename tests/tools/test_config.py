@@ -7,6 +7,7 @@ import torch
 from typer.testing import CliRunner
 
 import dnl_ext
+from dnl_ext._load import _C
 from dnl_ext.cli.app import app
 from dnl_ext.config import arch_cover, cuda_plan, parse_dtype, show_config
 
@@ -25,6 +26,12 @@ class TestShowConfig:
         assert {"built", "archs", "devices"} <= config["cuda"].keys()
         assert "OMP_NUM_THREADS" in config["environment"]
         assert "call" not in config
+
+    @pytest.mark.skipif(_C.build_info()["cuda"], reason="built with CUDA")
+    def test_says_why_there_is_no_cuda(self):
+        why = show_config()["cuda"]["left_out"]
+        assert why and why in str(show_config())
+        assert show_config(shape=(1024, 256, 512), device="cuda")["call"]["why"] == f"built without CUDA: {why}"
 
     def test_prints_and_is_json(self):
         config = show_config(shape=(1024, 256, 512))
