@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..metrics import IGNORE
-from .files import read_image, read_label
+from .files import exif_orientation, read_image, read_label
 from .layouts import find_layout
 
 #: Range of the random scale of training images.
@@ -22,7 +22,9 @@ def read_sample(sample):
     image, raw = read_image(sample.image), read_label(sample.label)
     if raw.shape != tuple(image.shape[1:]):
         label_size, image_size = (f"{size[-2]}x{size[-1]}" for size in (raw.shape, image.shape))
-        raise InputError(f"label {sample.label} is {label_size}, but its image {sample.image} is {image_size}")
+        orientation = exif_orientation(sample.image)
+        turned = "" if orientation == 1 else f", turned by its EXIF orientation {orientation}"
+        raise InputError(f"label {sample.label} is {label_size}, but its image {sample.image} is {image_size}{turned}")
     label = sample.lookup[np.clip(raw, 0, 255)]
     wrong = (label < 0) | (raw > 255) | (raw < 0)
     if wrong.any():
