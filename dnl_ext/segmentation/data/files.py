@@ -11,6 +11,12 @@ from ..errors import InputError, InputWarning
 #: Values of one step where Pillow stretches few bits to 0 .. 255, by its name of the stored form.
 STRETCHED = {"L;2": 85, "L;4": 17}
 
+#: EXIF orientation -> name of the Pillow transposition that turns the image upright.
+UPRIGHT = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
+
 TIFF_PHOTOMETRIC, TIFF_SAMPLES_PER_PIXEL, EXIF_ORIENTATION = 262, 277, 274
 
 
@@ -38,7 +44,7 @@ def open_file(path, kind):
     Raises:
         InputError: the file cannot be read. ``kind``, image or label, is what the message calls it.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
@@ -50,7 +56,9 @@ def open_file(path, kind):
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
             stored = Stored(str(raw_mode), channels, tags.get(TIFF_PHOTOMETRIC) == 0, frames, image.format)
             image.load()
-            image = ImageOps.exif_transpose(image)
+            # ImageOps.exif_transpose also writes the other tags anew, and fails where one of them is broken.
+            turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION))
+            image = image.transpose(Image.Transpose[turn]) if turn else image.copy()
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders let any exception of their libraries through.
