@@ -58,7 +58,8 @@ def open_file(path, kind):
             image.load()
             # ImageOps.exif_transpose also writes the other tags anew, and fails where one of them is broken.
             turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION))
-            image = image.transpose(Image.Transpose[turn]) if turn else image.copy()
+            if turn:
+                image = image.transpose(Image.Transpose[turn])
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders let any exception of their libraries through.
@@ -68,12 +69,13 @@ def open_file(path, kind):
     return image, stored
 
 
-def exif_orientation(path):
-    """EXIF orientation of an image file, 1 .. 8; 1 is upright, and where none is given."""
+def exif_turn(path):
+    """The EXIF orientation, 2 .. 8, by which :func:`open_file` turns an image file, or None where it does not."""
     from PIL import Image
 
     with Image.open(path) as image:
-        return image.getexif().get(EXIF_ORIENTATION, 1)
+        orientation = image.getexif().get(EXIF_ORIENTATION)
+    return orientation if orientation in UPRIGHT else None
 
 
 def read_image(path):
