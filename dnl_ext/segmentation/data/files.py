@@ -1,5 +1,6 @@
 """Reading one image or one label file: every kind that Pillow opens, with errors and warnings of one line."""
 
+import re
 import warnings
 from typing import NamedTuple
 
@@ -160,5 +161,6 @@ def warn(path, kind, text, what):
 
 
 def error_line(error):
-    """An exception's message on one line, the file name left out where pillow repeats it."""
-    return (" ".join(str(error).split()).split(" '/")[0] or type(error).__name__) if error.args else "unreadable"
+    """An exception's message on one line, the file name left out where Pillow repeats it."""
+    text = re.sub(r"(image file) '.*'$", r"\1", " ".join(str(error).split()))
+    return text or type(error).__name__
