@@ -1,5 +1,6 @@
 """Strange files in a data folder: what is read of each, and the line that says so."""
 
+import struct
 import warnings
 
 import numpy as np
@@ -11,7 +12,7 @@ from test_data import SIZE, make_cityscapes, make_plain, write_image, write_labe
 
 from dnl_ext.segmentation.data.files import UPRIGHT, read_image, read_label
 from dnl_ext.segmentation.data.folders import read_sample
-from dnl_ext.segmentation.data.layouts import find_layout
+from dnl_ext.segmentation.data.layouts import find_layout, images_in
 from dnl_ext.segmentation.errors import InputError, InputWarning
 
 tifffile = pytest.importorskip("tifffile")
@@ -57,6 +58,16 @@ class TestGreyOfManyLevels:
         assert said == [f"image {tmp_path / 'x.tif'}: {line}"]
         assert image.shape == (3, 256, 256) and (image == image[:1]).all()
         assert np.abs(image[0].numpy() - RAMP / 65535).max() < 1e-6
+
+    def test_12_bits(self, tmp_path):
+        # 0, 4095, 2048, 1 in six bytes behind a header of eight and one directory.
+        tags = {256: 4, 257: 1, 258: 12, 259: 1, 262: 1, 273: 8 + 2 + 9 * 12 + 4, 277: 1, 278: 1, 279: 6}
+        entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+        header = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+        (tmp_path / "x.tif").write_bytes(header + entries + bytes(4) + bytes.fromhex("000fff800001"))
+        image, said = read(tmp_path / "x.tif")
+        assert (image[0, 0] * 4095).round().tolist() == [0, 4095, 2048, 1]
+        assert said == [f"image {tmp_path / 'x.tif'}: its grey values 0 .. 4095 are scaled to 0 .. 1"]
 
     def test_png(self, tmp_path):
         Image.fromarray(RAMP.astype(np.uint16)).save(tmp_path / "x.png")
@@ -281,6 +292,14 @@ class TestFolders:
             (tmp_path / "data" / name).mkdir(parents=True)
             (tmp_path / "data" / name / "a").symlink_to(tmp_path / "elsewhere" / name)
         assert len(find_layout(tmp_path / "data").train) == 4
+
+    def test_a_folder_goes_before_links_to_it(self, tmp_path):
+        (tmp_path / "images").mkdir()
+        # Made before and after it: the order in which the file system lists them is its own.
+        (tmp_path / "images/first").symlink_to(tmp_path / "images/own")
+        write_image(tmp_path / "images/own/a.png")
+        (tmp_path / "images/second").symlink_to(tmp_path / "images/own")
+        assert images_in(tmp_path / "images") == [tmp_path / "images/own/a.png"]
 
     def test_cityscapes_tells_other_parts(self, tmp_path):
         make_cityscapes(tmp_path)
