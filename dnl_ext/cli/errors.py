@@ -3,12 +3,14 @@
 Of several processes in step with each other, the main one speaks for all (`tell`).
 """
 
+import contextlib
 import functools
 import signal
+import warnings
 
 import typer
 
-from ..segmentation.errors import InputError, Interrupted
+from ..segmentation.errors import InputError, InputWarning, Interrupted
 from ..segmentation.training import distributed
 
 
@@ -32,13 +34,32 @@ def out_of_memory(error):
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
+@contextlib.contextmanager
+def one_line_warnings():
+    """Context in which an :class:`InputWarning` is one line on stderr, the first of each kind; others are as before."""
+    said, show_other = set(), warnings.showwarning
+
+    def show(message, category, *place, **options):
+        if not issubclass(category, InputWarning):
+            show_other(message, category, *place, **options)
+        elif message.what not in said:
+            said.add(message.what)
+            typer.echo(f"warning: {message} (said for the first such file)", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", InputWarning)
+        warnings.showwarning = show
+        yield
+
+
 def one_line_errors(command):
-    """Turn the errors of the training tools into one line on stderr and an exit code, without a traceback."""
+    """Turn the errors and warnings of the training tools into one line each on stderr, and errors into exit codes."""
 
     @functools.wraps(command)
     def wrapped(*args, **options):
         try:
-            return command(*args, **options)
+            with one_line_warnings():
+                return command(*args, **options)
         except InputError as error:
             fail(error)
         except Interrupted as stop:

@@ -153,6 +153,7 @@ def run(typed, out, *, resume, overwrite, init, epochs, stop_after):
         f"{config.variant} ({config.backend}) on {data.name}: {len(data.classes)} classes, {crops}, "
         f"{trainer.device}, {processes}{config.threads} threads"
     )
+    typer.echo(data.summary)
     if trainer.step:
         typer.echo(f"resuming {path} after step {trainer.step}")
     with TerminalProgress(config.variant, trainer.step, config.steps) as progress:

@@ -1,8 +1,19 @@
-"""The one exception of the training tools that is the user's to fix: a message of one line, exit code 2."""
+"""What the training tools say of the user's files and options: an error, a warning, each of one line; and stopping."""
 
 
 class InputError(Exception):
     """A file, folder or option that cannot be used. The message is one line and names the thing and the remedy."""
+
+
+class InputWarning(UserWarning):
+    """A file is read otherwise than it might be expected. ``what`` is the same for all files to which that happens."""
+
+    def __init__(self, message, what):
+        super().__init__(message, what)
+        self.what = what
+
+    def __str__(self):
+        return self.args[0]
 
 
 class Interrupted(Exception):

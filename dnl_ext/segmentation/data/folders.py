@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from ..errors import InputError
 from ..metrics import IGNORE
-from .files import read_image, read_label
+from .files import exif_turn, read_image, read_label
 from .layouts import find_layout
 
 #: Range of the random scale of training images.
@@ -22,7 +22,9 @@ def read_sample(sample):
     image, raw = read_image(sample.image), read_label(sample.label)
     if raw.shape != tuple(image.shape[1:]):
         label_size, image_size = (f"{size[-2]}x{size[-1]}" for size in (raw.shape, image.shape))
-        raise InputError(f"label {sample.label} is {label_size}, but its image {sample.image} is {image_size}")
+        orientation = exif_turn(sample.image)
+        turned = f", turned upright by its EXIF orientation {orientation}" if orientation else ""
+        raise InputError(f"label {sample.label} is {label_size}, but its image {sample.image} is {image_size}{turned}")
     label = sample.lookup[np.clip(raw, 0, 255)]
     wrong = (label < 0) | (raw > 255) | (raw < 0)
     if wrong.any():
@@ -77,11 +79,15 @@ class FolderData:
 
     def __init__(self, root, layout=None, classes=None, validation_size=None):
         found = find_layout(root, layout, classes)
-        self.name, self.classes, self.train, self.val = found
+        self.name, self.classes, self.train, self.val, left_out = found
         self.epoch = len(self.train)
         if validation_size is not None and validation_size < len(self.val):
+            left_out += (f"validation images above --val-images ({len(self.val) - validation_size})",)
             self.val = [self.val[int(i)] for i in np.linspace(0, len(self.val) - 1, validation_size)]
         self.validation_size = len(self.val)
+        self.summary = f"{self.epoch} training and {self.validation_size} validation images"
+        if left_out:
+            self.summary += f"; left out: {', '.join(left_out)}"
         self._order = (None, None)
 
     def training_sample(self, seed, index, crop):

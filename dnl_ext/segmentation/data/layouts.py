@@ -4,6 +4,9 @@ A layout is found by its folder names. Where it has no validation part of its ow
 held out.
 """
 
+import glob
+import os
+from collections import Counter, deque
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,27 +44,74 @@ class Sample(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a folder holds: its layout's name, the class names, training and validation samples."""
+    """What a folder holds: its layout's name, the class names, training and validation samples, and what is left out.
+
+    ``left_out`` holds texts such as ``.gif files (3)``.
+    """
 
     name: str
     classes: tuple
     train: list
     val: list
+    left_out: tuple
 
 
-def images_in(folder, pattern="**/*"):
-    """Sorted image files below a folder, hidden ones left out."""
-    return sorted(
-        path for path in folder.glob(pattern)
-        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
-    )  # fmt: skip
+class Files(NamedTuple):
+    """Files below a folder, and how many of what else there is that is not looked into."""
+
+    paths: list
+    left_out: Counter
+
+
+def files_below(folder):
+    """Sorted files below a folder as :class:`Files`, hidden ones left out.
+
+    Symbolic links are followed, and each folder is read once, by its own path where it has one below ``folder``: images
+    that were found twice could end up in training and in validation.
+    """
+    folder, paths, left_out = Path(folder), [], Counter()
+    read, waiting = set(folder.resolve().parents), deque([folder] if folder.is_dir() else [])
+    while waiting:
+        current = waiting.popleft()
+        if current.resolve() in read:
+            left_out["links to folders read elsewhere"] += 1
+            continue
+        read.add(current.resolve())
+        try:
+            entries = list(os.scandir(current))
+        except OSError as error:
+            raise InputError(f"cannot read folder {current}: {error.strerror}") from None
+        for entry in entries:
+            if entry.is_dir() and entry.name.startswith("."):
+                left_out["hidden folders"] += 1
+            elif entry.is_dir():
+                # Links come after all folders that are no links.
+                (waiting.append if entry.is_symlink() else waiting.appendleft)(current / entry.name)
+            elif entry.name.startswith("."):
+                continue
+            elif entry.is_file():
+                paths.append(current / entry.name)
+            else:
+                left_out["broken links" if entry.is_symlink() else "special files"] += 1
+    return Files(sorted(paths), left_out)
+
+
+def images_in(folder):
+    """Sorted image files below a folder; see :func:`files_below`."""
+    return [path for path in files_below(folder).paths if is_image(path)]
+
+
+def is_image(path):
+    return path.suffix.lower() in IMAGE_ENDINGS
 
 
 def samples_of(entries, lookup):
     """Samples of (image, label) paths; a label that does not exist raises InputError."""
     for image, label in entries:
         if not label.is_file():
-            raise InputError(f"image {image} has no label: expected {label}")
+            others = sorted(path.name for path in label.parent.glob(f"{glob.escape(label.stem)}.*"))
+            found = f", found {', '.join(others)}" if others else ""
+            raise InputError(f"image {image} has no label: expected {label}{found}")
     return [Sample(image, label, lookup) for image, label in entries]
 
 
@@ -83,8 +133,12 @@ def cityscapes(root, _classes):
 
     def samples(part):
         found = []
-        for image in images_in(root / "leftImg8bit" / part, "*/*_leftImg8bit.png"):
-            folder, stem = root / "gtFine" / part / image.parent.name, image.name.removesuffix("leftImg8bit.png")
+        images = root / "leftImg8bit" / part
+        for image in images_in(images):
+            if not image.name.endswith("_leftImg8bit.png"):
+                continue
+            folder = root / "gtFine" / part / image.parent.relative_to(images)
+            stem = image.name.removesuffix("leftImg8bit.png")
             by_train_id, by_id = folder / f"{stem}gtFine_labelTrainIds.png", folder / f"{stem}gtFine_labelIds.png"
             has_train_ids = by_train_id.is_file()
             label, lookup = (by_train_id, train_ids) if has_train_ids else (by_id, label_ids)
@@ -131,7 +185,7 @@ def pascal_samples(root, lookup):
 
     if all(file.is_file() for file in lists):
         return tuple(samples(file.read_text().split()) for file in lists)
-    return hold_out(samples([path.stem for path in images_in(labels, "*.png")]))
+    return hold_out(samples([path.stem for path in sorted(labels.glob("[!.]*.png")) if path.is_file()]))
 
 
 def plain(root, classes):
@@ -142,20 +196,56 @@ def plain(root, classes):
     images, labels = root / "images", root / "labels"
     split = (images / "train").is_dir() and (images / "val").is_dir()
     parts = [same_names(images / part, labels / part) for part in (("train", "val") if split else ("",))]
+    if not any(parts):
+        return (), [], []
+    lookup = table([(number, number) for number in range(classes or 255)], ignored=(255,))
+    samples = [samples_of(part, lookup) for part in parts]
     if classes is None:
-        raws = (read_label(label) for part in parts for _, label in part if label.is_file())
-        classes = 1 + max((int(raw[raw != IGNORE].max(initial=-1)) for raw in raws), default=-1)
+        raws = (read_label(label) for part in parts for _, label in part)
+        classes = 1 + max(int(raw[raw != IGNORE].max(initial=-1)) for raw in raws)
         if not 0 < classes <= 255:
             raise InputError(f"{labels}: expected label values 0 .. 254 and 255, got {classes - 1} as the greatest"
                              if classes else f"{labels} holds no labelled pixel")  # fmt: skip
-    lookup = table([(number, number) for number in range(classes)], ignored=(255,))
-    samples = [samples_of(part, lookup) for part in parts]
+        lookup[classes:IGNORE] = -1
     return class_names(classes), *(samples if split else hold_out(samples[0]))
 
 
 def same_names(images, labels):
     """(image, label) paths: for every image below one folder, the PNG of that name below the other."""
-    return [(path, (labels / path.relative_to(images)).with_suffix(".png")) for path in images_in(images)]
+
+    def label(path):
+        lower, upper = (path.with_suffix(ending) for ending in (".png", ".PNG"))
+        return upper if upper.is_file() and not lower.is_file() else lower
+
+    return [(path, label(labels / path.relative_to(images))) for path in images_in(images)]
+
+
+def unused(images, labels, samples):
+    """What two folders hold besides the samples: texts such as ``labels without image (2)``."""
+    (image_files, left_out), (label_files, of_labels) = files_below(images), files_below(labels)
+    left_out.update(of_labels)
+
+    def key(path, folder):
+        # Cityscapes names a file by its place and what it shows, for which there are several labels.
+        name = str(path.relative_to(folder).with_suffix(""))
+        return name.split("_leftImg8bit")[0].split("_gtFine_")[0]
+
+    used = {sample.image for sample in samples}
+    shown, labelled = ({key(path, folder) for path in paths if is_image(path)}
+                       for paths, folder in ((image_files, images), (label_files, labels)))  # fmt: skip
+    for path in image_files:
+        if not is_image(path):
+            left_out[kind_of(path)] += 1
+        elif path not in used:
+            left_out["images in neither part" if key(path, images) in labelled else "images without label"] += 1
+    for path in label_files:
+        if key(path, labels) not in shown:
+            left_out["labels without image" if is_image(path) else kind_of(path)] += 1
+    return tuple(f"{what} ({count})" for what, count in sorted(left_out.items()))
+
+
+def kind_of(path):
+    return f"{path.suffix} files" if path.suffix else "files without ending"
 
 
 #: Layout name -> the folders it is known by, and its reader (root, classes or None) -> class names, train, val.
@@ -190,15 +280,18 @@ def find_layout(root, layout=None, classes=None):
     if classes is not None and not 0 < classes <= 255:
         raise InputError(f"--classes must be 1 .. 255, got {classes}")
     names = [layout] if layout else list(LAYOUTS)
-    for base in (root, *sorted(path for path in root.iterdir() if path.is_dir())):
+    for base in (root, *sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))):
         for name in names:
             folders, reader = LAYOUTS[name]
             if not all((base / folder).is_dir() for folder in folders):
                 continue
             class_names, train, val = reader(base, classes)
+            left_out = unused(*(base / folder for folder in folders), [*train, *val])
             if not train or not val:
                 counts = f"{len(train)} training and {len(val)} validation images"
-                raise InputError(f"{base} ({name} layout) has {counts}: at least 1 of each is needed")
-            return Layout(name, class_names, train, val)
+                found = f", left out: {', '.join(left_out)}" if left_out else ""
+                wanted = "at least 1 of each is needed, ending in " + ", ".join(IMAGE_ENDINGS)
+                raise InputError(f"{base} ({name} layout) has {counts}{found}: {wanted}")
+            return Layout(name, class_names, train, val, left_out)
     wanted = dict.fromkeys(" and ".join(LAYOUTS[name][0]) for name in names)
     raise InputError(f"data folder {root} has no known layout: expected the folders {', or '.join(wanted)}")

@@ -178,7 +178,7 @@ class MosaicData:
         validation_size: how many of them.
 
     Attributes:
-        classes: names of the classes. epoch: training images counted as one epoch.
+        classes: names of the classes. epoch: training images counted as one epoch. summary: a line on the images.
     """
 
     epoch = 256
@@ -188,6 +188,7 @@ class MosaicData:
     def __init__(self, size=(512, 1024), validation_size=8):
         self.classes = tuple(photograph.name for photograph in self.photographs)
         self.size, self.validation_size = tuple(size), validation_size
+        self.summary = f"training images without end, {self.epoch} an epoch, and {validation_size} validation images"
         self.sources = {
             part: [load_photograph(photograph, part) for photograph in self.photographs] for part in ("train", "val")
         }
