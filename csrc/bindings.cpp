@@ -80,6 +80,7 @@ PYBIND11_MODULE(_C, m) {
   });
 
   m.def("cpu_capability", [] { return dnl::cpu_kernels().name; }, "Instruction set the CPU kernels run with.");
+  m.def("amx_state", &dnl::amx_state, "Whether AMX tiles are in use, or why not.");
   m.def(
       "cpu_capabilities",
       [] {

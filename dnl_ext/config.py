@@ -30,7 +30,13 @@ DTYPES = {
 SHORT = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 #: Whitening that the pairwise operator does itself.
 IN_KERNEL = ("channel", "in_nostd", None)
-INSTRUCTION_SETS = {"generic": "plain C++", "avx2": "AVX2", "avx512": "AVX-512", "avx512_bf16": "AVX-512"}
+INSTRUCTION_SETS = {
+    "generic": "plain C++",
+    "avx2": "AVX2",
+    "avx512": "AVX-512",
+    "avx512_bf16": "AVX-512",
+    "avx512_amx": "AMX",
+}
 
 
 class Config(dict):
@@ -115,6 +121,7 @@ def _cpu():
         "threads": torch.get_num_threads(),
         "capability": capability,
         "capabilities": dict(_C.cpu_capabilities()),
+        "amx": _C.amx_state(),
     }
 
 
@@ -236,6 +243,8 @@ def _cpu_path(dtype):
     kernels = INSTRUCTION_SETS.get(capability, capability)
     if products == "bfloat16":
         kernels += " BF16"
+    elif capability == "avx512_amx":  # its tiles multiply bfloat16 alone
+        kernels = INSTRUCTION_SETS["avx512_bf16"]
     supported = [name for name, has in _C.cpu_capabilities() if has]
     if os.environ.get("DNL_EXT_CPU_CAPABILITY"):
         why = f"DNL_EXT_CPU_CAPABILITY={capability} (this CPU's best is {supported[-1]})"

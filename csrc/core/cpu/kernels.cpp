@@ -13,15 +13,14 @@ const CpuKernels& kernels_generic();
 const CpuKernels& kernels_avx2();
 const CpuKernels& kernels_avx512();
 const CpuKernels& kernels_avx512_bf16();
+const CpuKernels& kernels_avx512_amx();
 #endif
 
 const std::vector<const CpuKernels*>& all_cpu_kernels() {
   static const std::vector<const CpuKernels*> all = {
       &kernels_generic(),
 #if defined(__x86_64__)
-      &kernels_avx2(),
-      &kernels_avx512(),
-      &kernels_avx512_bf16(),
+      &kernels_avx2(),    &kernels_avx512(), &kernels_avx512_bf16(), &kernels_avx512_amx(),
 #endif
   };
   return all;

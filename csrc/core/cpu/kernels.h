@@ -2,7 +2,7 @@
 //
 // core/cpu/isa_*.cpp each compile the same kernel sources (ops/*/*_cpu.h) for one instruction set and export a table of
 // entry points. cpu_kernels() picks the best one this CPU has; DNL_EXT_CPU_CAPABILITY (generic, avx2, avx512,
-// avx512_bf16) forces a lesser one, for tests.
+// avx512_bf16, avx512_amx) forces a lesser one, for tests.
 #pragma once
 
 #include <vector>
@@ -36,6 +36,8 @@ struct CpuKernels {
 
 // Every table that was built, best last.
 DNL_EXPORT const std::vector<const CpuKernels*>& all_cpu_kernels();
+// What came of AMX here: "in use", or why it is not.
+DNL_EXPORT const char* amx_state();
 // The table in use.
 DNL_EXPORT const CpuKernels& cpu_kernels();
 

@@ -16,6 +16,9 @@
 #include <algorithm>
 
 #include "core/cpu/vec.h"
+#ifdef DNL_AMX
+#include "core/cpu/amx.h"
+#endif
 
 namespace dnl {
 namespace DNL_ISA {
@@ -113,8 +116,8 @@ inline void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b
 // C (rows x panels * kLanes) from A (rows x depth) and B (depth x panels * kLanes). `depth` is a multiple of kGroup:
 // operands are zero there. alpha: (panels * kLanes), for Into::rescale.
 template <class E, Into into>
-void product_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
-                   PanelResult<Acc<E>> c, const Acc<E>* alpha) {
+void vector_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
+                  PanelResult<Acc<E>> c, const Acc<E>* alpha) {
   using B = Block<E>;
   for (int64_t p = 0; p < panels; ++p) {
     const E* bp = b.data + p * b.panel;
@@ -147,6 +150,41 @@ void product_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a,
   }
 }
 
+// The operands from depth k on.
+template <class E>
+void advance(RowOperand<E>& a, PanelOperand<E>& b, int64_t k) {
+  a.data += k / a.run * a.jump + k % a.run;
+  b.data += k * Block<E>::kLanes;
+}
+
+#ifdef DNL_AMX
+template <class E, Into into>
+void product_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
+                   PanelResult<Acc<E>> c, const Acc<E>* alpha) {
+  static_assert(std::is_same_v<E, bf16> && Block<E>::kLanes == kPanelLanes, "what tiles multiply");
+  const bool whole_runs = a.run >= depth || a.run % kTileDepth == 0;
+  const int64_t tiled = whole_runs ? depth / kTileDepth * kTileDepth : 0;
+  if (!tiled) return vector_slice<E, into>(rows, panels, depth, a, b, c, alpha);
+  if (into == Into::rescale)
+    for (int64_t p = 0; p < panels; ++p)
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t lane = 0; lane < kPanelLanes; lane += kWidth<float>) {
+          float* sum = c.data + p * c.panel + r * kPanelLanes + lane;
+          store(sum, load(sum) * load(alpha + p * kPanelLanes + lane));
+        }
+  tile_product(rows, panels, tiled, a, b, c, into == Into::store);
+  if (tiled == depth) return;
+  advance(a, b, tiled);
+  vector_slice<E, Into::add>(rows, panels, depth - tiled, a, b, c, nullptr);
+}
+#else
+template <class E, Into into>
+void product_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, PanelOperand<E> b,
+                   PanelResult<Acc<E>> c, const Acc<E>* alpha) {
+  vector_slice<E, into>(rows, panels, depth, a, b, c, alpha);
+}
+#endif
+
 // A sum over a long depth is cut into slices that each start from zero: in float and double that halves the rounding
 // error of one running sum over 512, and a panel's slice stays in L1. Products of bfloat16 are exact in the accumulator
 // and far finer than their operands; there a slice only costs a pass over C. Double is for checking: accuracy before
@@ -162,8 +200,7 @@ void product(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, Panel
   constexpr int64_t slice = kDepthSlice<E>;
   product_slice<E, into>(rows, panels, std::min(depth, slice), a, b, c, alpha);
   for (int64_t k = slice; k < depth; k += slice) {
-    a.data += slice / a.run * a.jump + slice % a.run;
-    b.data += slice * Block<E>::kLanes;
+    advance(a, b, slice);
     product_slice<E, Into::add>(rows, panels, std::min(depth - k, slice), a, b, c, nullptr);
   }
 }

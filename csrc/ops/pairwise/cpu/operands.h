@@ -116,6 +116,10 @@ inline void share_out(const Executor& executor, int64_t workers, int64_t tasks, 
 // Calls f(Src{}, E{}): the element type in memory and the one that is multiplied.
 template <class F>
 void dispatch_products(DType dtype, const F& f) {
+#ifdef DNL_AMX  // other types go by vectors: isa_avx512_amx.cpp
+  (void)dtype;
+  f(bf16{}, bf16{});
+#else
   switch (dtype) {
     case DType::f64:
       return f(double{}, double{});
@@ -131,6 +135,7 @@ void dispatch_products(DType dtype, const F& f) {
       return f(bf16{}, float{});
 #endif
   }
+#endif
 }
 
 }  // namespace DNL_ISA
