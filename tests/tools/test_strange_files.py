@@ -202,6 +202,12 @@ class TestOrientation:
             read_image(tmp_path / f"x.{ending}"), torch.from_numpy(expected.copy()).permute(2, 0, 1) / 255
         )
 
+    @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
+    def test_grey_that_pillow_would_map_into_memory(self, orientation, tmp_path):
+        Image.fromarray(COLOR[..., 0]).save(tmp_path / "x.tif", exif=turned(orientation))
+        Image.fromarray(COLOR[..., 0]).save(tmp_path / "x.png", exif=turned(orientation))
+        assert torch.equal(read_image(tmp_path / "x.tif"), read_image(tmp_path / "x.png"))
+
     def test_label_of_the_picture_as_shown(self, tmp_path):
         make_plain(tmp_path)
         Image.fromarray(COLOR).save(tmp_path / "images/0.png", exif=turned(6))

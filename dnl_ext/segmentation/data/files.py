@@ -48,7 +48,8 @@ def open_file(path, kind):
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        # From a path Pillow maps uncompressed TIFFs into memory, and those with an orientation of 5 to 8 wrongly.
+        with open(path, "rb") as file, Image.open(file) as image:
             arguments = image.tile[0][3] if image.tile else ""  # empty once the pixels are loaded
             raw_mode = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
             tags = getattr(image, "tag_v2", {})
