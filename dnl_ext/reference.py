@@ -8,9 +8,12 @@ Shapes: query (..., Nq, Dqk), key (..., Nk, Dqk), value (..., Nk, Dv), mask_logi
 """
 
 import math
+from typing import get_args
 
 import torch
 import torch.fx
+
+from .types import Whitening
 
 __all__ = [
     "WHITEN_NAMES",
@@ -27,11 +30,11 @@ __all__ = [
 ]
 
 #: Valid values of ``whiten``, see :func:`whiten`. ``"channel"`` is the paper's (equation 10); ``None`` is the standard
-#: non-local block. csrc/ops/whiten/whiten.h has the same list.
-WHITEN_NAMES = ("channel", "in_nostd", "spatial", "ln_nostd", "fln_nostd", "in", "ln", "fln", None)
+#: non-local block.
+WHITEN_NAMES: tuple[Whitening | None, ...] = (*get_args(Whitening), None)
 
 
-def check_whiten_name(name, argument="whiten"):
+def check_whiten_name(name: object, argument: str = "whiten") -> None:
     """Raise unless `name` is one of WHITEN_NAMES."""
     if name is not None and not isinstance(name, str):
         raise TypeError(f"{argument}: expected a string or None, got {type(name).__name__}")
@@ -39,12 +42,12 @@ def check_whiten_name(name, argument="whiten"):
         raise ValueError(f"{argument}: expected one of {', '.join(map(repr, WHITEN_NAMES))}, got {name!r}")
 
 
-def mean_subtract(x, dim=-2):
+def mean_subtract(x: torch.Tensor, dim: int = -2) -> torch.Tensor:
     """``x - x.mean(dim)``: per-channel mean over positions, with positions on ``dim``."""
     return x - x.mean(dim, keepdim=True)
 
 
-def whiten(x, name="channel", *, eps=1e-5):
+def whiten(x: torch.Tensor, name: Whitening | None = "channel", *, eps: float = 1e-5) -> torch.Tensor:
     """x (..., N, D) less a mean, and for ``in``, ``ln``, ``fln`` divided by sqrt(unbiased variance + eps).
 
     Mean and variance are over the positions N of a channel (``channel`` = ``in_nostd``, ``in``), the channels of a
@@ -63,7 +66,9 @@ def whiten(x, name="channel", *, eps=1e-5):
     return (centred / torch.sqrt(wide.var(dims, keepdim=True) + eps)).to(x.dtype)
 
 
-def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
+def pairwise_softmax(
+    query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None, whiten: Whitening | None = "channel"
+) -> torch.Tensor:
     """P_ij = softmax_j(scale * <q'_i, k'_j>), shape (..., Nq, Nk). Paper, equation 10 (first term)."""
     check_whiten_name(whiten)
     if scale is None:
@@ -72,22 +77,37 @@ def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
     return torch.softmax((query * scale) @ key.transpose(-2, -1), dim=-1)
 
 
-def unary_softmax(mask_logits):
+def unary_softmax(mask_logits: torch.Tensor) -> torch.Tensor:
     """u_j = softmax_j(m_j), shape (..., Nk). Paper, equation 10 (second term)."""
     return torch.softmax(mask_logits, dim=-1)
 
 
-def pairwise_attention(query, key, value, *, scale=None, whiten="channel"):
+def pairwise_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    whiten: Whitening | None = "channel",
+) -> torch.Tensor:
     """y_i = sum_j P_ij v_j, shape (..., Nq, Dv)."""
     return pairwise_softmax(query, key, scale=scale, whiten=whiten) @ value
 
 
-def unary_attention(mask_logits, value):
+def unary_attention(mask_logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """sum_j u_j v_j, one vector for all queries, shape (..., Dv)."""
     return (unary_softmax(mask_logits).unsqueeze(-2) @ value).squeeze(-2)
 
 
-def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, whiten="channel"):
+def disentangled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    whiten: Whitening | None = "channel",
+) -> torch.Tensor:
     """y_i = sum_j (P_ij + u_j) v_j, shape (..., Nq, Dv). Paper, equation 10; pairwise alone without ``mask_logits``."""
     output = pairwise_attention(query, key, value, scale=scale, whiten=whiten)
     if mask_logits is not None:
@@ -95,17 +115,17 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
     return output
 
 
-def shared_key_logits(query, key):
+def shared_key_logits(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """m_j = <mean_i q_i, k_j>, shape (..., Nk): the unary logits of a block whose two terms share their keys."""
     return (key @ query.mean(-2).unsqueeze(-1)).squeeze(-1)
 
 
-def dot_product_attention(query, key, value):
+def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """y_i = sum_j <q_i, k_j> v_j / Nk, shape (..., Nq, Dv): the non-local block without softmax."""
     return (query @ key.transpose(-2, -1) / key.shape[-2]) @ value
 
 
-def concatenation_attention(query_logits, key_logits, value):
+def concatenation_attention(query_logits: torch.Tensor, key_logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """y_i = sum_j relu(a_i + b_j) v_j / Nk, shape (..., Nq, Dv), with a (..., Nq) and b (..., Nk)."""
     return (torch.relu(query_logits.unsqueeze(-1) + key_logits.unsqueeze(-2)) / key_logits.shape[-1]) @ value
 

@@ -11,7 +11,7 @@ from ._checks import check_alike, check_pairwise, check_query_key, check_tensor
 from ._common import accumulate_type, product, without_autocast
 
 
-def shared_key_logits(query, key):
+def shared_key_logits(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """m_j = <mean over i of q_i, k_j>: the unary logits of a block whose two terms share their keys.
 
     Args:
@@ -31,7 +31,7 @@ def shared_key_logits(query, key):
     return product(key, mean.unsqueeze(-1)).squeeze(-1)
 
 
-def dot_product_attention(query, key, value):
+def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """y_i = sum_j <q_i, k_j> v_j / Nk, as q (k^T v) / Nk: O(N Dqk Dv), and nothing of size N x N.
 
     Args:
@@ -52,7 +52,7 @@ def dot_product_attention(query, key, value):
     return product(query.to(wide), context).to(query.dtype)
 
 
-def concatenation_attention(query_logits, key_logits, value):
+def concatenation_attention(query_logits: torch.Tensor, key_logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """y_i = sum_j relu(a_i + b_j) v_j / Nk, exact, in O(N log N + N Dv) time and O(N Dv) memory.
 
     With the keys in descending order of b, those with a_i + b_j > 0 come first, r_i of them, and

@@ -1,8 +1,11 @@
 """Whitened pairwise attention, alone and with the unary term, in memory linear in the number of positions."""
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 
+from ..types import Whitening
 from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, is_dtensor, parse_scale
 from ._common import (
     accumulate_type,
@@ -31,18 +34,26 @@ class DisentangledAttention(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query, key, value, mask_logits, scale, whiten, save_residual):
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask_logits: torch.Tensor | None,
+        scale: float,
+        whiten: str | None,
+        save_residual: bool,
+    ) -> tuple[torch.Tensor, ...]:
         return ops.pairwise_forward(query, key, value, mask_logits, scale, whiten, save_residual)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         query, key, value, mask_logits, ctx.scale, ctx.whiten, _ = inputs
         save(ctx, query, key, value, mask_logits, *output)
         mark_constant(ctx, *output[1:])  # softmax_stats, residual, pooled, mask_lse
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_output, *_):
+    def backward(ctx: Any, grad_output: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
         if grad_output is None or not any(needs):
             return (None,) * 7
@@ -54,7 +65,7 @@ class DisentangledAttention(Function):
         return *grads, None, None, None  # scale, whiten, save_residual
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         tangent = AttentionTangent.apply(*ctx.saved_tensors, *tangents[:4], ctx.scale, ctx.whiten)
         return tangent, *(torch.zeros_like(x) for x in ctx.saved_tensors[5:])
 
@@ -63,7 +74,15 @@ _attend = differentiable("pairwise_forward", DisentangledAttention)
 
 
 @torch.library.register_fake("dnl_ext::pairwise_forward")
-def _(query, key, value, mask_logits, scale, whiten, save_residual):
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None,
+    scale: float,
+    whiten: str | None,
+    save_residual: bool,
+) -> tuple[torch.Tensor, ...]:
     check_pairwise(query, key, value, mask_logits, scale, whiten)
     dtype, lead = accumulate_type(query.dtype), query.shape[:-2]
     output = empty_like_layout(query, (*query.shape[:-1], value.shape[-1]))
@@ -79,9 +98,23 @@ def _(query, key, value, mask_logits, scale, whiten, save_residual):
 
 @torch.library.register_fake("dnl_ext::pairwise_backward")
 def _(
-    grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse, scale, whiten,
-    need_query, need_key, need_value, need_mask,
-):  # fmt: skip
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None,
+    output: torch.Tensor,
+    softmax_stats: torch.Tensor,
+    residual: torch.Tensor,
+    pooled: torch.Tensor,
+    mask_lse: torch.Tensor,
+    scale: float,
+    whiten: str | None,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_mask: bool,
+) -> tuple[torch.Tensor, ...]:
     check_pairwise(query, key, value, mask_logits, scale, whiten)
     lead, output_shape = query.shape[:-2], (*query.shape[:-1], value.shape[-1])
     check_alike("grad_output", grad_output, "query", query, output_shape)
@@ -91,9 +124,9 @@ def _(
     if mask_logits is not None:
         check_saved("pooled", pooled, "query", query, (*lead, value.shape[-1]))
         check_saved("mask_lse", mask_lse, "query", query, lead)
-    needs = (need_query, need_key, need_value, need_mask and mask_logits is not None)
+    needs = (need_query, need_key, need_value, need_mask)
     return tuple(
-        empty_like_layout(x, x.shape) if need else query.new_empty((*query.shape[:-2], 0))
+        empty_like_layout(x, x.shape) if need and x is not None else query.new_empty((*query.shape[:-2], 0))
         for x, need in zip((query, key, value, mask_logits), needs, strict=True)
     )
 
@@ -102,14 +135,24 @@ register_batching("dnl_ext::pairwise_forward")(ops.pairwise_forward)
 register_batching("dnl_ext::pairwise_backward")(ops.pairwise_backward)
 
 
-def _whitened(query, key, whiten):
+def _whitened(
+    query: torch.Tensor, key: torch.Tensor, whiten: Whitening | None
+) -> tuple[torch.Tensor, torch.Tensor, str | None]:
     """Query and key as the operator takes them, and its own `whiten`, which is "channel" or None."""
     if whiten is None or whiten in ("channel", "in_nostd"):
         return query, key, None if whiten is None else "channel"
     return _whiten(query, whiten), _whiten(key, whiten), None
 
 
-def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, whiten="channel"):
+def disentangled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    whiten: Whitening | None = "channel",
+) -> torch.Tensor:
     """Disentangled non-local attention, exact, in memory linear in Nq and Nk.
 
     y_i = sum_j (P_ij + u_j) v_j,  P_ij = softmax_j(scale <q_i - mean(q), k_j - mean(k)>),  u_j = softmax_j(m_j)
@@ -144,21 +187,30 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
         sharded = dtensor.disentangled_attention(query, key, value, mask_logits, scale, whiten)
         if sharded is not None:
             return sharded
-    query, key, whiten = _whitened(query, key, whiten)
+    query, key, operator_whiten = _whitened(query, key, whiten)
     # A 16-bit output alone is too coarse for the backward; what its rounding lost is kept only if there may be one.
     # A trace is the same whoever requires grad, and for inference.
     inputs = [x for x in (query, key, value, mask_logits) if x is not None]
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     save_residual = differentiated and not torch.jit.is_tracing()
-    return _attend(query, key, value, mask_logits, scale, whiten, save_residual)[0]
+    return _attend(query, key, value, mask_logits, scale, operator_whiten, save_residual)[0]
 
 
-def pairwise_attention(query, key, value, *, scale=None, whiten="channel"):
+def pairwise_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    whiten: Whitening | None = "channel",
+) -> torch.Tensor:
     """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``, same arguments and errors."""
     return disentangled_attention(query, key, value, scale=scale, whiten=whiten)
 
 
-def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
+def pairwise_softmax(
+    query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None, whiten: Whitening | None = "channel"
+) -> torch.Tensor:
     """The whitened pairwise map P itself, for looking at: it holds Nq * Nk values by definition.
 
     Args:
