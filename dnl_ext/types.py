@@ -1,6 +1,9 @@
 """Names of options, as types for a type checker. ``typing.get_args(Variant)`` is the tuple of a type's names."""
 
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from torch import nn
 
 __all__ = [
     "Backend",
@@ -8,7 +11,9 @@ __all__ = [
     "Exchange",
     "FusionType",
     "Joint",
+    "Mesh",
     "Mode",
+    "Norm",
     "PoolingType",
     "Style",
     "SubSample",
@@ -36,5 +41,17 @@ PoolingType: TypeAlias = Literal["att", "avg"]
 FusionType: TypeAlias = Literal["channel_add", "channel_mul"]
 #: How a block joins its pairwise and unary terms, see :mod:`dnl_ext.analysis.terms`.
 Joint: TypeAlias = Literal["product", "sum", "pairwise", "unary"]
+#: What becomes the norm behind a block's out-projection: a batch norm, what a callable makes of the number of channels,
+#: such as ``functools.partial(nn.GroupNorm, 32)``, or none.
+Norm: TypeAlias = Literal["batch"] | Callable[[int], nn.Module] | None
 #: How keys and values travel between processes, see :mod:`dnl_ext.distributed`.
 Exchange: TypeAlias = Literal["ring", "gather"]
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    Mesh: TypeAlias = DeviceMesh | ProcessGroup
+else:  # a torch without torch.distributed has neither
+    #: The processes over which positions are sharded: a DeviceMesh of one dimension, or a ProcessGroup.
+    Mesh = Any

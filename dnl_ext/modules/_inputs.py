@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..types import Whitening
+
 
 class AttentionInputs(NamedTuple):
     """Inputs of :func:`dnl_ext.disentangled_attention` as a block computes them from its own input.
@@ -27,7 +29,7 @@ class AttentionInputs(NamedTuple):
     value: torch.Tensor
     mask_logits: torch.Tensor | None
     scale: float
-    whiten: str | None
+    whiten: Whitening | None
     gain: torch.Tensor | float
-    query_shape: tuple
-    key_shape: tuple
+    query_shape: tuple[int, ...]
+    key_shape: tuple[int, ...]

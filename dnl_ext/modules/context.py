@@ -3,9 +3,14 @@
 See :class:`GlobalContext2d` (GCNet) and :class:`SimplifiedNonLocal2d`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import torch.fx
 from torch import nn
 
+from ..types import Backend, FusionType, PoolingType
 from ._block import BACKENDS
 from ._common import CONV, Block, check_choice, check_input, check_width, positions_last_but_one, zero_parameters
 from ._inputs import AttentionInputs
@@ -18,18 +23,19 @@ class _Pooling(Block):
 
     dims: int
 
-    def _setup(self, in_channels, backend):
+    def _setup(self, in_channels: int, backend: Backend) -> None:
         self.in_channels = check_width("in_channels", in_channels)
-        self.backend = check_choice("backend", backend, ("fused", "reference"))
+        self.conv_mask: Any
+        self.backend: Backend = check_choice("backend", backend, ("fused", "reference"))
 
-    def attention_inputs(self, x):
+    def attention_inputs(self, x: torch.Tensor) -> AttentionInputs:
         """The pooling as attention: one map for all positions, of the input itself. See :class:`AttentionInputs`."""
         x = check_input(x, self.dims, self.in_channels, (1,) * self.dims)
         mask = x.new_zeros(x.shape[0], x[0, 0].numel()) if self.conv_mask is None else self.conv_mask(x).flatten(1)
         value, shape = positions_last_but_one(x), tuple(x.shape[2:])
         return AttentionInputs(None, None, value, mask, 1.0, None, 1.0, query_shape=shape, key_shape=shape)
 
-    def _pool(self, x):
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
         """sum_j softmax_j(conv_mask(x)) x_j, or the mean without a mask: (B, C, *spatial) to (B, C, 1, ...)."""
         x = check_input(x, self.dims, self.in_channels, (1,) * self.dims)
         if self.conv_mask is None:
@@ -43,22 +49,30 @@ class _Pooling(Block):
 class _GlobalContext(_Pooling):
     """See :class:`GlobalContext2d`."""
 
-    def __init__(self, in_channels, ratio=0.25, pooling_type="att", fusion_types=("channel_add",), *, backend="fused"):
+    def __init__(
+        self,
+        in_channels: int,
+        ratio: float = 0.25,
+        pooling_type: PoolingType = "att",
+        fusion_types: Sequence[FusionType] = ("channel_add",),
+        *,
+        backend: Backend = "fused",
+    ) -> None:
         super().__init__()
         self._setup(in_channels, backend)
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
             raise ValueError(f"ratio: expected a number above 0, got {ratio!r}")
         self.ratio, self.planes = ratio, max(int(in_channels * ratio), 1)
-        self.pooling_type = check_choice("pooling_type", pooling_type, ("att", "avg"))
+        self.pooling_type: PoolingType = check_choice("pooling_type", pooling_type, ("att", "avg"))
         if not isinstance(fusion_types, (list, tuple)) or not fusion_types:
             raise ValueError(f"fusion_types: expected a list or tuple of at least one name, got {fusion_types!r}")
         for name in fusion_types:
             check_choice("fusion_types", name, ("channel_add", "channel_mul"))
         self.fusion_types = tuple(fusion_types)
-        conv = CONV[self.dims]
+        conv: Any = CONV[self.dims]
         self.conv_mask = conv(in_channels, 1, kernel_size=1) if pooling_type == "att" else None
 
-        def transform():
+        def transform() -> nn.Sequential:
             return nn.Sequential(
                 conv(in_channels, self.planes, kernel_size=1),
                 nn.LayerNorm([self.planes, *(1,) * self.dims]),
@@ -70,7 +84,7 @@ class _GlobalContext(_Pooling):
         self.channel_mul_conv = transform() if "channel_mul" in fusion_types else None
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """``conv_mask`` Kaiming normal, the last convolution of each transform zero: x + 0, or x * sigmoid(0)."""
         if self.conv_mask is not None:
             nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
@@ -79,7 +93,7 @@ class _GlobalContext(_Pooling):
             if transform is not None:
                 zero_parameters(transform[-1])
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x * sigmoid(mul(c)) + add(c) for the context c of x.
 
         Args:
@@ -98,7 +112,7 @@ class _GlobalContext(_Pooling):
             y = y + self.channel_add_conv(context)
         return y
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, ratio={self.ratio}, pooling_type={self.pooling_type!r}, "
             f"fusion_types={self.fusion_types!r}, backend={self.backend!r}"
@@ -142,25 +156,25 @@ class GlobalContext3d(_GlobalContext):
 class _SimplifiedNonLocal(_Pooling):
     """See :class:`SimplifiedNonLocal2d`."""
 
-    def __init__(self, in_channels, *, backend="fused"):
+    def __init__(self, in_channels: int, *, backend: Backend = "fused") -> None:
         super().__init__()
         self._setup(in_channels, backend)
-        conv = CONV[self.dims]
+        conv: Any = CONV[self.dims]
         self.conv_value = conv(in_channels, in_channels, kernel_size=1, bias=False)
         self.conv_mask = conv(in_channels, 1, kernel_size=1)
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Weights normal with deviation 0.01, the bias zero."""
         for conv in (self.conv_value, self.conv_mask):
             nn.init.normal_(conv.weight, std=0.01)
         nn.init.zeros_(self.conv_mask.bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x_i + conv_value(sum_j softmax_j(conv_mask x) x_j); see :class:`GlobalContext2d` for ``x`` and errors."""
         return x + self.conv_value(self._pool(x))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.in_channels}, backend={self.backend!r}"
 
 

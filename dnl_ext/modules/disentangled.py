@@ -1,5 +1,10 @@
 """Disentangled non-local blocks of 1, 2 and 3 spatial dimensions. See :class:`DisentangledNonLocal2d`."""
 
+from collections.abc import Sequence
+
+from typing_extensions import Self
+
+from ..types import Backend, BlockWhitening, Mesh, Mode, Norm, Style, SubSample, Variant
 from ._block import WHITEN_NAMES, AttentionBlock
 from ._common import check_choice, check_flags, check_width
 
@@ -9,28 +14,28 @@ class _DisentangledNonLocal(AttentionBlock):
 
     def __init__(
         self,
-        in_channels,
-        inter_channels=None,
-        value_channels=None,
+        in_channels: int,
+        inter_channels: int | None = None,
+        value_channels: int | None = None,
         *,
-        variant="dnl",
-        mode="embedded_gaussian",
-        use_out=True,
-        norm="batch",
-        learn_gamma=False,
-        qk_bias=True,
-        value_bias=True,
-        mask_bias=True,
-        out_bias=None,
-        use_scale=True,
-        temperature=None,
-        sub_sample=None,
-        unary=None,
-        whiten="channel",
-        style="plain",
-        backend="fused",
-        mesh=None,
-    ):
+        variant: Variant = "dnl",
+        mode: Mode = "embedded_gaussian",
+        use_out: bool = True,
+        norm: Norm = "batch",
+        learn_gamma: bool = False,
+        qk_bias: bool = True,
+        value_bias: bool = True,
+        mask_bias: bool = True,
+        out_bias: bool | None = None,
+        use_scale: bool = True,
+        temperature: float | None = None,
+        sub_sample: SubSample | None = None,
+        unary: bool | None = None,
+        whiten: BlockWhitening | None = "channel",
+        style: Style = "plain",
+        backend: Backend = "fused",
+        mesh: Mesh | None = None,
+    ) -> None:
         super().__init__(
             in_channels, inter_channels, value_channels, variant=variant, mode=mode, use_out=use_out, norm=norm,
             learn_gamma=learn_gamma, qk_bias=qk_bias, value_bias=value_bias, mask_bias=mask_bias, out_bias=out_bias,
@@ -41,19 +46,19 @@ class _DisentangledNonLocal(AttentionBlock):
     @classmethod
     def mmseg(
         cls,
-        in_channels,
-        reduction=2,
-        use_scale=True,
-        temperature=0.05,
-        sub_sample=False,
-        norm="batch",
+        in_channels: int,
+        reduction: int = 2,
+        use_scale: bool = True,
+        temperature: float = 0.05,
+        sub_sample: bool = False,
+        norm: Norm = "batch",
         *,
-        mode="embedded_gaussian",
-        variant="dnl",
-        whiten="channel",
-        backend="fused",
-        mesh=None,
-    ):
+        mode: Mode = "embedded_gaussian",
+        variant: Variant = "dnl",
+        whiten: BlockWhitening | None = "channel",
+        backend: Backend = "fused",
+        mesh: Mesh | None = None,
+    ) -> Self:
         """The ``dnl_block`` of mmsegmentation's DNLHead, with its key names.
 
         State dict: ``{g,theta,phi}.conv.{weight,bias}``, ``conv_out.conv.weight``, ``conv_out.bn.*`` (without a norm
@@ -88,21 +93,21 @@ class _DisentangledNonLocal(AttentionBlock):
     @classmethod
     def official(
         cls,
-        in_channels,
-        inter_channels=None,
-        temperature=0.05,
-        downsample=False,
-        use_out=False,
-        out_bn=False,
-        whiten_type="channel",
-        with_gc=True,
+        in_channels: int,
+        inter_channels: int | None = None,
+        temperature: float = 0.05,
+        downsample: bool = False,
+        use_out: bool = False,
+        out_bn: bool = False,
+        whiten_type: BlockWhitening | Sequence[BlockWhitening] | None = "channel",
+        with_gc: bool = True,
         *,
-        with_unary=False,
-        with_nl=True,
-        use_scale=True,
-        backend="fused",
-        mesh=None,
-    ):
+        with_unary: bool = False,
+        with_nl: bool = True,
+        use_scale: bool = True,
+        backend: Backend = "fused",
+        mesh: Mesh | None = None,
+    ) -> Self:
         """The block of the paper's segmentation (NonLocal2d_bn, NonLocal2d_nowd) and detection (NonLocal2dGc) code.
 
         State dict: ``gamma``, ``conv_query.*``, ``conv_key.*``, ``conv_value.weight``, ``conv_mask.*``; with
@@ -126,13 +131,13 @@ class _DisentangledNonLocal(AttentionBlock):
         """
         if isinstance(whiten_type, (list, tuple)) and len(whiten_type) < 2:
             whiten_type = whiten_type[0] if whiten_type else None
-        check_choice("whiten_type", whiten_type, WHITEN_NAMES)
+        whiten = check_choice("whiten_type", whiten_type, WHITEN_NAMES)
         check_flags(with_gc=with_gc, with_unary=with_unary, with_nl=with_nl, out_bn=out_bn, downsample=downsample)
         if with_gc and with_unary:
             raise ValueError("with_unary: expected False with with_gc=True, one unary term, got True")
         if not with_nl and not with_gc:
             raise ValueError("with_nl: expected True without with_gc, a block of no terms, got False")
-        variant = "dnl_shared_key" if with_unary else "dnl" if with_gc else "pairwise"
+        variant: Variant = "dnl_shared_key" if with_unary else "dnl" if with_gc else "pairwise"
         return cls(
             in_channels,
             inter_channels,
@@ -145,7 +150,7 @@ class _DisentangledNonLocal(AttentionBlock):
             use_scale=use_scale,
             temperature=temperature,
             sub_sample="before" if downsample else None,
-            whiten=whiten_type if with_nl else None,
+            whiten=whiten if with_nl else None,
             style="official",
             backend=backend,
             mesh=mesh,

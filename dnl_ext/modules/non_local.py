@@ -1,14 +1,17 @@
 """Standard non-local blocks of 1, 2 and 3 spatial dimensions, as mmcv has them. See :class:`NonLocal2d`."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
+from ..types import Backend, Mesh, Mode, SubSample
 from ._block import AttentionBlock
 from ._common import BATCH_NORM, CONV, check_choice, check_flags, check_width
 
 
-def norm_of_cfg(norm_cfg, dims):
+def norm_of_cfg(norm_cfg: dict[str, Any] | None, dims: int) -> Callable[[int], nn.Module] | None:
     """The ``norm`` argument of the blocks for an mmcv ``norm_cfg``: None, or a callable of the number of channels."""
     if norm_cfg is None:
         return None
@@ -29,14 +32,14 @@ def norm_of_cfg(norm_cfg, dims):
     else:
         raise ValueError(f"norm_cfg: expected type {', '.join(map(repr, [*layers, 'GN']))}, got {kind!r}")
 
-    def make(channels):
+    def make(channels: int) -> nn.Module:
         norm = layer(channels, **options)
         return norm.requires_grad_(requires_grad)
 
     return make
 
 
-def check_conv_cfg(conv_cfg, dims):
+def check_conv_cfg(conv_cfg: dict[str, Any] | None, dims: int) -> None:
     """Raise ValueError unless an mmcv ``conv_cfg`` asks for the plain convolution that the block has anyway."""
     name = CONV[dims].__name__
     if conv_cfg not in (None, {"type": name}):
@@ -48,19 +51,19 @@ class _NonLocal(AttentionBlock):
 
     def __init__(
         self,
-        in_channels,
-        sub_sample=False,
-        conv_cfg=None,
-        reduction=2,
-        use_scale=True,
-        norm_cfg=None,
-        mode="embedded_gaussian",
-        std=0.01,
-        zeros_init=True,
+        in_channels: int,
+        sub_sample: bool | SubSample = False,
+        conv_cfg: dict[str, Any] | None = None,
+        reduction: int = 2,
+        use_scale: bool = True,
+        norm_cfg: dict[str, Any] | None = None,
+        mode: Mode = "embedded_gaussian",
+        std: float = 0.01,
+        zeros_init: bool = True,
         *,
-        backend="fused",
-        mesh=None,
-    ):
+        backend: Backend = "fused",
+        mesh: Mesh | None = None,
+    ) -> None:
         check_conv_cfg(conv_cfg, self.dims)
         check_choice("sub_sample", sub_sample, (False, True, "before", "after"))
         check_flags(zeros_init=zeros_init)
@@ -72,11 +75,11 @@ class _NonLocal(AttentionBlock):
             in_channels, max(in_channels // check_width("reduction", reduction), 1), None, variant="nl", mode=mode,
             use_out=True, norm=norm_of_cfg(norm_cfg, self.dims), learn_gamma=False, qk_bias=True, value_bias=True,
             mask_bias=True, out_bias=None, use_scale=use_scale, temperature=1.0,
-            sub_sample={False: None, True: "after"}.get(sub_sample, sub_sample), unary=None, whiten=None,
+            sub_sample="after" if sub_sample is True else sub_sample or None, unary=None, whiten=None,
             style="mmseg", backend=backend, mesh=mesh,
         )  # fmt: skip
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """As mmcv: theta, phi and g normal with deviation ``std``, the last layer zero or normal."""
         super().reset_parameters()
         out, norm = self._out_and_norm()

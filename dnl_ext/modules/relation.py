@@ -14,7 +14,7 @@ SMALLEST = 1e-3
 WAVE_LENGTH, POSITION_SCALE = 1000.0, 100.0
 
 
-def relative_geometry(boxes):
+def relative_geometry(boxes: torch.Tensor) -> torch.Tensor:
     """What relates box m to box n, invariant under translation and scale: tensor (..., N, N, 4).
 
     (log(|x_m - x_n| / w_m), log(|y_m - y_n| / h_m), log(w_n / w_m), log(h_n / h_m)), from boxes (..., N, 4) given as
@@ -28,7 +28,7 @@ def relative_geometry(boxes):
 
 
 @torch.fx.wrap
-def sinusoidal(x, channels):
+def sinusoidal(x: torch.Tensor, channels: int) -> torch.Tensor:
     """Sines and cosines of each of the last dimension's 4 numbers at channels / 8 wavelengths: (..., channels)."""
     steps = torch.arange(channels // 8, device=x.device, dtype=x.dtype) * (8.0 / channels)
     angles = (POSITION_SCALE * x).unsqueeze(-1) / WAVE_LENGTH**steps
@@ -36,13 +36,13 @@ def sinusoidal(x, channels):
 
 
 @torch.fx.wrap
-def at_least_float32(x):
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x in its dtype or float32, whichever is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.fx.wrap
-def check_objects(features, boxes, in_channels):
+def check_objects(features: torch.Tensor, boxes: torch.Tensor, in_channels: int) -> torch.Tensor:
     """The features (..., N, in_channels), checked with the boxes; used and traced as `check_input` is."""
     if torch.jit.is_tracing():
         return features
@@ -78,13 +78,19 @@ class RelationModule(Block):
     Source: Hu et al., "Relation Networks for Object Detection", CVPR 2018, equations 2 to 6.
     """
 
-    def __init__(self, in_channels, num_relations=16, key_channels=64, geometry_channels=64, eps=1e-6):
+    def __init__(
+        self,
+        in_channels: int,
+        num_relations: int = 16,
+        key_channels: int = 64,
+        geometry_channels: int = 64,
+        eps: float = 1e-6,
+    ) -> None:
         super().__init__()
-        for name, width in (
-            ("in_channels", in_channels), ("num_relations", num_relations), ("key_channels", key_channels),
-            ("geometry_channels", geometry_channels),
-        ):  # fmt: skip
-            setattr(self, name, check_width(name, width))
+        self.in_channels = check_width("in_channels", in_channels)
+        self.num_relations = check_width("num_relations", num_relations)
+        self.key_channels = check_width("key_channels", key_channels)
+        self.geometry_channels = check_width("geometry_channels", geometry_channels)
         if in_channels % num_relations:
             raise ValueError(f"in_channels: expected a multiple of num_relations ({num_relations}), got {in_channels}")
         if geometry_channels % 8:
@@ -97,7 +103,7 @@ class RelationModule(Block):
         self.value = nn.Linear(in_channels, in_channels)
         self.geometry = nn.Linear(geometry_channels, num_relations)
 
-    def forward(self, features, boxes):
+    def forward(self, features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Relate the objects of each image.
 
         Args:
@@ -123,7 +129,7 @@ class RelationModule(Block):
         relations = torch.softmax(logits, -1).to(value.dtype) @ value
         return features + relations.transpose(-3, -2).flatten(-2)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, num_relations={self.num_relations}, key_channels={self.key_channels}, "
             f"geometry_channels={self.geometry_channels}, eps={self.eps}"
