@@ -5,17 +5,30 @@ of ``KINDS`` each; to teach it another kind, give your module the method or appe
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..modules import AttentionInputs
+from ..types import Whitening
 
 
 class NotAttention(TypeError):
     """A module that is no non-local block, or one without a softmax over positions."""
 
 
-def spatial_inputs(query, key, value, mask, *, scale, whiten, gain=1.0):
+def spatial_inputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scale: float,
+    whiten: Whitening | None,
+    gain: torch.Tensor | float = 1.0,
+) -> AttentionInputs:
     """:class:`AttentionInputs` from channel-first tensors (B, channels, *shape); the mask has one channel."""
 
     def positions(x):
@@ -27,7 +40,7 @@ def spatial_inputs(query, key, value, mask, *, scale, whiten, gain=1.0):
     )  # fmt: skip
 
 
-def mmseg_inputs(block, x):
+def mmseg_inputs(block: Any, x: torch.Tensor) -> AttentionInputs:
     """mmcv's NonLocal1d/2d/3d (no mask, no whitening) and mmsegmentation's DisentangledNonLocal2d (both).
 
     Reads ``theta``, ``phi``, ``g``, ``conv_mask`` and the attributes ``mode``, ``use_scale``, ``temperature``.
@@ -48,7 +61,7 @@ def mmseg_inputs(block, x):
 OFFICIAL_NORMS = ("bn", "bn_affine")
 
 
-def official_inputs(block, x):
+def official_inputs(block: Any, x: torch.Tensor) -> AttentionInputs:
     """The paper's NonLocal2d_bn and NonLocal2dGc.
 
     Reads ``conv_query``, ``conv_key``, ``conv_value``, ``conv_mask``, ``downsample``, ``gamma`` and the attributes
@@ -64,7 +77,7 @@ def official_inputs(block, x):
     names = [names] if isinstance(names, str) else list(names or ())
     if len(names) > 1:
         raise NotAttention(f"block: expected at most one whiten_type, got {names}")
-    whiten = names[0] if names else None
+    whiten: Any = names[0] if names else None
     if whiten in OFFICIAL_NORMS:
         query = getattr(block, f"query_{whiten}")(query.flatten(2)).view_as(query)
         key, whiten = getattr(block, f"key_{whiten}")(key.flatten(2)).view_as(key), None
@@ -80,17 +93,18 @@ KINDS = (
 )
 
 
-def adapter(module):
+def adapter(module: nn.Module) -> Callable[[torch.Tensor], AttentionInputs] | None:
     """The function x -> AttentionInputs of a block, or None for a module that is no block."""
-    if callable(getattr(module, "attention_inputs", None)):
-        return module.attention_inputs
+    own = getattr(module, "attention_inputs", None)
+    if callable(own):
+        return cast("Callable[[torch.Tensor], AttentionInputs]", own)
     for names, function in KINDS:
         if all(isinstance(getattr(module, name, None), torch.nn.Module) for name in names):
             return lambda x: function(module, x)
     return None
 
 
-def block_inputs(block, x):
+def block_inputs(block: nn.Module, x: torch.Tensor) -> AttentionInputs:
     """What a block's attention receives for an input.
 
     Args:

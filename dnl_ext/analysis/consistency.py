@@ -14,6 +14,7 @@ evenly has the mass ``uniform`` (the class's share of the keys, or the boundarie
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -34,7 +35,7 @@ class Consistency:
     queries: int
 
 
-def labels_on_grid(label, shape):
+def labels_on_grid(label: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Class of the pixel in the middle of each cell of a coarser grid.
 
     Args:
@@ -50,7 +51,7 @@ def labels_on_grid(label, shape):
     return label
 
 
-def boundaries(labels):
+def boundaries(labels: torch.Tensor) -> torch.Tensor:
     """Which positions have a direct neighbour of another class: bool tensor of the shape of ``labels``.
 
     Next to ``IGNORE``, and there, is no boundary.
@@ -67,7 +68,7 @@ def boundaries(labels):
     return found
 
 
-def map_consistency(weights, member, valid):
+def map_consistency(weights: torch.Tensor, member: torch.Tensor, valid: torch.Tensor) -> Consistency:
     """:class:`Consistency` of one map with a set of keys: weights (N,), member and valid bool (N,)."""
     weights, member = weights[valid].double(), member[valid].double()
     if not len(weights):
@@ -88,15 +89,17 @@ class OwnClassAccumulator:
     Work per row is one product with the Nk x classes indicator of the keys' classes, not a comparison per key.
     """
 
-    def __init__(self, query_labels, key_labels, dtype):
+    def __init__(self, query_labels: torch.Tensor, key_labels: torch.Tensor, dtype: torch.dtype) -> None:
         self.query_labels = query_labels
-        self.classes = key_labels[key_labels != IGNORE].unique()
-        self.indicator = (key_labels[:, None] == self.classes).to(dtype)  # (Nk, classes)
-        self.valid = (key_labels != IGNORE).to(dtype)
-        self.counts = self.indicator.sum(0, dtype=torch.float64)
-        self.masses, self.uniforms, self.correlations = [], [], []
+        self.classes: torch.Tensor = key_labels[key_labels != IGNORE].unique()
+        self.indicator: torch.Tensor = (key_labels[:, None] == self.classes).to(dtype)  # (Nk, classes)
+        self.valid: torch.Tensor = (key_labels != IGNORE).to(dtype)
+        self.counts: torch.Tensor = self.indicator.sum(0, dtype=torch.float64)
+        self.masses: list[torch.Tensor] = []
+        self.uniforms: list[torch.Tensor] = []
+        self.correlations: list[torch.Tensor] = []
 
-    def add(self, queries, rows):
+    def add(self, queries: torch.Tensor, rows: torch.Tensor) -> None:
         """Add rows (n, Nk) of the queries with these numbers (n,); queries without a class are left out."""
         own = self.query_labels[queries]
         keep = own != IGNORE
@@ -117,7 +120,7 @@ class OwnClassAccumulator:
         self.uniforms.append(share)
         self.correlations.append(correlation[(share > 0) & (share < 1) & (squares > 0)])
 
-    def result(self):
+    def result(self) -> Consistency:
         """A :class:`Consistency`."""
         if not self.masses:
             return Consistency(math.nan, math.nan, math.nan, 0)

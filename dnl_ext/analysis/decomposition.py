@@ -15,6 +15,8 @@ import dataclasses
 
 import torch
 
+from .terms import Terms
+
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
@@ -33,12 +35,12 @@ class Decomposition:
     mask_variance: float | None
 
 
-def decompose(terms):
+def decompose(terms: Terms) -> Decomposition | None:
     """The :class:`Decomposition` of :class:`terms.Terms`; None for a block without query and key.
 
     Products run in the type of the terms, sums of the parts in float64.
     """
-    if terms.query is None:
+    if terms.query is None or terms.key is None:
         return None
     query_mean, key_mean = (x.mean(0, keepdim=True) for x in (terms.query, terms.key))
     queries, keys = second_moment(terms.query, query_mean), second_moment(terms.key, key_mean)
@@ -47,13 +49,15 @@ def decompose(terms):
     unary = max(float(query_mean @ keys @ query_mean), 0.0)
     row = max(float(key_mean @ queries @ key_mean), 0.0)
     variance = pairwise + unary + row
-    mask = None if terms.joint != "sum" else float(terms.unary_logits.double().var(correction=0))
-    shares = [part / variance if variance else float("nan") for part in (pairwise, unary, row)]
+    mask = None
+    if terms.joint == "sum" and terms.unary_logits is not None:
+        mask = float(terms.unary_logits.double().var(correction=0))
+    whole = variance if variance else float("nan")
     of_map = unary / (unary + pairwise) if unary + pairwise else float("nan")
-    return Decomposition(variance, *shares, of_map, mask)
+    return Decomposition(variance, pairwise / whole, unary / whole, row / whole, of_map, mask)
 
 
-def second_moment(x, mean):
+def second_moment(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """mean_i (x_i - mean) (x_i - mean)^T: float64 tensor (D, D) from x (n, D), mean (1, D)."""
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for part in x.split(8192):

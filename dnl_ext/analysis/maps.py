@@ -1,9 +1,13 @@
 """Maps to look at: the rows of chosen queries in the spatial shape of the keys. A few rows, never the N x N map."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from ..modules import AttentionInputs
+from ..types import Joint
 from .blocks import block_inputs
 from .terms import split_images
 
@@ -16,24 +20,26 @@ class AttentionMaps(NamedTuple):
     unary: tensor (*key shape), or None.
     """
 
-    joint: str
+    joint: Joint
     pairwise: torch.Tensor | None
     unary: torch.Tensor | None
     total: torch.Tensor | None
 
     @property
-    def positions(self):
+    def positions(self) -> int:
         """Number of key positions."""
-        return (self.unary if self.pairwise is None else self.pairwise[0]).numel()
+        first = self.unary if self.pairwise is None else self.pairwise[0]
+        assert first is not None  # every block has one of the two
+        return first.numel()
 
     @property
-    def own(self):
+    def own(self) -> torch.Tensor | None:
         """Where a query looks by itself: the pairwise map of a sum, all there is of any other block."""
         return self.pairwise if self.joint == "sum" else self.total
 
 
 @torch.no_grad()
-def attention_rows(block, features, queries):
+def attention_rows(block: nn.Module, features: torch.Tensor, queries: Sequence[Sequence[int]]) -> AttentionMaps:
     """Where chosen positions look.
 
     Args:
@@ -59,7 +65,7 @@ def attention_rows(block, features, queries):
         return _rows(inputs, queries, shape)
 
 
-def _rows(inputs, queries, shape):
+def _rows(inputs: AttentionInputs, queries: Sequence[Sequence[int]], shape: Sequence[int]) -> AttentionMaps:
     images = list(split_images(inputs))
     if len(images) != 1:
         raise ValueError(f"block: expected one head, got {len(images)}")

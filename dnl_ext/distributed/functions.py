@@ -1,25 +1,30 @@
 """The attention functions on one rank's shard of the positions: checks, agreement of all ranks, call."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
+import torch.distributed as dist
 
 from ..ops._checks import check_alike, check_tensor, parse_scale
 from ..ops.whiten import whiten as _whiten
 from ..reference import check_whiten_name
+from ..types import Exchange, Mesh, Whitening
 from ._attention import ShardedAttention, ShardedMean, ShardedUnary
 from ._shards import EXCHANGES, Shards, agree, exact, process_group
 
 #: Whitenings whose statistics are taken over all ranks here, or over one position alone.
-WHITEN_NAMES = ("channel", "in_nostd", "spatial", None)
+WHITEN_NAMES: tuple[Whitening | None, ...] = ("channel", "in_nostd", "spatial", None)
 REFUSED = (TypeError, ValueError, NotImplementedError)
 
 
-def check_positions_whiten(whiten):
+def check_positions_whiten(whiten: str | None) -> None:
     check_whiten_name(whiten)
     if whiten not in WHITEN_NAMES:
         raise ValueError(f"whiten: expected 'channel', 'spatial' or None over sharded positions, got {whiten!r}")
 
 
-def _check_query_key(query, key):
+def _check_query_key(query: torch.Tensor, key: torch.Tensor) -> None:
     check_tensor("query", query, "(..., Nq, Dqk)")
     check_tensor("key", key, "(..., Nk, Dqk)")
     check_alike("key", key, "query", query, (*query.shape[:-2], key.shape[-2], query.shape[-1]))
@@ -27,7 +32,16 @@ def _check_query_key(query, key):
         raise ValueError(f"query: expected at least one channel, got shape {tuple(query.shape)}")
 
 
-def _check_attention(query, key, value, mask_logits, scale, whiten, exchange, block):
+def _check_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None,
+    scale: float | None,
+    whiten: str | None,
+    exchange: Exchange | None,
+    block: int | None,
+) -> None:
     """What `dnl_ext.disentangled_attention` asks, except for keys, of which a shard may have none."""
     _check_query_key(query, key)
     check_tensor("value", value, "(..., Nk, Dv)")
@@ -44,12 +58,17 @@ def _check_attention(query, key, value, mask_logits, scale, whiten, exchange, bl
         raise ValueError(f"block: expected a positive int or None, got {block!r}")
 
 
-def _gradients_wanted(*inputs):
+def _gradients_wanted(*inputs: torch.Tensor | None) -> tuple[bool, ...]:
     """Which inputs want a gradient: all ranks must agree on that, since they compute gradients together."""
     return tuple(x is not None and torch.is_grad_enabled() and x.requires_grad for x in inputs)
 
 
-def _agree(group, like, check, describe):
+def _agree(
+    group: dist.ProcessGroup,
+    like: torch.Tensor,
+    check: Callable[[], None],
+    describe: Callable[[], tuple[tuple[int, int], dict[str, Any]]],
+) -> list[tuple[int, int]]:
     """Sizes of all shards. `check()` raises where this rank's call is wrong; `describe()` gives (sizes, common)."""
     error, sizes, common = None, (0, 0), {}
     try:
@@ -61,8 +80,17 @@ def _agree(group, like, check, describe):
 
 
 def disentangled_attention(
-    query, key, value, mask_logits=None, *, group=None, scale=None, whiten="channel", exchange=None, block=None
-):
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None = None,
+    *,
+    group: Mesh | None = None,
+    scale: float | None = None,
+    whiten: Whitening | None = "channel",
+    exchange: Exchange | None = None,
+    block: int | None = None,
+) -> torch.Tensor:
     """:func:`dnl_ext.disentangled_attention` of all ranks' positions, for this rank's queries.
 
     Args:
@@ -116,12 +144,12 @@ def disentangled_attention(
     return ShardedAttention.apply(query, key, value, mask_logits, shards, parse_scale(query, scale), centre, keep)
 
 
-def pairwise_attention(query, key, value, **options):
+def pairwise_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any) -> torch.Tensor:
     """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``, same options and errors."""
     return disentangled_attention(query, key, value, **options)
 
 
-def unary_attention(mask_logits, value, *, group=None):
+def unary_attention(mask_logits: torch.Tensor, value: torch.Tensor, *, group: Mesh | None = None) -> torch.Tensor:
     """:func:`dnl_ext.unary_attention` of all ranks' positions: (..., Dv), the same on every rank.
 
     Args:
@@ -147,7 +175,7 @@ def unary_attention(mask_logits, value, *, group=None):
     return ShardedUnary.apply(mask_logits, value, Shards(group, sizes, "gather", None, 0))
 
 
-def shared_key_logits(query, key, *, group=None):
+def shared_key_logits(query: torch.Tensor, key: torch.Tensor, *, group: Mesh | None = None) -> torch.Tensor:
     """:func:`dnl_ext.shared_key_logits` with the mean of all ranks' queries: m_j = <mean(q), k_j>, (..., Nk).
 
     Args:

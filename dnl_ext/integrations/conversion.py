@@ -6,6 +6,7 @@ hooks of the layers and an optimizer that already holds the parameters all stay.
 and its pools, is new, and is built on the meta device, so that no random number is drawn.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 
 from ..modules._block import BACKENDS
 from ..modules._common import check_choice, check_flags
-from ._recognise import CannotConvert, is_ours, recognise
+from ..types import Backend
+from ._recognise import CannotConvert, Recipe, is_ours, recognise
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Converted:
     arguments: dict[str, Any]
     original: nn.Module = field(repr=False)
 
-    def __str__(self):
+    def __str__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
         return f"{self.name or '(the model)'}: {self.source} -> {self.target}({arguments})"
 
@@ -40,7 +42,7 @@ class Skipped:
     source: str
     reason: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name or '(the model)'}: {self.source} left as it is: {self.reason}"
 
 
@@ -55,11 +57,11 @@ class Report:
     converted: list[Converted] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "\n".join(map(str, [*self.converted, *self.skipped])) or "no non-local block found"
 
 
-def convert(model, *, multihead=False, backend="fused"):
+def convert(model: nn.Module, *, multihead: bool = False, backend: Backend = "fused") -> Report:
     """Replace, in place, every block of `model` that this package knows by its own, with the same layers.
 
     The state dict keeps its keys: a checkpoint of either model loads strictly into the other. The parameters stay the
@@ -83,7 +85,7 @@ def convert(model, *, multihead=False, backend="fused"):
     check_choice("backend", backend, tuple(BACKENDS))
     report, done = Report(model), {}
 
-    def replacement(module):
+    def replacement(module: nn.Module) -> tuple[Recipe | None, Any]:
         """(recipe, new block), (None, the reason there is none), or (None, None) for what is no block."""
         try:
             recipe = recognise(module, multihead)
@@ -91,7 +93,7 @@ def convert(model, *, multihead=False, backend="fused"):
         except CannotConvert as error:
             return None, str(error)
 
-    def visit(module, name):
+    def visit(module: nn.Module, name: str) -> nn.Module:
         """What stands for `module`: a new block, or itself with its children visited."""
         if is_ours(module):
             return module
@@ -113,7 +115,7 @@ def convert(model, *, multihead=False, backend="fused"):
     return report
 
 
-def restore(model, report):
+def restore(model: nn.Module, report: Report) -> nn.Module:
     """Put the original blocks back into a converted model, in place, with the layers as they are now.
 
     Args:
@@ -148,11 +150,11 @@ def restore(model, report):
     return model
 
 
-def _class_name(module):
+def _class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _replacement(original, recipe, backend):
+def _replacement(original: nn.Module, recipe: Recipe, backend: Backend) -> nn.Module:
     """The block that `recipe` describes, with the layers of `original`."""
     try:
         with torch.device("meta"):
@@ -178,7 +180,7 @@ def _replacement(original, recipe, backend):
     return block
 
 
-def _take_layers(target, source, block):
+def _take_layers(target: nn.Module, source: nn.Module, block: nn.Module) -> list[nn.Module]:
     """Put into `target` the layers and parameters of `source`, at the names that `block` has, and return the layers.
 
     A layer is what has parameters or buffers of its own. All are read from `source` before any is written, so that an
@@ -197,11 +199,11 @@ def _take_layers(target, source, block):
     return list(layers.values())
 
 
-def _outside(block, layers):
+def _outside(block: nn.Module, layers: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
     """Names and modules of a block that are not in its layers."""
     inside = {id(module) for layer in layers for module in layer.modules()}
     return [(name, module) for name, module in block.named_modules() if id(module) not in inside]
 
 
-def _has_any(tensors):
+def _has_any(tensors: Mapping[str, torch.Tensor | None]) -> bool:
     return any(tensor is not None for tensor in tensors.values())
