@@ -5,14 +5,18 @@ Of several processes in step with each other, the main one speaks for all (`tell
 
 import functools
 import signal
+from collections.abc import Callable
+from typing import NoReturn, ParamSpec
 
 import typer
 
 from ..segmentation import distributed
 from ..segmentation.errors import InputError, Interrupted
 
+P = ParamSpec("P")
 
-def tell(message):
+
+def tell(message: object) -> None:
     """Print on stderr, once for all processes. Every process must come here."""
     if distributed.is_main():
         typer.echo(message, err=True)
@@ -20,23 +24,23 @@ def tell(message):
     distributed.wait()
 
 
-def fail(message):
+def fail(message: object) -> NoReturn:
     """Print one line on stderr and exit with code 2; see :func:`tell`."""
     tell(f"error: {message}")
     raise typer.Exit(2)
 
 
-def out_of_memory(error):
+def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out (PyTorch's CPU allocator raises a bare RuntimeError)."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
-def one_line_errors(command):
+def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Turn the errors of the training tools into one line on stderr and an exit code, without a traceback."""
 
     @functools.wraps(command)
-    def wrapped(*args, **options):
+    def wrapped(*args: P.args, **options: P.kwargs) -> None:
         try:
             return command(*args, **options)
         except InputError as error:
@@ -65,7 +69,7 @@ def one_line_errors(command):
     return wrapped
 
 
-def options_to_resume(stop):
+def options_to_resume(stop: Interrupted) -> str:
     """The command that continues an interrupted training."""
     processes = distributed.world_size()
     launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
