@@ -18,9 +18,14 @@ __all__ = ["decompositions", "library"]
 
 
 def library() -> pathlib.Path:
-    """Path (pathlib.Path) of libdnl_ext.so, which registers the operators in any process that has libtorch.
+    """Path of libdnl_ext.so, which registers the operators in any process that has libtorch.
 
-    It depends on libtorch's stable ABI alone, not on Python: ``dlopen`` it, or link to it.
+    It depends on libtorch's stable ABI alone, not on Python: ``dlopen`` it, or link to it. ``examples/cpp`` does.
+
+    Example:
+        >>> import dnl_ext
+        >>> dnl_ext.export.library().name
+        'libdnl_ext.so'
     """
     return pathlib.Path(__file__).with_name("libdnl_ext.so")
 
@@ -29,10 +34,18 @@ def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Table for :meth:`torch.export.ExportedProgram.run_decompositions` that leaves no forward operator of dnl_ext.
 
     What it leaves is plain PyTorch: sums and softmax in float32 or wider as in the operators, but the pairwise term
-    holds the N x N map. The unary term stays linear in N. Backward operators are not in it.
+    holds the N x N map. The unary term stays linear in N. Backward operators are not in the table.
 
     Returns:
         dict from torch.ops.dnl_ext overloads to functions of the same arguments and results, memory order included.
+
+    Example:
+        >>> import torch, dnl_ext
+        >>> block = dnl_ext.DisentangledNonLocal2d(8).eval()
+        >>> program = torch.export.export(block, (torch.randn(1, 8, 4, 4),))
+        >>> program = program.run_decompositions(dnl_ext.export.decompositions())
+        >>> any("dnl_ext" in str(node.target) for node in program.graph.nodes)
+        False
     """
     return {
         ops.mean_subtract.default: _mean_subtract,

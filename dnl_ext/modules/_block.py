@@ -127,13 +127,13 @@ class AttentionBlock(Block):
         mesh: Mesh | None,
     ) -> None:
         super().__init__()
-        self.in_channels = check_width("in_channels", in_channels)
-        self.inter_channels = (
+        self.in_channels: int = check_width("in_channels", in_channels)
+        self.inter_channels: int = (
             max(in_channels // 2, 1) if inter_channels is None else check_width("inter_channels", inter_channels)
         )
         if value_channels is None:
             value_channels = self.inter_channels if use_out else in_channels
-        self.value_channels = check_width("value_channels", value_channels)
+        self.value_channels: int = check_width("value_channels", value_channels)
         if not use_out and value_channels != in_channels:
             raise ValueError(
                 f"value_channels: expected in_channels ({in_channels}) without an out-projection, got {value_channels}"
@@ -150,7 +150,7 @@ class AttentionBlock(Block):
         self.use_scale = use_scale
         if temperature is None:
             temperature = 1.0 if variant == "nl" else 0.05
-        self.temperature = check_temperature(temperature)
+        self.temperature: float = check_temperature(temperature)
         self.sub_sample: SubSample | None = check_choice("sub_sample", sub_sample, (None, "before", "after"))
         self.style: Style = check_choice("style", style, tuple(STYLES))
         self.backend: Backend = check_choice("backend", backend, tuple(BACKENDS))

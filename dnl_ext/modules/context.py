@@ -24,7 +24,7 @@ class _Pooling(Block):
     dims: int
 
     def _setup(self, in_channels: int, backend: Backend) -> None:
-        self.in_channels = check_width("in_channels", in_channels)
+        self.in_channels: int = check_width("in_channels", in_channels)
         self.conv_mask: Any
         self.backend: Backend = check_choice("backend", backend, ("fused", "reference"))
 
@@ -62,15 +62,16 @@ class _GlobalContext(_Pooling):
         self._setup(in_channels, backend)
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
             raise ValueError(f"ratio: expected a number above 0, got {ratio!r}")
-        self.ratio, self.planes = ratio, max(int(in_channels * ratio), 1)
+        self.ratio: float = ratio
+        self.planes: int = max(int(in_channels * ratio), 1)
         self.pooling_type: PoolingType = check_choice("pooling_type", pooling_type, ("att", "avg"))
         if not isinstance(fusion_types, (list, tuple)) or not fusion_types:
             raise ValueError(f"fusion_types: expected a list or tuple of at least one name, got {fusion_types!r}")
         for name in fusion_types:
             check_choice("fusion_types", name, ("channel_add", "channel_mul"))
-        self.fusion_types = tuple(fusion_types)
+        self.fusion_types: tuple[FusionType, ...] = tuple(fusion_types)
         conv: Any = CONV[self.dims]
-        self.conv_mask = conv(in_channels, 1, kernel_size=1) if pooling_type == "att" else None
+        self.conv_mask: Any = conv(in_channels, 1, kernel_size=1) if pooling_type == "att" else None
 
         def transform() -> nn.Sequential:
             return nn.Sequential(
@@ -80,8 +81,8 @@ class _GlobalContext(_Pooling):
                 conv(self.planes, in_channels, kernel_size=1),
             )
 
-        self.channel_add_conv = transform() if "channel_add" in fusion_types else None
-        self.channel_mul_conv = transform() if "channel_mul" in fusion_types else None
+        self.channel_add_conv: nn.Sequential | None = transform() if "channel_add" in fusion_types else None
+        self.channel_mul_conv: nn.Sequential | None = transform() if "channel_mul" in fusion_types else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -160,8 +161,8 @@ class _SimplifiedNonLocal(_Pooling):
         super().__init__()
         self._setup(in_channels, backend)
         conv: Any = CONV[self.dims]
-        self.conv_value = conv(in_channels, in_channels, kernel_size=1, bias=False)
-        self.conv_mask = conv(in_channels, 1, kernel_size=1)
+        self.conv_value: Any = conv(in_channels, in_channels, kernel_size=1, bias=False)
+        self.conv_mask: Any = conv(in_channels, 1, kernel_size=1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

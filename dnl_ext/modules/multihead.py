@@ -203,19 +203,22 @@ class DisentangledMultiheadAttention(Block):
         backend: Backend = "fused",
     ) -> None:
         super().__init__()
-        self.embed_dim, self.num_heads = check_width("embed_dim", embed_dim), check_width("num_heads", num_heads)
+        self.embed_dim: int = check_width("embed_dim", embed_dim)
+        self.num_heads: int = check_width("num_heads", num_heads)
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim: expected a multiple of num_heads ({num_heads}), got {embed_dim}")
-        self.head_dim = embed_dim // num_heads
-        self.kdim = embed_dim if kdim is None else check_width("kdim", kdim)
-        self.vdim = embed_dim if vdim is None else check_width("vdim", vdim)
+        self.head_dim: int = embed_dim // num_heads
+        self.kdim: int = embed_dim if kdim is None else check_width("kdim", kdim)
+        self.vdim: int = embed_dim if vdim is None else check_width("vdim", vdim)
         check_flags(bias=bias, batch_first=batch_first, unary=unary)
         for name, value in (("dropout", dropout), ("add_bias_kv", add_bias_kv), ("add_zero_attn", add_zero_attn)):
             if value:
                 raise NotImplementedError(f"{name}: expected {type(value)(0)}, got {value}")
-        self.dropout, self.batch_first, self.unary = 0.0, batch_first, unary
+        self.dropout: float = 0.0
+        self.batch_first: bool = batch_first
+        self.unary: bool = unary
         self.whiten: Whitening | None = check_choice("whiten", whiten, reference.WHITEN_NAMES)
-        self.temperature = check_temperature(temperature)
+        self.temperature: float = check_temperature(temperature)
         self.backend: Backend = check_choice("backend", backend, tuple(BACKENDS))
 
         options = {"device": device, "dtype": dtype}
@@ -235,8 +238,8 @@ class DisentangledMultiheadAttention(Block):
         self.register_parameter("v_proj_weight", None if packed else weight(embed_dim, self.vdim))
         self.register_parameter("in_proj_weight", weight(3 * embed_dim, embed_dim) if packed else None)
         self.register_parameter("in_proj_bias", nn.Parameter(torch.empty(3 * embed_dim, **options)) if bias else None)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
-        self.mask_proj = nn.Linear(self.kdim, num_heads, **options) if unary else None
+        self.out_proj: nn.Linear = nn.Linear(embed_dim, embed_dim, bias=bias, **options)
+        self.mask_proj: nn.Linear | None = nn.Linear(self.kdim, num_heads, **options) if unary else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

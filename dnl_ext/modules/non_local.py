@@ -69,7 +69,8 @@ class _NonLocal(AttentionBlock):
         check_flags(zeros_init=zeros_init)
         if isinstance(std, bool) or not isinstance(std, (int, float)) or not std >= 0:
             raise ValueError(f"std: expected a number of at least 0, got {std!r}")
-        self.std, self.zeros_init = std, zeros_init
+        self.std: float = std
+        self.zeros_init: bool = zeros_init
         check_width("in_channels", in_channels)
         super().__init__(
             in_channels, max(in_channels // check_width("reduction", reduction), 1), None, variant="nl", mode=mode,

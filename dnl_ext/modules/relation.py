@@ -87,10 +87,10 @@ class RelationModule(Block):
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.in_channels = check_width("in_channels", in_channels)
-        self.num_relations = check_width("num_relations", num_relations)
-        self.key_channels = check_width("key_channels", key_channels)
-        self.geometry_channels = check_width("geometry_channels", geometry_channels)
+        self.in_channels: int = check_width("in_channels", in_channels)
+        self.num_relations: int = check_width("num_relations", num_relations)
+        self.key_channels: int = check_width("key_channels", key_channels)
+        self.geometry_channels: int = check_width("geometry_channels", geometry_channels)
         if in_channels % num_relations:
             raise ValueError(f"in_channels: expected a multiple of num_relations ({num_relations}), got {in_channels}")
         if geometry_channels % 8:
@@ -98,10 +98,10 @@ class RelationModule(Block):
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
             raise ValueError(f"eps: expected a finite number above 0, got {eps!r}")
         self.eps = eps
-        self.query = nn.Linear(in_channels, num_relations * key_channels)
-        self.key = nn.Linear(in_channels, num_relations * key_channels)
-        self.value = nn.Linear(in_channels, in_channels)
-        self.geometry = nn.Linear(geometry_channels, num_relations)
+        self.query: nn.Linear = nn.Linear(in_channels, num_relations * key_channels)
+        self.key: nn.Linear = nn.Linear(in_channels, num_relations * key_channels)
+        self.value: nn.Linear = nn.Linear(in_channels, in_channels)
+        self.geometry: nn.Linear = nn.Linear(geometry_channels, num_relations)
 
     def forward(self, features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Relate the objects of each image.

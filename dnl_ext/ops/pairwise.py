@@ -153,19 +153,26 @@ def disentangled_attention(
     scale: float | None = None,
     whiten: Whitening | None = "channel",
 ) -> torch.Tensor:
-    """Disentangled non-local attention, exact, in memory linear in Nq and Nk.
+    """Disentangled non-local attention, exact, in memory linear in the numbers of queries and keys.
 
-    y_i = sum_j (P_ij + u_j) v_j,  P_ij = softmax_j(scale <q_i - mean(q), k_j - mean(k)>),  u_j = softmax_j(m_j)
+    Every query i gets a weighted sum of the values. A weight is the sum of two attention weights: a pairwise one, from
+    the similarity of query and key after both have lost their mean over positions ("whitening"), and a unary one, which
+    is the same for every query::
+
+        y_i = sum_j (P_ij + u_j) v_j
+        P_ij = softmax_j(scale * <q_i - mean(q), k_j - mean(k)>)
+        u_j = softmax_j(m_j)
 
     Args:
-        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16. Any strides: the view
-            ``x.flatten(2).transpose(1, 2)`` of a convolution's output is read where it lies.
+        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16; "..." is batch and heads. Any strides: the
+            view ``x.flatten(2).transpose(1, 2)`` of a convolution's output is read where it lies.
         key: tensor (..., Nk, Dqk) with Nk >= 1.
         value: tensor (..., Nk, Dv).
-        mask_logits: tensor (..., Nk), the unary term's logits; None leaves the unary term out.
-        scale: factor of the logits; None means 1 / sqrt(Dqk). A temperature T is ``scale=1 / (sqrt(Dqk) * T)``.
-        whiten: ``"channel"`` (the paper's, per-channel mean over positions), None (a standard non-local block), or
-            another name of :func:`whiten`, which then is applied to query and key first. ``"channel"`` happens inside.
+        mask_logits: m, tensor (..., Nk), the logits of the unary term; None leaves that term out.
+        scale: factor of the pairwise logits; None is 1 / sqrt(Dqk). A temperature T is ``scale=1 / (sqrt(Dqk) * T)``.
+        whiten: ``"channel"`` (the paper's: each channel loses its mean over positions), None (a standard non-local
+            block), or another name of :func:`whiten`, which then is applied to query and key first. ``"channel"`` is
+            part of the operator.
 
     All tensors share dtype, device and leading dimensions. DTensors: see :mod:`dnl_ext.distributed`.
 
@@ -173,8 +180,20 @@ def disentangled_attention(
         Tensor (..., Nq, Dv) of the dtype and dimension order of ``query``: channel-first in, channel-first out.
 
     Raises:
-        TypeError: a non-tensor. ValueError: a shape, dtype, device or option that does not fit.
+        TypeError: an argument is not a tensor, or ``scale`` not a number.
+        ValueError: a shape, dtype, device or option that does not fit.
         NotImplementedError: complex, sparse, nested or quantised input; third derivatives.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import disentangled_attention
+        >>> query, key, value = (torch.randn(2, 64, 12, 16, requires_grad=True) for _ in range(3))  # of convolutions
+        >>> mask_logits = torch.randn(2, 1, 12, 16)
+        >>> q, k, v = (x.flatten(2).transpose(1, 2) for x in (query, key, value))  # (2, 192, 64), views
+        >>> output = disentangled_attention(q, k, v, mask_logits.flatten(1))
+        >>> output.transpose(1, 2).unflatten(2, (12, 16)).shape
+        torch.Size([2, 64, 12, 16])
+        >>> output.sum().backward()
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 10.
     """
@@ -204,23 +223,61 @@ def pairwise_attention(
     scale: float | None = None,
     whiten: Whitening | None = "channel",
 ) -> torch.Tensor:
-    """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``, same arguments and errors."""
+    """Whitened pairwise attention, y_i = sum_j P_ij v_j: :func:`disentangled_attention` without the unary term.
+
+    Args:
+        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16.
+        key: tensor (..., Nk, Dqk) with Nk >= 1.
+        value: tensor (..., Nk, Dv).
+        scale, whiten: as in :func:`disentangled_attention`. With ``whiten=None`` this is ordinary attention.
+
+    Returns:
+        Tensor (..., Nq, Dv) of the dtype and dimension order of ``query``.
+
+    Raises:
+        As :func:`disentangled_attention`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import pairwise_attention
+        >>> query, key, value = torch.randn(2, 100, 16), torch.randn(2, 80, 16), torch.randn(2, 80, 300)
+        >>> ours = pairwise_attention(query, key, value, whiten=None)
+        >>> torch.allclose(ours, torch.nn.functional.scaled_dot_product_attention(query, key, value), atol=1e-5)
+        True
+
+    Source: Yin et al., ECCV 2020, equation 10 (first term).
+    """
     return disentangled_attention(query, key, value, scale=scale, whiten=whiten)
 
 
 def pairwise_softmax(
     query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None, whiten: Whitening | None = "channel"
 ) -> torch.Tensor:
-    """The whitened pairwise map P itself, for looking at: it holds Nq * Nk values by definition.
+    """The pairwise attention weights P themselves, Nq x Nk numbers: to be looked at, for nothing else here holds them.
+
+    P_ij = softmax_j(scale * <q_i - mean(q), k_j - mean(k)>)
 
     Args:
-        query: tensor (..., Nq, Dqk). key: tensor (..., Nk, Dqk). scale, whiten: as in :func:`disentangled_attention`.
+        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16.
+        key: tensor (..., Nk, Dqk) with Nk >= 1.
+        scale, whiten: as in :func:`disentangled_attention`.
 
     Returns:
-        Tensor (..., Nq, Nk) of the dtype of ``query``. Logits are computed in float32 or wider.
+        Tensor (..., Nq, Nk) of the dtype of ``query``; each row sums to 1. Logits are computed in float32 or wider.
 
     Raises:
         As :func:`disentangled_attention`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import pairwise_softmax
+        >>> weights = pairwise_softmax(torch.randn(5, 16), torch.randn(7, 16))
+        >>> weights.shape
+        torch.Size([5, 7])
+        >>> torch.allclose(weights.sum(-1), torch.ones(5))
+        True
+
+    Source: Yin et al., ECCV 2020, equation 10 (first term).
     """
     check_tensor("query", query, "(..., Nq, Dqk)")
     scale = parse_scale(query, scale)

@@ -1,6 +1,6 @@
 """Unary softmax and pooling: the term of the attention that does not depend on the query."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,7 +77,7 @@ class SoftmaxGradient(Function):
         return SoftmaxGradient.apply(tangent_grad, output) + by_output.to(output.dtype)
 
 
-softmax = differentiable("softmax", Softmax)
+softmax: Callable[..., torch.Tensor] = differentiable("softmax", Softmax)
 
 
 class UnaryAttention(Function):
@@ -225,17 +225,24 @@ register_batching("dnl_ext::unary_backward")(ops.unary_backward)
 
 
 def unary_softmax(mask_logits: torch.Tensor) -> torch.Tensor:
-    """u_j = softmax_j(m_j), the unary attention map, with statistics in float32 or wider.
+    """The unary attention weights u_j = softmax_j(m_j), with sums in float32 or wider.
 
     Args:
-        mask_logits: float tensor (..., Nk) with Nk >= 1.
+        mask_logits: m, tensor (..., Nk) with Nk >= 1, float64, float32, bfloat16 or float16.
 
     Returns:
         Tensor (..., Nk) of the dtype and dimension order of ``mask_logits``.
 
     Raises:
-        TypeError: not a tensor. ValueError: not a float tensor, or Nk = 0.
+        TypeError: the argument is not a tensor.
+        ValueError: it is not of a float type, or Nk is 0.
         NotImplementedError: complex, sparse, nested or quantised input.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import unary_softmax
+        >>> unary_softmax(torch.tensor([0.0, 0.0, 0.0, 0.0]))
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
 
     Source: Yin et al., ECCV 2020, equation 10 (second term).
     """
@@ -244,18 +251,29 @@ def unary_softmax(mask_logits: torch.Tensor) -> torch.Tensor:
 
 
 def unary_attention(mask_logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Pool the values with the unary map: sum_j softmax_j(m_j) v_j, one vector for all queries, in O(Nk Dv).
+    """Pool the values with the unary attention weights: sum_j softmax_j(m_j) v_j, one vector for all queries.
+
+    It takes O(Nk Dv) operations.
 
     Args:
-        mask_logits: float tensor (..., Nk) with Nk >= 1.
+        mask_logits: m, tensor (..., Nk) with Nk >= 1, float64, float32, bfloat16 or float16.
         value: tensor (..., Nk, Dv) of the same dtype, device and leading dimensions; any strides.
 
     Returns:
         Tensor (..., Dv) of the dtype of ``value``.
 
     Raises:
-        TypeError: not a tensor. ValueError: shape, dtype or device that does not fit.
+        TypeError: an argument is not a tensor.
+        ValueError: a shape, dtype or device that does not fit.
         NotImplementedError: complex, sparse, nested or quantised input.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import unary_attention
+        >>> features = torch.randn(2, 64, 12, 16)  # of a convolution, (B, C, H, W)
+        >>> mask_logits = torch.randn(2, 12, 16)
+        >>> unary_attention(mask_logits.flatten(1), features.flatten(2).transpose(1, 2)).shape
+        torch.Size([2, 64])
 
     Source: Yin et al., ECCV 2020, equation 10; the same pooling is GCNet's global context (Cao et al., 2019).
     """

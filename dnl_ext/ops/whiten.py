@@ -236,7 +236,7 @@ def mean_subtract(x: torch.Tensor, dim: int = -2) -> torch.Tensor:
     """Subtract the mean over one dimension: ``x - x.mean(dim, keepdim=True)``, with sums in float32 or wider.
 
     Args:
-        x: float tensor of any shape and strides with at least one dimension.
+        x: float64, float32, bfloat16 or float16 tensor of any shape and strides with at least one dimension.
         dim: the dimension of the positions. -2 fits (..., N, C), the layout of the attention functions.
 
     Returns:
@@ -244,8 +244,15 @@ def mean_subtract(x: torch.Tensor, dim: int = -2) -> torch.Tensor:
 
     Raises:
         TypeError: ``x`` is not a tensor or ``dim`` not an int.
-        ValueError: ``x`` is not a float tensor or has no dimension ``dim``.
+        ValueError: ``x`` is not of a float type or has no dimension ``dim``.
         NotImplementedError: complex, sparse, nested or quantised ``x``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import mean_subtract
+        >>> mean_subtract(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))  # two positions of two channels
+        tensor([[ -1., -10.],
+                [  1.,  10.]])
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 8 (whitened pairwise term).
     """
@@ -254,7 +261,9 @@ def mean_subtract(x: torch.Tensor, dim: int = -2) -> torch.Tensor:
 
 
 def whiten(x: torch.Tensor, name: Whitening | None = "channel", *, eps: float = 1e-5) -> torch.Tensor:
-    """Whiten query or key before their inner products, with sums in float64.
+    """Whiten query or key before their inner products: subtract a mean and, for some names, divide by the deviation.
+
+    What a mean, and a variance, are taken over is in the name:
 
     ===================  =====================  ===========================
     mean over            ``x - mean``           and ``/ sqrt(var + eps)``
@@ -265,18 +274,33 @@ def whiten(x: torch.Tensor, name: Whitening | None = "channel", *, eps: float = 
     the whole tensor     fln_nostd              fln
     ===================  =====================  ===========================
 
+    Sums are float64.
+
     Args:
-        x: float tensor (..., N, C) of any strides.
-        name: one of the names above; the variance is unbiased, so a mean over one element gives NaN with a deviation.
-            None returns ``x`` itself. Under vmap a "whole tensor" is one of the mapped ones.
+        x: float64, float32, bfloat16 or float16 tensor (..., N, C) of N positions and C channels, any strides.
+        name: one of the names above; ``"channel"`` and ``"in_nostd"`` are the same. None returns ``x`` itself. The
+            variance is unbiased, so the three names that divide by a deviation give NaN over a single element. Under
+            torch.func.vmap "the whole tensor" is one of the mapped ones.
         eps: added to the variance.
 
     Returns:
         A tensor of the shape, dtype and dimension order of ``x``.
 
     Raises:
-        TypeError: ``x`` is not a tensor or ``name`` not a string. ValueError: an unknown name, a dtype or shape that
-        does not fit, a negative ``eps``. NotImplementedError: complex, sparse, nested or quantised ``x``.
+        TypeError: ``x`` is not a tensor, ``name`` not a string or ``eps`` not a number.
+        ValueError: an unknown name, a dtype or shape that does not fit, a negative ``eps``.
+        NotImplementedError: complex, sparse, nested or quantised ``x``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import whiten
+        >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])  # two positions of two channels
+        >>> whiten(x, "spatial")
+        tensor([[ -4.5000,   4.5000],
+                [-13.5000,  13.5000]])
+        >>> whiten(x, "in")
+        tensor([[-0.7071, -0.7071],
+                [ 0.7071,  0.7071]])
 
     Source: the names and formulae of the paper's segmentation code (NonLocal2d_bn and NonLocal2d_nowd).
     """
