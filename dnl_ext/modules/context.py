@@ -121,26 +121,42 @@ class _GlobalContext(_Pooling):
 
 
 class GlobalContext1d(_GlobalContext):
-    """GCNet's block on (B, C, L); arguments as :class:`GlobalContext2d`."""
+    """GCNet's global context block on (B, C, L); arguments as :class:`GlobalContext2d`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import GlobalContext1d
+        >>> GlobalContext1d(16)(torch.randn(2, 16, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
     dims = 1
 
 
 class GlobalContext2d(_GlobalContext):
-    """GCNet's global context block on (B, C, H, W): x * sigmoid(mul(c)) + add(c), c = sum_j softmax_j(conv_mask x) x_j.
+    """GCNet's global context block on (B, C, H, W): x * sigmoid(mul(c)) + add(c).
+
+    c is one vector for the whole image, the context: the mean of x over positions, weighted by softmax_j(conv_mask x).
 
     Args:
         in_channels: channels of the input and the output.
         ratio: the transforms ``add`` and ``mul`` (convolution, LayerNorm, ReLU, convolution) are
             ``int(in_channels * ratio)`` wide, at least 1.
-        pooling_type: ``"att"``, or ``"avg"``: c is the mean, without ``conv_mask``.
-        fusion_types: ``"channel_add"``, ``"channel_mul"`` or both, in a list or tuple.
+        pooling_type: ``"att"``, or ``"avg"``: c is the plain mean, without ``conv_mask``.
+        fusion_types: ``"channel_add"``, ``"channel_mul"`` or both, in a list or tuple: which transforms there are.
         backend: ``"fused"``, or ``"reference"``: plain PyTorch.
 
     State dict: mmcv's ContextBlock, ``conv_mask.*``, ``channel_add_conv.{0,1,3}.*``, ``channel_mul_conv.{0,1,3}.*``.
 
     Raises:
         ValueError: an option or width that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import GlobalContext2d
+        >>> block = GlobalContext2d(64, ratio=1 / 16, fusion_types=("channel_add", "channel_mul"))
+        >>> block(torch.randn(2, 64, 12, 16)).shape
+        torch.Size([2, 64, 12, 16])
 
     Source: Cao et al., "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond", 2019, equation 5.
     """
@@ -149,7 +165,14 @@ class GlobalContext2d(_GlobalContext):
 
 
 class GlobalContext3d(_GlobalContext):
-    """GCNet's block on (B, C, T, H, W); arguments as :class:`GlobalContext2d`."""
+    """GCNet's global context block on (B, C, T, H, W); arguments as :class:`GlobalContext2d`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import GlobalContext3d
+        >>> GlobalContext3d(16)(torch.randn(2, 16, 3, 8, 8)).shape
+        torch.Size([2, 16, 3, 8, 8])
+    """
 
     dims = 3
 
@@ -180,7 +203,14 @@ class _SimplifiedNonLocal(_Pooling):
 
 
 class SimplifiedNonLocal1d(_SimplifiedNonLocal):
-    """Simplified non-local block on (B, C, L); arguments as :class:`SimplifiedNonLocal2d`."""
+    """GCNet's simplified non-local block on (B, C, L); arguments as :class:`SimplifiedNonLocal2d`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import SimplifiedNonLocal1d
+        >>> SimplifiedNonLocal1d(16)(torch.randn(2, 16, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
     dims = 1
 
@@ -188,8 +218,8 @@ class SimplifiedNonLocal1d(_SimplifiedNonLocal):
 class SimplifiedNonLocal2d(_SimplifiedNonLocal):
     """GCNet's simplified non-local block on (B, C, H, W): out_i = x_i + W_v sum_j softmax_j(conv_mask x) x_j.
 
-    The unary term of a DNL block alone. ``conv_value`` has no bias, so it may follow the pooling, where it costs C^2 in
-    place of N C^2.
+    It is the unary term of a disentangled non-local block alone. ``conv_value`` (W_v) has no bias, so it may follow the
+    pooling, where it takes C^2 multiplications in place of N C^2.
 
     Args:
         in_channels: channels of the input and the output.
@@ -200,13 +230,26 @@ class SimplifiedNonLocal2d(_SimplifiedNonLocal):
     Raises:
         ValueError: a width that does not fit.
 
-    Source: Cao et al., GCNet, equation 3; the names of the paper's segmentation code (Unary2d).
+    Example:
+        >>> import torch
+        >>> from dnl_ext import SimplifiedNonLocal2d
+        >>> SimplifiedNonLocal2d(64)(torch.randn(2, 64, 12, 16)).shape
+        torch.Size([2, 64, 12, 16])
+
+    Source: Cao et al., "GCNet", 2019, equation 3; the names of the paper's segmentation code (Unary2d).
     """
 
     dims = 2
 
 
 class SimplifiedNonLocal3d(_SimplifiedNonLocal):
-    """Simplified non-local block on (B, C, T, H, W); arguments as :class:`SimplifiedNonLocal2d`."""
+    """GCNet's simplified non-local block on (B, C, T, H, W); arguments as :class:`SimplifiedNonLocal2d`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import SimplifiedNonLocal3d
+        >>> SimplifiedNonLocal3d(16)(torch.randn(2, 16, 3, 8, 8)).shape
+        torch.Size([2, 16, 3, 8, 8])
+    """
 
     dims = 3

@@ -155,26 +155,40 @@ def attend(
 class DisentangledMultiheadAttention(Block):
     """``nn.MultiheadAttention`` whose heads may whiten their pairwise term and add a unary one.
 
-    Head h of query i:  sum_j (P_ij + u_j) v_j,  P_ij = softmax_j(<q'_i, k'_j> / (sqrt(d) temperature)),
-    u_j = softmax_j(m_j), with m = ``mask_proj(key)``, one logit per head. Without the unary term and with
-    ``whiten=None`` it is ``nn.MultiheadAttention``.
+    A head computes, for query i of d channels::
+
+        y_i = sum_j (P_ij + u_j) v_j
+        P_ij = softmax_j(<q'_i, k'_j> / (sqrt(d) * temperature)), q' and k' whitened
+        u_j = softmax_j(m_j), m = mask_proj(key), one logit per head
+
+    Without the unary term and with ``whiten=None`` it is ``nn.MultiheadAttention``.
 
     Memory is linear in the sequence lengths with ``need_weights=False`` and without masks. Otherwise the L x S map of
     every head is built, in plain PyTorch: ``need_weights=True`` (the default, as in torch) returns it anyway.
 
     Args:
-        embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype: as there.
+        embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype: as in ``nn.MultiheadAttention``.
         dropout: 0; anything else raises, since the fused attention has none.
         add_bias_kv, add_zero_attn: False; anything else raises.
-        unary: the unary term and its ``mask_proj``, a linear layer of ``kdim`` inputs.
+        unary: whether there is a unary term, and with it ``mask_proj``, a linear layer of ``kdim`` inputs.
         whiten: a name of :func:`dnl_ext.whiten` or None, for each head; means are over all positions of a sequence.
-        temperature: divides the logits.
+        temperature: divides the pairwise logits, above 0.
         backend: ``"fused"``, or ``"reference"``: plain PyTorch.
 
     State dict: that of ``nn.MultiheadAttention``, and ``mask_proj.*`` with the unary term.
 
     Raises:
-        ValueError: an option that does not fit. NotImplementedError: dropout, add_bias_kv, add_zero_attn.
+        ValueError: an option that does not fit.
+        NotImplementedError: dropout, add_bias_kv, add_zero_attn.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import DisentangledMultiheadAttention
+        >>> attention = DisentangledMultiheadAttention(64, num_heads=4, batch_first=True)
+        >>> tokens = torch.randn(2, 100, 64)
+        >>> output, weights = attention(tokens, tokens, tokens, need_weights=False)
+        >>> output.shape, weights
+        (torch.Size([2, 100, 64]), None)
 
     Source: Vaswani et al., "Attention Is All You Need", 2017; the two terms are equation 10 of Yin et al., ECCV 2020.
     """

@@ -57,23 +57,36 @@ def check_objects(features: torch.Tensor, boxes: torch.Tensor, in_channels: int)
 
 
 class RelationModule(Block):
-    """Object relations: out_m = f_m + concat over relations r of sum_n w^r_mn W_v^r f_n.
+    """Relations between the objects of an image: every object gets a weighted sum of all objects' features.
 
-    w^r_mn = softmax_n(log(max(g^r_mn, eps)) + <W_q^r f_m, W_k^r f_n> / sqrt(key_channels)) with the geometric weight
-    g^r_mn = relu(W_g^r embedding of :func:`relative_geometry`).
+    The weights of a relation come from the features of two objects and from where their boxes lie. With
+    f_m the features of object m, and one term for each relation r::
 
-    Plain PyTorch that holds ``num_relations`` maps of N x N and one embedding of N x N x geometry_channels: there are
-    hundreds of objects in an image, and the geometric weight is different for every pair.
+        out_m = f_m + concat over r of sum_n w^r_mn W_v^r f_n
+        w^r_mn = softmax_n(log(max(g^r_mn, eps)) + <W_q^r f_m, W_k^r f_n> / sqrt(key_channels))
+        g^r_mn = relu(W_g^r e_mn), e_mn an embedding of :func:`relative_geometry` of the two boxes
+
+    This is plain PyTorch that holds ``num_relations`` maps of N x N and one embedding of N x N x geometry_channels:
+    there are hundreds of objects in an image, and the geometric weight is different for every pair.
 
     Args:
         in_channels: channels of the features, a multiple of num_relations.
         num_relations: relation heads; each gives in_channels / num_relations channels.
         key_channels: width of query and key of each relation.
         geometry_channels: width of the geometric embedding, a multiple of 8.
-        eps: smallest geometric weight.
+        eps: smallest geometric weight, above 0.
 
     Raises:
         ValueError: a width that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import RelationModule
+        >>> features = torch.randn(2, 30, 64)  # 30 objects in each of 2 images
+        >>> corner, size = torch.rand(2, 30, 2) * 200, torch.rand(2, 30, 2) * 50
+        >>> boxes = torch.cat([corner, corner + size], -1)  # (x1, y1, x2, y2)
+        >>> RelationModule(64, num_relations=8)(features, boxes).shape
+        torch.Size([2, 30, 64])
 
     Source: Hu et al., "Relation Networks for Object Detection", CVPR 2018, equations 2 to 6.
     """

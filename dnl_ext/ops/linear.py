@@ -87,8 +87,8 @@ def concatenation_attention(query_logits: torch.Tensor, key_logits: torch.Tensor
     sum a_i + b_j of one number for each query and one for each key, which are the arguments here.
 
     It takes O(N log N + N Dv) operations and O(N Dv) memory: with the keys in descending order of b, those with
-    a_i + b_j > 0 come first, r_i of them, and y_i = (a_i V_r + W_r) / Nk with the running sums V_r of the first r v_j and
-    W_r of the first r b_j v_j. Its derivatives are those of the sums; the order is piecewise constant.
+    a_i + b_j > 0 come first, r_i of them, and y_i = (a_i V_r + W_r) / Nk with the running sums V_r of the first r v_j
+    and W_r of the first r b_j v_j. Its derivatives are those of the sums; the order is piecewise constant.
 
     Args:
         query_logits: a, tensor (..., Nq), float64, float32, bfloat16 or float16.
