@@ -16,7 +16,18 @@ from ..types import Whitening
 
 
 class NotAttention(TypeError):
-    """A module that is no non-local block, or one without a softmax over positions."""
+    """Raised for a module that is no non-local block, or one without a softmax over positions.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal2d
+        >>> from dnl_ext.analysis import NotAttention, block_inputs
+        >>> try:
+        ...     block_inputs(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+        ... except NotAttention as error:
+        ...     print(str(error)[:37])
+        block: expected attention_inputs(x) o
+    """
 
 
 def spatial_inputs(
@@ -108,14 +119,23 @@ def block_inputs(block: nn.Module, x: torch.Tensor) -> AttentionInputs:
     """What a block's attention receives for an input.
 
     Args:
-        block: a block of this library, or of a kind in ``KINDS``.
-        x: its input, tensor (B, C, *spatial).
+        block: a block of this library, any module with a method ``attention_inputs``, or one whose convolutions have
+            the names of mmcv's, mmsegmentation's or the paper's blocks (``KINDS``).
+        x: the input of the block, tensor (B, C, *spatial).
 
     Returns:
         :class:`dnl_ext.modules.AttentionInputs`.
 
     Raises:
-        NotAttention: no such block, or one without a softmax over positions.
+        NotAttention: the module is no such block, or one without a softmax over positions.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import DisentangledNonLocal2d
+        >>> from dnl_ext.analysis import block_inputs
+        >>> inputs = block_inputs(DisentangledNonLocal2d(8), torch.randn(1, 8, 5, 6))
+        >>> inputs.key.shape, inputs.mask_logits.shape, inputs.whiten
+        (torch.Size([1, 30, 4]), torch.Size([1, 30]), 'channel')
     """
     function = adapter(block)
     if function is None:

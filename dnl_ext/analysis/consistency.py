@@ -24,9 +24,21 @@ IGNORE = 255
 
 @dataclasses.dataclass(frozen=True)
 class Consistency:
-    """mass, its value for uniform attention, and the correlation; ``queries`` were averaged over (1 for a map).
+    """How well attention weights keep to a set of keys, such as those of the query's class, or class boundaries.
 
     nan where nothing can be said: no key with a class, or, for the correlation, keys that are all alike.
+
+    Attributes:
+        mass: share of the attention that lies on the set, 0 .. 1.
+        uniform: what ``mass`` would be for uniform attention, the set's share of the keys.
+        correlation: Pearson's r between the weights and membership in the set, -1 .. 1.
+        queries: number of queries that were averaged over; 1 for a map that all queries share.
+
+    Example:
+        >>> from dnl_ext.analysis import Consistency
+        >>> found = Consistency(mass=0.6, uniform=0.25, correlation=0.4, queries=100)
+        >>> found.mass > found.uniform  # more than uniform attention would have
+        True
     """
 
     mass: float
@@ -44,6 +56,13 @@ def labels_on_grid(label: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
     Returns:
         int64 tensor of ``shape``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import labels_on_grid
+        >>> labels_on_grid(torch.arange(16).view(4, 4), (2, 2))
+        tensor([[ 5,  7],
+                [13, 15]])
     """
     for dim, size in enumerate(shape):
         places = ((torch.arange(size, dtype=torch.float64) + 0.5) * (label.shape[dim] / size)).long()
@@ -52,9 +71,23 @@ def labels_on_grid(label: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 
 def boundaries(labels: torch.Tensor) -> torch.Tensor:
-    """Which positions have a direct neighbour of another class: bool tensor of the shape of ``labels``.
+    """Which positions have a direct neighbour of another class, in any spatial dimension.
 
-    Next to ``IGNORE``, and there, is no boundary.
+    Positions without a class (label 255, ``IGNORE``) and their neighbours are no boundary on that account.
+
+    Args:
+        labels: int64 tensor of class numbers, of any shape.
+
+    Returns:
+        bool tensor of the shape of ``labels``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import boundaries
+        >>> boundaries(torch.tensor([[0, 0, 1], [0, 0, 1], [0, 0, 255]]))
+        tensor([[False,  True,  True],
+                [False,  True,  True],
+                [False, False, False]])
     """
     found = torch.zeros_like(labels, dtype=torch.bool)
     for dim in range(labels.dim()):

@@ -20,11 +20,22 @@ from .terms import Terms
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
-    """Variances of a block's logits over all (query, key), and shares of them, 0 .. 1.
+    """Variance of a block's logits over all pairs of query and key, and what share of it each part has.
 
-    variance: of the logits. pairwise, unary, row: shares, which add up to 1 (nan where all logits are equal).
-    unary_of_map: unary / (unary + pairwise), the share among the parts that the softmax sees.
-    mask_variance: of the unary term's own logits over the keys, in a block that has them; else None.
+    Attributes:
+        variance: of the logits.
+        pairwise, unary, row: shares of the whitened pairwise part, the unary part and the part that is constant per
+            query, 0 .. 1. They add up to 1; nan where all logits are equal.
+        unary_of_map: unary / (unary + pairwise), the share among the parts that the softmax sees. 1 means that all
+            queries have the same map.
+        mask_variance: of the unary term's own logits over the keys, in a block that has them; else None.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms, decompose
+        >>> found = decompose(attention_terms(torch.randn(30, 8), torch.randn(40, 8), torch.randn(40, 8), whiten=None))
+        >>> round(found.pairwise + found.unary + found.row, 6)
+        1.0
     """
 
     variance: float
@@ -36,9 +47,24 @@ class Decomposition:
 
 
 def decompose(terms: Terms) -> Decomposition | None:
-    """The :class:`Decomposition` of :class:`terms.Terms`; None for a block without query and key.
+    """Split the variance of a block's logits into a pairwise, a unary and a per-query part, exactly and in O(N D^2).
 
     Products run in the type of the terms, sums of the parts in float64.
+
+    Args:
+        terms: of :func:`dnl_ext.analysis.attention_terms`.
+
+    Returns:
+        :class:`Decomposition`; None for a block without query and key.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms, decompose
+        >>> query, key, value = torch.randn(30, 8), torch.randn(40, 8), torch.randn(40, 16)
+        >>> decompose(attention_terms(query, key, value, whiten="channel")).unary < 1e-6  # whitening takes it away
+        True
+
+    Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, section 3.
     """
     if terms.query is None or terms.key is None:
         return None

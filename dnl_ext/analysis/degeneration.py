@@ -35,6 +35,14 @@ def mean_cosine_distance(x: torch.Tensor) -> float:
 
     Raises:
         ValueError: fewer than two rows.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import mean_cosine_distance
+        >>> mean_cosine_distance(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 4.0]]))
+        0.33333333333333337
+
+    Source: Cao et al., "GCNet", ICCVW 2019, section 3.
     """
     if x.dim() != 2 or x.shape[0] < 2:
         raise ValueError(f"x: expected shape (n, C) with n >= 2, got {tuple(x.shape)}")

@@ -13,11 +13,22 @@ from .terms import split_images
 
 
 class AttentionMaps(NamedTuple):
-    """Weights over the key positions, each map of sum 1, float32 or float64 on the CPU.
+    """Attention weights of chosen queries over the key positions, each map of sum 1, float32 or float64 on the CPU.
 
-    joint: "product", "sum", "pairwise" or "unary", see :mod:`.terms`, which also says what the maps are.
-    pairwise, total: tensors (queries, *key shape), None where the block has no such map.
-    unary: tensor (*key shape), or None.
+    Attributes:
+        joint: how the block joins its terms, "product", "sum", "pairwise" or "unary"; :mod:`dnl_ext.analysis.terms`
+            says what the maps then are.
+        pairwise: tensor (queries, *key shape); None where the block has no such map.
+        unary: tensor (*key shape), which all queries share; None where the block has no such map.
+        total: tensor (queries, *key shape), what the block applies; None where a learned gain is negative.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import DisentangledNonLocal2d
+        >>> from dnl_ext.analysis import attention_rows
+        >>> maps = attention_rows(DisentangledNonLocal2d(8), torch.randn(1, 8, 5, 6), [(0, 0)])
+        >>> maps.joint, maps.unary.shape, maps.positions
+        ('sum', torch.Size([5, 6]), 30)
     """
 
     joint: Joint
@@ -40,10 +51,10 @@ class AttentionMaps(NamedTuple):
 
 @torch.no_grad()
 def attention_rows(block: nn.Module, features: torch.Tensor, queries: Sequence[Sequence[int]]) -> AttentionMaps:
-    """Where chosen positions look.
+    """Where chosen positions look: the attention weights of a few queries, never the whole N x N map.
 
     Args:
-        block: any block that :func:`blocks.block_inputs` knows.
+        block: any block that :func:`dnl_ext.analysis.block_inputs` knows.
         features: its input, tensor (1, C, *spatial).
         queries: positions on the spatial grid, each a tuple of as many numbers.
 
@@ -52,7 +63,15 @@ def attention_rows(block: nn.Module, features: torch.Tensor, queries: Sequence[S
 
     Raises:
         ValueError: ``features`` holds more than one image or head, or a query lies outside of it.
-        NotAttention: see :func:`blocks.block_inputs`.
+        NotAttention: see :func:`dnl_ext.analysis.block_inputs`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal2d
+        >>> from dnl_ext.analysis import attention_rows
+        >>> maps = attention_rows(NonLocal2d(8), torch.randn(1, 8, 5, 6), [(0, 0), (4, 5)])
+        >>> maps.total.shape  # two queries, each with a weight for each of 5 x 6 keys
+        torch.Size([2, 5, 6])
     """
     if features.shape[0] != 1:
         raise ValueError(f"features: expected one image, got {features.shape[0]}")

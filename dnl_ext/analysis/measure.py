@@ -26,13 +26,23 @@ QUERIES = 256
 
 @dataclasses.dataclass(frozen=True)
 class TermStatistics:
-    """One map of a block.
+    """Statistics of one map of a block, pairwise, unary or total.
 
-    entropy: mean of H = -sum_j p_j log p_j over rows, in nats. entropy_share: the mean over log Nk; 1 is uniform.
-    cosine_distance, jsd: degeneration, means over pairs of queries, see :mod:`.degeneration`; for the unary map, which
-        all queries share, None.
-    own_class, boundaries: see :mod:`.consistency`; None without labels, and ``boundaries`` for all but the unary map,
-        ``own_class`` for the unary map.
+    Attributes:
+        entropy: mean of H = -sum_j p_j log p_j over queries, in nats.
+        entropy_share: the mean divided by log Nk, 0 .. 1; 1 is uniform attention.
+        cosine_distance, jsd: degeneration, means over pairs of queries, see :mod:`dnl_ext.analysis.degeneration`; None
+            for the unary map, which all queries share.
+        own_class: how well queries attend to their own class, see :mod:`dnl_ext.analysis.consistency`; None without
+            labels and for the unary map.
+        boundaries: how well the unary map keeps to class boundaries; None without labels and for the other maps.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms, measure_terms
+        >>> terms = attention_terms(torch.zeros(9, 4), torch.zeros(9, 4), torch.randn(9, 4))
+        >>> round(measure_terms(terms).total.entropy_share, 5)  # equal logits: uniform attention
+        1.0
     """
 
     entropy: Estimate
@@ -45,13 +55,27 @@ class TermStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionStatistics:
-    """One image (and head) in one block; see :mod:`dnl_ext.analysis` for what each part is.
+    """Statistics of one block's attention in one image (and head); :mod:`dnl_ext.analysis` says what each part is.
 
-    joint: how the block joins its terms: "product", "sum", "pairwise" or "unary".
-    queries, keys: numbers of positions. sampled: queries whose rows were looked at.
-    pairwise, unary, total: :class:`TermStatistics` of each map; None where the block has none.
-    decomposition, coupling: None for a block without query and key, or with one term.
-    input_cosine_distance, output_cosine_distance: of the block's input and output between positions; None if not given.
+    Attributes:
+        joint: how the block joins its terms: "product", "sum", "pairwise" or "unary".
+        queries, keys: numbers of positions.
+        sampled: number of queries whose attention weights were looked at.
+        pairwise, unary, total: :class:`TermStatistics` of each map; None where the block has none.
+        decomposition, coupling: :class:`Decomposition` and :class:`Coupling`; None for a block without query and key,
+            the latter also for one with a single term.
+        input_cosine_distance, output_cosine_distance: mean cosine distance of the block's input and output between
+            positions; None if they were not given.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms, measure_terms
+        >>> terms = attention_terms(torch.randn(9, 4), torch.randn(9, 4), torch.randn(9, 4))
+        >>> statistics = measure_terms(terms)
+        >>> statistics.joint, statistics.queries
+        ('pairwise', 9)
+        >>> sorted(statistics.to_dict())[:3]
+        ['coupling', 'decomposition', 'input_cosine_distance']
     """
 
     joint: Joint
@@ -113,6 +137,14 @@ def measure_terms(
 
     Raises:
         ValueError: a number of queries below 2, or a shape that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms, measure_terms
+        >>> terms = attention_terms(torch.randn(64, 16), torch.randn(64, 16), torch.randn(64, 32), torch.randn(64))
+        >>> statistics = measure_terms(terms, queries=32)
+        >>> statistics.sampled, statistics.unary is None
+        (32, False)
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     flat_labels = None if labels is None else [x.flatten().to(terms.value.device) for x in labels]
@@ -227,11 +259,29 @@ def attention_terms(
     whiten: Whitening | None = "channel",
     gain: torch.Tensor | float = 1.0,
 ) -> Terms:
-    """The :class:`terms.Terms` of one image from the arguments of :func:`dnl_ext.disentangled_attention`.
+    """Terms of one image's attention, from the arguments of :func:`dnl_ext.disentangled_attention`.
 
     Args:
-        query: tensor (Nq, Dqk). key: tensor (Nk, Dqk). value: tensor (Nk, Dv). mask_logits: tensor (Nk,) or None.
-        scale: None means 1 / sqrt(Dqk). whiten: as there. gain: factor of the pairwise term in the sum.
+        query: tensor (Nq, Dqk), or None together with ``key`` for a block without a pairwise term.
+        key: tensor (Nk, Dqk), or None.
+        value: tensor (Nk, Dv).
+        mask_logits: tensor (Nk,), the logits of the unary term, or None.
+        scale: factor of the pairwise logits; None means 1 / sqrt(Dqk).
+        whiten: name of the whitening of query and key, as in :func:`dnl_ext.whiten`, or None.
+        gain: factor of the pairwise term in the sum of the two.
+
+    Returns:
+        :class:`Terms`, for :func:`measure_terms` and :func:`decompose`.
+
+    Raises:
+        ValueError: one of query and key without the other, or neither and no ``mask_logits``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms
+        >>> terms = attention_terms(torch.randn(9, 4), torch.randn(9, 4), torch.randn(9, 4), whiten=None)
+        >>> terms.joint  # the standard non-local block multiplies a pairwise with a unary map
+        'product'
     """
     if scale is None:
         scale = 1.0 if query is None else 1 / math.sqrt(query.shape[-1])

@@ -21,9 +21,17 @@ from .terms import split_images
 
 @dataclasses.dataclass
 class BlockReport:
-    """All images that one block has seen.
+    """Statistics of one block of a network, over all images that it has seen.
 
-    name: the block's name in the network. images: one :class:`measure.AttentionStatistics` per image (and head).
+    Attributes:
+        name: the block's name in the network.
+        images: one :class:`AttentionStatistics` for each image (and head).
+
+    Example:
+        >>> from dnl_ext.analysis import BlockReport
+        >>> report = BlockReport("layer4.block")
+        >>> report.joint, report.summary()  # nothing seen yet
+        (None, {})
     """
 
     name: str
@@ -31,6 +39,8 @@ class BlockReport:
 
     @property
     def joint(self) -> Joint | None:
+        """How the block joins its terms: "product", "sum", "pairwise" or "unary"; None before the first image."""
+
         return self.images[0].joint if self.images else None
 
     def summary(self) -> dict[str, Estimate]:
@@ -46,29 +56,36 @@ class BlockReport:
 
 
 class AttentionProbe:
-    """Context in which a network's non-local blocks are measured at every forward.
+    """Context in which the non-local blocks of a network are measured at every forward.
 
-        with AttentionProbe(network) as probe:
-            probe.run(loader)  # of images, or of (images, labels)
-        print(probe.table())
-
-    or, with a forward of your own, ``probe.labels = labels; network(images)``.
+    Each forward costs a block a second pass over its input projections and a fraction of its attention; nothing of Nq x
+    Nk is kept. The results of the network are not changed.
 
     Args:
-        model: any nn.Module. Its blocks are the modules with ``attention_inputs`` and those of
-            :data:`blocks.KINDS` (eager blocks of other code).
-        queries: random queries per image, None for all; see :func:`measure.measure_terms`.
+        model: any nn.Module. Its blocks are the modules with a method ``attention_inputs``, and plain-PyTorch blocks of
+            other code that :func:`block_inputs` knows.
+        queries: random queries per image, None for all; see :func:`measure_terms`.
         seed: of everything random.
 
     Attributes:
-        blocks: {name: :class:`BlockReport`}. labels: class numbers (B, *image shape) int64 of the next forward, or
-            None; 255 is no class. skipped: {name: why} of blocks that have no softmax over positions.
+        blocks: {name: :class:`BlockReport`}.
+        labels: class numbers of the next forward's pixels, int64 tensor (B, *image shape), or None; 255 is no class.
+        skipped: {name: why} of blocks that have no softmax over positions.
 
     Raises:
         ValueError: the network has no block.
 
-    Its forwards cost each block a second pass over its input projections and a fraction of its attention; nothing of
-    Nq x Nk is kept. The network's results are not changed.
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal2d
+        >>> from dnl_ext.analysis import AttentionProbe
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), NonLocal2d(8))
+        >>> with AttentionProbe(network) as probe:
+        ...     _ = probe.run([torch.randn(2, 3, 12, 12)], progress=False)  # a loader of images, or of (images, labels)
+        >>> len(probe.blocks["1"].images), probe.blocks["1"].joint
+        (2, 'product')
+
+    With a forward of your own: ``probe.labels = labels; network(images)``. :meth:`table` gives the figures as text.
     """
 
     def __init__(self, model: nn.Module, queries: int | None = QUERIES, seed: int = 0) -> None:

@@ -11,10 +11,17 @@ from typing_extensions import Self
 
 @dataclasses.dataclass(frozen=True)
 class Estimate:
-    """A mean over a sample.
+    """A mean over a sample, with its standard error.
 
-    value: the mean. stderr: its standard error (deviation of the sample over the root of its size); nan for one.
-    count: size of the sample.
+    Attributes:
+        value: the mean.
+        stderr: its standard error (deviation of the sample over the root of its size); nan for a sample of one.
+        count: size of the sample.
+
+    Example:
+        >>> from dnl_ext.analysis import Estimate
+        >>> print(Estimate.of([1.0, 2.0, 3.0]))
+        2 ± 0.6
     """
 
     value: float

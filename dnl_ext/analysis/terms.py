@@ -41,21 +41,38 @@ class Rows(NamedTuple):
 
 
 class Terms:
-    """The terms of one image's attention.
+    """The pairwise, unary and total attention weights of one image, of which any rows can be computed.
+
+    Computed in float64 for float64 inputs, otherwise in float32.
 
     Args:
-        query: tensor (Nq, Dqk) or None. key: tensor (Nk, Dqk) or None. Both whitened as the block does it.
-        value: tensor (Nk, Dv). mask_logits: tensor (Nk,) or None.
-        scale, gain: as in :class:`dnl_ext.modules.AttentionInputs`. whitened: whether the block whitens.
+        query: tensor (Nq, Dqk) or None, whitened as the block does it.
+        key: tensor (Nk, Dqk) or None, whitened as the block does it.
+        value: tensor (Nk, Dv).
+        mask_logits: tensor (Nk,) or None.
+        scale, gain: as in :class:`dnl_ext.modules.AttentionInputs`.
+        whitened: whether the block whitens.
         queries: their number, needed where there is no ``query``; None: as many as keys.
 
     Attributes:
-        joint: "product", "sum", "pairwise" or "unary", see the module.
+        joint: how the block joins its terms: "product", "sum", "pairwise" or "unary", see
+            :mod:`dnl_ext.analysis.terms`.
         query, key: the query times ``scale``, the key: logits are ``query @ key.T``.
         pair_query: the query of the pairwise term: less its mean where the joint is the product.
-        unary_logits: tensor (Nk,) or None. gain: float. queries, positions: Nq, Nk.
+        unary_logits: tensor (Nk,) or None.
+        gain: float.
+        queries, positions: Nq, Nk.
 
-    Computed in float64 for float64 inputs, otherwise in float32.
+    Raises:
+        ValueError: one of query and key without the other, or neither and no ``mask_logits``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms
+        >>> terms = attention_terms(torch.randn(9, 4), torch.randn(7, 4), torch.randn(7, 4), torch.randn(7))
+        >>> rows = terms.rows(torch.tensor([0, 8]))  # of the first and the last query
+        >>> rows.pairwise.shape, rows.unary.shape
+        (torch.Size([2, 7]), torch.Size([7]))
     """
 
     def __init__(

@@ -18,22 +18,57 @@ MEAN_DEVIATION = 1.0
 
 
 def forward_flops(queries: int, keys: int, width: int, channels: int) -> int:
-    """Floating-point operations of the forward's two products: S = q k^T and y = P v."""
+    """Floating-point operations of the forward's two products, S = q k^T and y = P v, at 2 for a multiply-add.
+
+    Args:
+        queries, keys: Nq and Nk. width: Dqk. channels: Dv.
+
+    Example:
+        >>> from dnl_ext.benchmark import forward_flops
+        >>> forward_flops(queries=1024, keys=1024, width=256, channels=512)
+        1610612736
+    """
     return 2 * queries * keys * (width + channels)
 
 
 def training_flops(queries: int, keys: int, width: int, channels: int) -> int:
-    """Forward + backward as seven products: the backward makes S again, then dP, dV, dQ and dK.
+    """Floating-point operations of forward and backward, counted as seven products.
 
-    That is what a method of linear memory must run. One that keeps its N x N map runs six; it is counted as seven too,
-    so that every figure of a case is the same count over a time: a speed.
+    The backward makes S again, then dP, dV, dQ and dK. That is what a method of linear memory must run. One that keeps
+    its N x N map runs six; it is counted as seven too, so that every figure of a case is the same count over a time: a
+    speed.
+
+    Args:
+        queries, keys: Nq and Nk. width: Dqk. channels: Dv.
+
+    Example:
+        >>> from dnl_ext.benchmark import training_flops
+        >>> training_flops(queries=1024, keys=1024, width=256, channels=512)
+        5368709120
     """
     return forward_flops(queries, keys, width, channels) + 2 * queries * keys * (3 * width + 2 * channels)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One problem: query (batch, heads, queries, width), key (.., keys, width), value (.., keys, channels)."""
+    """One problem of the benchmark.
+
+    Attributes:
+        width, channels: Dqk and Dv. queries, keys: Nq and Nk.
+        dtype: "fp64", "fp32", "bf16" or "fp16".
+        direction: "forward", or "training", which is forward and backward with gradients for every input.
+        device: as torch names it.
+        batch, heads: leading dimensions of every tensor.
+        whiten: whether query and key lose their means. unary: whether there is a unary term.
+
+    Example:
+        >>> from dnl_ext.benchmark import Case
+        >>> case = Case(width=256, channels=512, queries=1024, keys=1024)
+        >>> print(case.describe())
+        (256, 512) N=1024 fp32 forward
+        >>> case.map_bytes
+        4194304
+    """
 
     width: int
     channels: int

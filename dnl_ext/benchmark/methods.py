@@ -31,11 +31,37 @@ FLEX_TILES = tuple(
 
 
 class Unavailable(Exception):
-    """The method does not apply to the case here; the message says why."""
+    """The method does not apply to the case here; the message says why.
+
+    Example:
+        >>> from dnl_ext.benchmark import METHODS, Case, Unavailable
+        >>> try:
+        ...     METHODS["sdpa_slices"].build(Case(256, 256, 64, 64))
+        ... except Unavailable as reason:
+        ...     print(reason)
+        Dv <= 256: the same as sdpa_contiguous
+    """
 
 
 @dataclass(frozen=True)
 class Method:
+    """One way to compute attention: this library's, or what a user would pick instead.
+
+    Attributes:
+        name: key in ``METHODS``.
+        about: one line that says what it is.
+        build: function of a :class:`Case` that returns a function of (query, key, value, mask_logits), or a list of
+            them to be tried in turn; raises :class:`Unavailable`.
+        devices: where it can run. default: where it runs without being asked for.
+        maps: function of a case and its inputs that returns the number of N x N maps held at the peak, for leaving out
+            what cannot fit.
+
+    Example:
+        >>> from dnl_ext.benchmark import METHODS
+        >>> METHODS["eager"].devices
+        ('cpu', 'cuda')
+    """
+
     name: str
     about: str  # one line
     build: Callable[[Case], Attention | list[Attention]]  # a list is to be tried in turn

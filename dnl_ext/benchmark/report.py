@@ -18,7 +18,23 @@ STATUSES = ("ok", "skipped", "failed", "wrong")
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read and check a document. Raises ValueError that says what is wrong with the file."""
+    """Read a document that :func:`save_json` wrote, and check its layout.
+
+    Raises:
+        ValueError: not such a document; the message says what is wrong with the file. OSError: it cannot be read.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from dnl_ext.benchmark import load
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "results.json")
+        ...     _ = path.write_text("{}")
+        ...     try:
+        ...         load(path)
+        ...     except ValueError as error:
+        ...         print(str(error).removeprefix(f"{path}: "))
+        expected a benchmark document of schema 1
+    """
     try:
         document = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
@@ -66,7 +82,22 @@ def _methods(cases: list[dict[str, Any]]) -> list[str]:
 
 
 def tables(document: dict[str, Any]) -> "Iterator[Table | Text]":
-    """rich renderables: per dtype and direction a table of speeds, one of memory where it was measured, and notes."""
+    """A document as tables for the terminal, in the order in which to print them.
+
+    Args:
+        document: of :func:`run` or :func:`load`.
+
+    Returns:
+        Iterator over renderables of rich: for each dtype and direction a table of speeds, one of memory where it was
+        measured, and notes.
+
+    Example:
+        >>> from rich.console import Console
+        >>> from dnl_ext.benchmark import Options, run, tables
+        >>> document = run(Options(shapes=((16, 32),), positions=(64,), dtypes=("fp32",), peers=(), check_only=True))
+        >>> for table in tables(document):
+        ...     Console(quiet=True).print(table)
+    """
     from rich.text import Text
 
     yield Text(_heading(document))
@@ -206,10 +237,23 @@ STYLES = {
 
 
 def chart(document: dict[str, Any], path: str | Path) -> None:
-    """Draw the document to a PNG: share of the roof, and memory where it was measured, against N.
+    """Draw a document to a PNG: share of the plain product's speed, and memory where it was measured, against N.
 
     One row per dtype and direction and one column per (Dqk, Dv), each row of speeds followed by its row of memory.
-    Raises ValueError where there is nothing to draw.
+
+    Args:
+        document: of :func:`run` or :func:`load`.
+        path: the file; its folder is made.
+
+    Raises:
+        ValueError: the document has no figures to draw.
+
+    Example:
+        >>> from dnl_ext.benchmark import chart
+        >>> chart({"cases": []}, "results.png")
+        Traceback (most recent call last):
+        ...
+        ValueError: the document has no figures to draw
     """
     import matplotlib
 

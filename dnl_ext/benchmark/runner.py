@@ -34,6 +34,23 @@ LEAST_SECONDS = 0.5
 
 @dataclass
 class Options:
+    """What a run of the benchmark covers.
+
+    Attributes:
+        shapes: pairs (Dqk, Dv). positions: numbers N of queries and of keys.
+        dtypes, directions: as in :class:`Case`.
+        peers: names in ``METHODS``; None is what runs on the device by default.
+        device, batch, heads, whiten, unary: as in :class:`Case`.
+        budget: seconds of timing for all cases together. rounds: least number of rounds of a case, whatever the budget.
+        memory: measure peak memory too. check_only: check the values and time nothing.
+
+    Example:
+        >>> from dnl_ext.benchmark import Options
+        >>> options = Options(shapes=((256, 256),), positions=(1024, 4096), dtypes=("fp32",))
+        >>> [case.describe() for case in options.cases()][:2]
+        ['(256, 256) N=1024 fp32 forward', '(256, 256) N=4096 fp32 forward']
+    """
+
     shapes: tuple[tuple[int, int], ...] = ((256, 256), (256, 512), (256, 1024))  # (Dqk, Dv)
     positions: tuple[int, ...] = (1024, 2048, 4096)  # N = Nq = Nk
     dtypes: tuple[str, ...] = ("fp32", "bf16")
@@ -119,6 +136,15 @@ def run(
 
     Returns:
         dict: the document, see benchmarks/README.md. ``document["cases"][i]["results"]`` has one entry per method.
+
+    Example:
+        >>> from dnl_ext.benchmark import Options, passed, run
+        >>> sizes = {"shapes": ((16, 32),), "positions": (64,), "dtypes": ("fp32",), "directions": ("forward",)}
+        >>> document = run(Options(**sizes, peers=("eager",), check_only=True))
+        >>> [(result["method"], result["status"]) for result in document["cases"][0]["results"]]
+        [('dnl_ext', 'ok'), ('eager', 'ok')]
+        >>> passed(document)
+        True
     """
     document = new_document(options)
     cases = list(options.cases())
@@ -293,7 +319,25 @@ def compare(result: dict[str, Any]) -> None:
 
 
 def save_json(path: str | Path) -> Callable[[dict[str, Any]], None]:
-    """A `save` function that writes the document to `path`, whole or not at all."""
+    """A ``save`` function for :func:`run`, which writes the document to a file, whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+
+    Returns:
+        A function of the document.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from dnl_ext.benchmark import save_json
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_json(f"{folder}/results.json")({"cases": []})
+        ...     print(pathlib.Path(folder, "results.json").read_text())
+        {
+         "cases": []
+        }
+        <BLANKLINE>
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -306,6 +350,12 @@ def save_json(path: str | Path) -> Callable[[dict[str, Any]], None]:
 
 
 def passed(document: dict[str, Any]) -> bool:
-    """Whether dnl_ext was right in every case."""
+    """Whether dnl_ext was right in every case of a document that :func:`run` returned.
+
+    Example:
+        >>> from dnl_ext.benchmark import passed
+        >>> passed({"cases": [{"results": [{"method": "dnl_ext", "status": "wrong"}]}]})
+        False
+    """
     own = [record for case in document["cases"] for record in case["results"] if record["method"] == OWN]
     return bool(own) and all(record["status"] == "ok" for record in own)

@@ -88,6 +88,16 @@ def shard_positions(module: Module, group: Mesh | None = None) -> Module:
         ValueError: there is no block in it. NotImplementedError: a block that mixes positions in a way that does not
         shard: modes without a softmax, ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None,
             norms.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from dnl_ext import DisentangledNonLocal2d
+        >>> from dnl_ext.distributed import shard_positions
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> block = shard_positions(DisentangledNonLocal2d(8, norm=None))
+        >>> block(torch.randn(1, 8, 5, 6)).shape  # this rank's 5 rows
+        torch.Size([1, 8, 5, 6])
+        >>> dist.destroy_process_group()
     """
     group = process_group(group)
     blocks = [(name, block) for name, block in module.named_modules() if isinstance(block, AttentionBlock)]

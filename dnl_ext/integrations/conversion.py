@@ -21,7 +21,21 @@ from ._recognise import CannotConvert, Recipe, is_ours, recognise
 
 @dataclass(frozen=True)
 class Converted:
-    """One replaced block: its name in the model, both classes, the arguments of the new one, and the old one."""
+    """One replaced block.
+
+    Attributes:
+        name: its name in the model.
+        source: its class.
+        target: the class or classmethod of this package that made the new one.
+        arguments: of ``target``.
+        original: the old block.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.integrations import convert
+        >>> print(convert(torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2)), multihead=True).converted[0].target)
+        DisentangledMultiheadAttention
+    """
 
     name: str
     source: str
@@ -36,7 +50,19 @@ class Converted:
 
 @dataclass(frozen=True)
 class Skipped:
-    """One block that was recognised and left as it is: its name in the model, its class, and why."""
+    """One block that was recognised and left as it is.
+
+    Attributes:
+        name: its name in the model.
+        source: its class.
+        reason: why it was left, in one sentence.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.integrations import convert
+        >>> print(convert(torch.nn.MultiheadAttention(8, 2, dropout=0.5), multihead=True).skipped[0].reason)
+        dropout: expected 0.0, got 0.5
+    """
 
     name: str
     source: str
@@ -50,7 +76,16 @@ class Skipped:
 class Report:
     """What :func:`convert` did; ``str()`` has a line for each block.
 
-    ``model`` is the model: the one given, changed in place, or if that is a block itself, what replaces it.
+    Attributes:
+        model: the model: the one given, changed in place, or if that is a block itself, what replaces it.
+        converted: a :class:`Converted` for each replaced block.
+        skipped: a :class:`Skipped` for each block that was recognised and left.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.integrations import convert
+        >>> print(convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))))
+        no non-local block found
     """
 
     model: nn.Module = field(repr=False)
@@ -78,6 +113,16 @@ def convert(model: nn.Module, *, multihead: bool = False, backend: Backend = "fu
     Raises:
         TypeError: `model` is not an nn.Module. ValueError: an option that does not fit. A block that is known but
         cannot be converted does not raise: it is in ``.skipped``, with the reason.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.integrations import convert
+        >>> model = torch.nn.TransformerEncoderLayer(16, 2, dropout=0.0)  # or a model with blocks of mmcv, GCNet, ...
+        >>> report = convert(model, multihead=True)
+        >>> print(report)  # doctest: +ELLIPSIS
+        self_attn: ...MultiheadAttention -> DisentangledMultiheadAttention(embed_dim=16, ...)
+        >>> report.model is model
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -127,6 +172,13 @@ def restore(model: nn.Module, report: Report) -> nn.Module:
 
     Raises:
         ValueError: a block of the report is not where it was put.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.integrations import convert, restore
+        >>> report = convert(torch.nn.TransformerEncoderLayer(16, 2, dropout=0.0), multihead=True)
+        >>> type(restore(report.model, report).self_attn)
+        <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
     for change in report.converted:
         try:
