@@ -2,12 +2,15 @@
 
 import os
 import platform
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ._load import _C
 from ._version import __version__
 from .reference import check_whiten_name
+from .types import Whitening
 
 __all__ = ["Config", "show_config"]
 
@@ -39,10 +42,20 @@ INSTRUCTION_SETS = {
 }
 
 
-class Config(dict):
-    """What :func:`show_config` returns: a dict (JSON-serialisable) that prints as text."""
+class Config(dict[str, Any]):
+    """What :func:`show_config` returns: a dict that prints as text. Its values are plain, so ``json.dumps`` takes it.
 
-    def __str__(self):
+    Example:
+        >>> import json
+        >>> from dnl_ext import show_config
+        >>> config = show_config()
+        >>> str(config).startswith("versions")
+        True
+        >>> json.loads(json.dumps(config))["versions"]["dnl_ext"] == config["versions"]["dnl_ext"]
+        True
+    """
+
+    def __str__(self) -> str:
         lines = []
         for title, section in self.items():
             lines.append(title)
@@ -54,8 +67,16 @@ class Config(dict):
 
 
 def show_config(
-    query=None, key=None, value=None, mask_logits=None, *, shape=None, dtype=None, device=None, whiten="channel"
-):
+    query: torch.Tensor | None = None,
+    key: torch.Tensor | None = None,
+    value: torch.Tensor | None = None,
+    mask_logits: torch.Tensor | None = None,
+    *,
+    shape: Sequence[int] | None = None,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    whiten: Whitening | None = "channel",
+) -> Config:
     """Describe the build, the machine and, given tensors or a shape, the path that an attention call takes.
 
     Args:
@@ -72,6 +93,14 @@ def show_config(
 
     Raises:
         ValueError: a shape, dtype or device that no call can have.
+
+    Example:
+        >>> from dnl_ext import show_config
+        >>> call = show_config(shape=(4096, 256, 512), dtype="float32", device="cpu")["call"]
+        >>> call["map_bytes"]  # what one attention map of 4096 x 4096 would take
+        67108864
+        >>> call["path"].startswith("tiled")
+        True
     """
     config = Config(versions=_versions(), cpu=_cpu(), cuda=_cuda(), environment=_environment())
     if query is not None:
@@ -79,11 +108,14 @@ def show_config(
             raise ValueError("show_config: expected query, key and value, or shape alone")
         config["call"] = _call_of_tensors(query, key, value, mask_logits, whiten)
     elif shape is not None:
-        config["call"] = _call(*_sizes(shape), parse_dtype(dtype), str(device or "cpu"), whiten, unary=True)
+        batch, queries, keys, width, channels = _sizes(shape)
+        config["call"] = _call(
+            batch, queries, keys, width, channels, parse_dtype(dtype), str(device or "cpu"), whiten, unary=True
+        )
     return config
 
 
-def parse_dtype(dtype):
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     """A torch.dtype from itself, its name ("float32", "torch.float32") or its short name ("fp32"); None is float32."""
     name = "float32" if dtype is None else str(dtype).removeprefix("torch.")
     name = SHORT.get(name, name)
@@ -92,7 +124,7 @@ def parse_dtype(dtype):
     return DTYPES[name]
 
 
-def _versions():
+def _versions() -> dict[str, Any]:
     built = _C.build_info()
     try:
         from importlib.metadata import version
@@ -110,7 +142,7 @@ def _versions():
     }
 
 
-def _cpu():
+def _cpu() -> dict[str, Any]:
     try:
         capability = _C.cpu_capability()
     except ValueError as error:  # DNL_EXT_CPU_CAPABILITY names one that cannot be had
@@ -125,7 +157,7 @@ def _cpu():
     }
 
 
-def cpu_model():
+def cpu_model() -> str:
     """The CPU's name with family and model numbers, or what `platform` knows."""
     found = {}
     try:
@@ -140,7 +172,7 @@ def cpu_model():
     return f"{found['model name']} (family {found.get('cpu family', '?')}, model {found.get('model', '?')})"
 
 
-def _cuda():
+def _cuda() -> dict[str, Any]:
     built = _C.build_info()
     archs = [arch for arch in built["cuda_archs"].replace(",", ";").replace(" ", ";").split(";") if arch]
     section = {"built": built["cuda"], "archs": archs, "torch_cuda": torch.version.cuda, "devices": []}
@@ -155,7 +187,7 @@ def _cuda():
     return section
 
 
-def arch_cover(archs, capability):
+def arch_cover(archs: Sequence[str], capability: tuple[int, int]) -> str | None:
     """How a binary built for `archs` ("8.0", "9.0a", "9.0+PTX", ...) runs on a device: "8.0", "9.0+PTX (JIT)" or None.
 
     Machine code runs on its own major version from its minor version up; PTX on anything as new or newer; an "a"
@@ -176,22 +208,25 @@ def arch_cover(archs, capability):
     return f"{fits[-1]} (JIT)" if fits else None
 
 
-def _environment():
+def _environment() -> dict[str, str | None]:
     names = dict.fromkeys([*VARIABLES, *sorted(name for name in os.environ if name.startswith("DNL_EXT_"))])
     return {name: os.environ.get(name) for name in names}
 
 
-def _sizes(shape):
+def _sizes(shape: Sequence[int]) -> tuple[int, int, int, int, int]:
     """(batch, Nq, Nk, Dqk, Dv) from (N, Dqk, Dv) or from all five."""
     sizes = [int(size) for size in shape]
     if len(sizes) == 3:
         sizes = [1, sizes[0], *sizes]
     if len(sizes) != 5 or min(sizes) < 0 or sizes[2] < 1:
         raise ValueError(f"shape: expected (N, Dqk, Dv) or (batch, Nq, Nk, Dqk, Dv), got {tuple(shape)}")
-    return sizes
+    batch, queries, keys, width, channels = sizes
+    return batch, queries, keys, width, channels
 
 
-def _call_of_tensors(query, key, value, mask_logits, whiten):
+def _call_of_tensors(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask_logits: torch.Tensor | None, whiten: str | None
+) -> dict[str, Any]:
     batch = query.shape[:-2].numel()
     named = {"query": query, "key": key, "value": value}
     call = _call(
@@ -203,7 +238,7 @@ def _call_of_tensors(query, key, value, mask_logits, whiten):
     return call
 
 
-def _layout(x):
+def _layout(x: torch.Tensor) -> str:
     if x.stride(-1) == 1:
         return "rows (channels adjacent)"
     if x.stride(-2) == 1:
@@ -211,7 +246,18 @@ def _layout(x):
     return f"strides {x.stride(-2)}, {x.stride(-1)}, read in place"
 
 
-def _call(batch, queries, keys, width, channels, dtype, device, whiten, unary, channel_first=None):
+def _call(
+    batch: int,
+    queries: int,
+    keys: int,
+    width: int,
+    channels: int,
+    dtype: torch.dtype,
+    device: str,
+    whiten: str | None,
+    unary: bool,
+    channel_first: dict[str, bool] | None = None,
+) -> dict[str, Any]:
     name = str(dtype).removeprefix("torch.")
     parse_dtype(name)
     check_whiten_name(whiten)
@@ -235,7 +281,7 @@ def _call(batch, queries, keys, width, channels, dtype, device, whiten, unary, c
     return call
 
 
-def _cpu_path(dtype):
+def _cpu_path(dtype: str) -> dict[str, Any]:
     try:
         capability, products = _C.cpu_capability(), _C.pairwise_compute_type(dtype)
     except ValueError as error:
@@ -259,7 +305,9 @@ def _cpu_path(dtype):
     }
 
 
-def _cpu_workspace(dtype, batch, queries, keys, width, channels, whiten, unary):
+def _cpu_workspace(
+    dtype: str, batch: int, queries: int, keys: int, width: int, channels: int, whiten: str | None, unary: bool
+) -> dict[str, int]:
     """Bytes the operator allocates once per call beyond inputs, outputs and gradients."""
     forward, backward = _C.pairwise_workspace(
         dtype, batch, queries, keys, width, channels, whiten in ("channel", "in_nostd"), unary, torch.get_num_threads()
@@ -271,7 +319,7 @@ CHAIN = "GEMM chain: cuBLAS products over chunks of the map, own kernels between
 FUSED = "fused: the map made and used on chip by mma.sync kernels"
 
 
-def _cuda_path(dtype, sizes, channel_first):
+def _cuda_path(dtype: str, sizes: Sequence[int], channel_first: dict[str, bool]) -> dict[str, Any]:
     cuda = _cuda()
     if not torch._C._dispatch_has_kernel_for_dispatch_key("dnl_ext::pairwise_forward", "CUDA"):
         why = "the CUDA kernels are not registered" if cuda["built"] else f"built without CUDA: {cuda['left_out']}"
@@ -289,7 +337,9 @@ def _cuda_path(dtype, sizes, channel_first):
     )
 
 
-def cuda_plan(dtype, sizes, channel_first, capability, multiprocessors):
+def cuda_plan(
+    dtype: str, sizes: Sequence[int], channel_first: dict[str, bool], capability: int, multiprocessors: int
+) -> dict[str, Any]:
     """The path of forward and backward on a GPU and why, as the operators choose it (ops/pairwise/pairwise_plan.h).
 
     Args:
@@ -319,7 +369,7 @@ def cuda_plan(dtype, sizes, channel_first, capability, multiprocessors):
     return call
 
 
-def _bytes(count):
+def _bytes(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -327,7 +377,7 @@ def _bytes(count):
     return f"{count:.2f} GB"
 
 
-def _text(name, value):
+def _text(name: str, value: Any) -> str:
     if name.endswith("_bytes"):
         return _bytes(value)
     if name == "capabilities":

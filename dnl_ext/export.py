@@ -6,6 +6,8 @@ targets that know nothing else.
 """
 
 import pathlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -15,22 +17,35 @@ from .ops.whiten import DEVIATION
 __all__ = ["decompositions", "library"]
 
 
-def library():
-    """Path (pathlib.Path) of libdnl_ext.so, which registers the operators in any process that has libtorch.
+def library() -> pathlib.Path:
+    """Path of libdnl_ext.so, which registers the operators in any process that has libtorch.
 
-    It depends on libtorch's stable ABI alone, not on Python: ``dlopen`` it, or link to it.
+    It depends on libtorch's stable ABI alone, not on Python: ``dlopen`` it, or link to it. ``examples/cpp`` does.
+
+    Example:
+        >>> import dnl_ext
+        >>> dnl_ext.export.library().name
+        'libdnl_ext.so'
     """
     return pathlib.Path(__file__).with_name("libdnl_ext.so")
 
 
-def decompositions():
+def decompositions() -> dict[torch._ops.OpOverload, Callable[..., Any]]:
     """Table for :meth:`torch.export.ExportedProgram.run_decompositions` that leaves no forward operator of dnl_ext.
 
     What it leaves is plain PyTorch: sums and softmax in float32 or wider as in the operators, but the pairwise term
-    holds the N x N map. The unary term stays linear in N. Backward operators are not in it.
+    holds the N x N map. The unary term stays linear in N. Backward operators are not in the table.
 
     Returns:
         dict from torch.ops.dnl_ext overloads to functions of the same arguments and results, memory order included.
+
+    Example:
+        >>> import torch, dnl_ext
+        >>> block = dnl_ext.DisentangledNonLocal2d(8).eval()
+        >>> program = torch.export.export(block, (torch.randn(1, 8, 4, 4),))
+        >>> program = program.run_decompositions(dnl_ext.export.decompositions())
+        >>> any("dnl_ext" in str(node.target) for node in program.graph.nodes)
+        False
     """
     return {
         ops.mean_subtract.default: _mean_subtract,
@@ -41,19 +56,19 @@ def decompositions():
     }
 
 
-def _laid_out_as(x, like):
+def _laid_out_as(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """`x` with the memory order of `like`, which a view behind it in the program may rest on."""
     order = memory_order(like)
     inverse = sorted(range(len(order)), key=order.__getitem__)
     return x.permute(order).contiguous().permute(inverse)
 
 
-def _mean_subtract(x, dim):
+def _mean_subtract(x: torch.Tensor, dim: int) -> torch.Tensor:
     wide = x.to(accumulate_type(x.dtype))
     return _laid_out_as((wide - wide.mean(dim, keepdim=True)).to(x.dtype), x)
 
 
-def _whiten_forward(x, name, apart, eps):
+def _whiten_forward(x: torch.Tensor, name: str, apart: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """(..., N, C) whitened, and 1 / deviation in the shape of its mean."""
     kind = "in" if name == "channel" else name.removesuffix("_nostd")
     dims = {"in": [-2], "spatial": [-1], "ln": [-2, -1], "fln": list(range(apart, x.dim()))}[kind]
@@ -67,18 +82,26 @@ def _whiten_forward(x, name, apart, eps):
     return _laid_out_as(y.to(x.dtype), x), rstd
 
 
-def _softmax(x):
+def _softmax(x: torch.Tensor) -> torch.Tensor:
     return _laid_out_as(torch.softmax(x.to(accumulate_type(x.dtype)), -1).to(x.dtype), x)
 
 
-def _unary_forward(mask_logits, value):
+def _unary_forward(mask_logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """pooled (..., Dv) and lse (...), of mask_logits (..., Nk) and value (..., Nk, Dv)."""
     logits, wide = (x.to(accumulate_type(x.dtype)) for x in (mask_logits, value))
     pooled = (torch.softmax(logits, -1).unsqueeze(-2) @ wide).squeeze(-2)
     return pooled, torch.logsumexp(logits, -1)
 
 
-def _pairwise_forward(query, key, value, mask_logits, scale, whiten, save_residual):
+def _pairwise_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None,
+    scale: float,
+    whiten: str | None,
+    save_residual: bool,
+) -> tuple[torch.Tensor, ...]:
     """output (..., Nq, Dv), softmax_stats (..., Nq, 2), residual like output, pooled (..., Dv) and mask_lse (...).
 
     softmax_stats and residual are between an operator's forward and its own backward, and of one route: here they are

@@ -5,17 +5,41 @@ of ``KINDS`` each; to teach it another kind, give your module the method or appe
 """
 
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
+from torch import nn
 
 from ..modules import AttentionInputs
+from ..types import Whitening
 
 
 class NotAttention(TypeError):
-    """A module that is no non-local block, or one without a softmax over positions."""
+    """Raised for a module that is no non-local block, or one without a softmax over positions.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal2d
+        >>> from dnl_ext.analysis import NotAttention, block_inputs
+        >>> try:
+        ...     block_inputs(torch.nn.Linear(2, 2), torch.zeros(1, 2))
+        ... except NotAttention as error:
+        ...     print(str(error)[:37])
+        block: expected attention_inputs(x) o
+    """
 
 
-def spatial_inputs(query, key, value, mask, *, scale, whiten, gain=1.0):
+def spatial_inputs(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scale: float,
+    whiten: Whitening | None,
+    gain: torch.Tensor | float = 1.0,
+) -> AttentionInputs:
     """:class:`AttentionInputs` from channel-first tensors (B, channels, *shape); the mask has one channel."""
 
     def positions(x):
@@ -27,7 +51,7 @@ def spatial_inputs(query, key, value, mask, *, scale, whiten, gain=1.0):
     )  # fmt: skip
 
 
-def mmseg_inputs(block, x):
+def mmseg_inputs(block: Any, x: torch.Tensor) -> AttentionInputs:
     """mmcv's NonLocal1d/2d/3d (no mask, no whitening) and mmsegmentation's DisentangledNonLocal2d (both).
 
     Reads ``theta``, ``phi``, ``g``, ``conv_mask`` and the attributes ``mode``, ``use_scale``, ``temperature``.
@@ -48,7 +72,7 @@ def mmseg_inputs(block, x):
 OFFICIAL_NORMS = ("bn", "bn_affine")
 
 
-def official_inputs(block, x):
+def official_inputs(block: Any, x: torch.Tensor) -> AttentionInputs:
     """The paper's NonLocal2d_bn and NonLocal2dGc.
 
     Reads ``conv_query``, ``conv_key``, ``conv_value``, ``conv_mask``, ``downsample``, ``gamma`` and the attributes
@@ -64,7 +88,7 @@ def official_inputs(block, x):
     names = [names] if isinstance(names, str) else list(names or ())
     if len(names) > 1:
         raise NotAttention(f"block: expected at most one whiten_type, got {names}")
-    whiten = names[0] if names else None
+    whiten: Any = names[0] if names else None
     if whiten in OFFICIAL_NORMS:
         query = getattr(block, f"query_{whiten}")(query.flatten(2)).view_as(query)
         key, whiten = getattr(block, f"key_{whiten}")(key.flatten(2)).view_as(key), None
@@ -80,28 +104,38 @@ KINDS = (
 )
 
 
-def adapter(module):
+def adapter(module: nn.Module) -> Callable[[torch.Tensor], AttentionInputs] | None:
     """The function x -> AttentionInputs of a block, or None for a module that is no block."""
-    if callable(getattr(module, "attention_inputs", None)):
-        return module.attention_inputs
+    own = getattr(module, "attention_inputs", None)
+    if callable(own):
+        return cast("Callable[[torch.Tensor], AttentionInputs]", own)
     for names, function in KINDS:
         if all(isinstance(getattr(module, name, None), torch.nn.Module) for name in names):
             return lambda x: function(module, x)
     return None
 
 
-def block_inputs(block, x):
+def block_inputs(block: nn.Module, x: torch.Tensor) -> AttentionInputs:
     """What a block's attention receives for an input.
 
     Args:
-        block: a block of this library, or of a kind in ``KINDS``.
-        x: its input, tensor ``(B, C, *spatial)``.
+        block: a block of this library, any module with a method ``attention_inputs``, or one whose convolutions have
+            the names of mmcv's, mmsegmentation's or the paper's blocks (``KINDS``).
+        x: the input of the block, tensor (B, C, *spatial).
 
     Returns:
         :class:`dnl_ext.modules.AttentionInputs`.
 
     Raises:
-        NotAttention: no such block, or one without a softmax over positions.
+        NotAttention: the module is no such block, or one without a softmax over positions.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import DisentangledNonLocal2d
+        >>> from dnl_ext.analysis import block_inputs
+        >>> inputs = block_inputs(DisentangledNonLocal2d(8), torch.randn(1, 8, 5, 6))
+        >>> inputs.key.shape, inputs.mask_logits.shape, inputs.whiten
+        (torch.Size([1, 30, 4]), torch.Size([1, 30]), 'channel')
     """
     function = adapter(block)
     if function is None:

@@ -14,6 +14,7 @@ evenly has the mass ``uniform`` (the class's share of the keys, or the boundarie
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -23,9 +24,21 @@ IGNORE = 255
 
 @dataclasses.dataclass(frozen=True)
 class Consistency:
-    """mass, its value for uniform attention, and the correlation; ``queries`` were averaged over (1 for a map).
+    """How well attention weights keep to a set of keys, such as those of the query's class, or class boundaries.
 
     nan where nothing can be said: no key with a class, or, for the correlation, keys that are all alike.
+
+    Attributes:
+        mass: share of the attention that lies on the set, 0 .. 1.
+        uniform: what ``mass`` would be for uniform attention, the set's share of the keys.
+        correlation: Pearson's r between the weights and membership in the set, -1 .. 1.
+        queries: number of queries that were averaged over; 1 for a map that all queries share.
+
+    Example:
+        >>> from dnl_ext.analysis import Consistency
+        >>> found = Consistency(mass=0.6, uniform=0.25, correlation=0.4, queries=100)
+        >>> found.mass > found.uniform  # more than uniform attention would have
+        True
     """
 
     mass: float
@@ -34,7 +47,7 @@ class Consistency:
     queries: int
 
 
-def labels_on_grid(label, shape):
+def labels_on_grid(label: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """Class of the pixel in the middle of each cell of a coarser grid.
 
     Args:
@@ -43,6 +56,13 @@ def labels_on_grid(label, shape):
 
     Returns:
         int64 tensor of ``shape``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import labels_on_grid
+        >>> labels_on_grid(torch.arange(16).view(4, 4), (2, 2))
+        tensor([[ 5,  7],
+                [13, 15]])
     """
     for dim, size in enumerate(shape):
         places = ((torch.arange(size, dtype=torch.float64) + 0.5) * (label.shape[dim] / size)).long()
@@ -50,10 +70,24 @@ def labels_on_grid(label, shape):
     return label
 
 
-def boundaries(labels):
-    """Which positions have a direct neighbour of another class: bool tensor of the shape of ``labels``.
+def boundaries(labels: torch.Tensor) -> torch.Tensor:
+    """Which positions have a direct neighbour of another class, in any spatial dimension.
 
-    Next to ``IGNORE``, and there, is no boundary.
+    Positions without a class (label 255, ``IGNORE``) and their neighbours are no boundary on that account.
+
+    Args:
+        labels: int64 tensor of class numbers, of any shape.
+
+    Returns:
+        bool tensor of the shape of ``labels``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import boundaries
+        >>> boundaries(torch.tensor([[0, 0, 1], [0, 0, 1], [0, 0, 255]]))
+        tensor([[False,  True,  True],
+                [False,  True,  True],
+                [False, False, False]])
     """
     found = torch.zeros_like(labels, dtype=torch.bool)
     for dim in range(labels.dim()):
@@ -67,7 +101,7 @@ def boundaries(labels):
     return found
 
 
-def map_consistency(weights, member, valid):
+def map_consistency(weights: torch.Tensor, member: torch.Tensor, valid: torch.Tensor) -> Consistency:
     """:class:`Consistency` of one map with a set of keys: weights (N,), member and valid bool (N,)."""
     weights, member = weights[valid].double(), member[valid].double()
     if not len(weights):
@@ -88,15 +122,17 @@ class OwnClassAccumulator:
     Work per row is one product with the Nk x classes indicator of the keys' classes, not a comparison per key.
     """
 
-    def __init__(self, query_labels, key_labels, dtype):
+    def __init__(self, query_labels: torch.Tensor, key_labels: torch.Tensor, dtype: torch.dtype) -> None:
         self.query_labels = query_labels
-        self.classes = key_labels[key_labels != IGNORE].unique()
-        self.indicator = (key_labels[:, None] == self.classes).to(dtype)  # (Nk, classes)
-        self.valid = (key_labels != IGNORE).to(dtype)
-        self.counts = self.indicator.sum(0, dtype=torch.float64)
-        self.masses, self.uniforms, self.correlations = [], [], []
+        self.classes: torch.Tensor = key_labels[key_labels != IGNORE].unique()
+        self.indicator: torch.Tensor = (key_labels[:, None] == self.classes).to(dtype)  # (Nk, classes)
+        self.valid: torch.Tensor = (key_labels != IGNORE).to(dtype)
+        self.counts: torch.Tensor = self.indicator.sum(0, dtype=torch.float64)
+        self.masses: list[torch.Tensor] = []
+        self.uniforms: list[torch.Tensor] = []
+        self.correlations: list[torch.Tensor] = []
 
-    def add(self, queries, rows):
+    def add(self, queries: torch.Tensor, rows: torch.Tensor) -> None:
         """Add rows (n, Nk) of the queries with these numbers (n,); queries without a class are left out."""
         own = self.query_labels[queries]
         keep = own != IGNORE
@@ -117,7 +153,7 @@ class OwnClassAccumulator:
         self.uniforms.append(share)
         self.correlations.append(correlation[(share > 0) & (share < 1) & (squares > 0)])
 
-    def result(self):
+    def result(self) -> Consistency:
         """A :class:`Consistency`."""
         if not self.masses:
             return Consistency(math.nan, math.nan, math.nan, 0)

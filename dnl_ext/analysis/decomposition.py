@@ -15,14 +15,27 @@ import dataclasses
 
 import torch
 
+from .terms import Terms
+
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
-    """Variances of a block's logits over all (query, key), and shares of them, 0 .. 1.
+    """Variance of a block's logits over all pairs of query and key, and what share of it each part has.
 
-    variance: of the logits. pairwise, unary, row: shares, which add up to 1 (nan where all logits are equal).
-    unary_of_map: unary / (unary + pairwise), the share among the parts that the softmax sees.
-    mask_variance: of the unary term's own logits over the keys, in a block that has them; else None.
+    Attributes:
+        variance: of the logits.
+        pairwise, unary, row: shares of the whitened pairwise part, the unary part and the part that is constant per
+            query, 0 .. 1. They add up to 1; nan where all logits are equal.
+        unary_of_map: unary / (unary + pairwise), the share among the parts that the softmax sees. 1 means that all
+            queries have the same map.
+        mask_variance: of the unary term's own logits over the keys, in a block that has them; else None.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms, decompose
+        >>> found = decompose(attention_terms(torch.randn(30, 8), torch.randn(40, 8), torch.randn(40, 8), whiten=None))
+        >>> round(found.pairwise + found.unary + found.row, 6)
+        1.0
     """
 
     variance: float
@@ -33,12 +46,27 @@ class Decomposition:
     mask_variance: float | None
 
 
-def decompose(terms):
-    """The :class:`Decomposition` of :class:`terms.Terms`; None for a block without query and key.
+def decompose(terms: Terms) -> Decomposition | None:
+    """Split the variance of a block's logits into a pairwise, a unary and a per-query part, exactly and in O(N D^2).
 
     Products run in the type of the terms, sums of the parts in float64.
+
+    Args:
+        terms: of :func:`dnl_ext.analysis.attention_terms`.
+
+    Returns:
+        :class:`Decomposition`; None for a block without query and key.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms, decompose
+        >>> query, key, value = torch.randn(30, 8), torch.randn(40, 8), torch.randn(40, 16)
+        >>> decompose(attention_terms(query, key, value, whiten="channel")).unary < 1e-6  # whitening takes it away
+        True
+
+    Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, section 3.
     """
-    if terms.query is None:
+    if terms.query is None or terms.key is None:
         return None
     query_mean, key_mean = (x.mean(0, keepdim=True) for x in (terms.query, terms.key))
     queries, keys = second_moment(terms.query, query_mean), second_moment(terms.key, key_mean)
@@ -47,13 +75,15 @@ def decompose(terms):
     unary = max(float(query_mean @ keys @ query_mean), 0.0)
     row = max(float(key_mean @ queries @ key_mean), 0.0)
     variance = pairwise + unary + row
-    mask = None if terms.joint != "sum" else float(terms.unary_logits.double().var(correction=0))
-    shares = [part / variance if variance else float("nan") for part in (pairwise, unary, row)]
+    mask = None
+    if terms.joint == "sum" and terms.unary_logits is not None:
+        mask = float(terms.unary_logits.double().var(correction=0))
+    whole = variance if variance else float("nan")
     of_map = unary / (unary + pairwise) if unary + pairwise else float("nan")
-    return Decomposition(variance, *shares, of_map, mask)
+    return Decomposition(variance, pairwise / whole, unary / whole, row / whole, of_map, mask)
 
 
-def second_moment(x, mean):
+def second_moment(x: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
     """mean_i (x_i - mean) (x_i - mean)^T: float64 tensor (D, D) from x (n, D), mean (1, D)."""
     total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
     for part in x.split(8192):

@@ -24,7 +24,7 @@ from .results import Estimate
 TINY = 1e-30
 
 
-def mean_cosine_distance(x):
+def mean_cosine_distance(x: torch.Tensor) -> float:
     """Mean of (1 - cos) / 2 over all pairs of different rows, exact, in O(n C).
 
     Args:
@@ -35,6 +35,14 @@ def mean_cosine_distance(x):
 
     Raises:
         ValueError: fewer than two rows.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import mean_cosine_distance
+        >>> mean_cosine_distance(torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 3.0], [0.0, 4.0]]))
+        0.33333333333333337
+
+    Source: Cao et al., "GCNet", ICCVW 2019, section 3.
     """
     if x.dim() != 2 or x.shape[0] < 2:
         raise ValueError(f"x: expected shape (n, C) with n >= 2, got {tuple(x.shape)}")
@@ -47,15 +55,24 @@ def mean_cosine_distance(x):
     return cosine_of_sum(total, directed, x.shape[0])
 
 
-def cosine_of_sum(total, directed, count):
+def cosine_of_sum(total: torch.Tensor, directed: int, count: int) -> float:
     """Mean cosine distance of ``count`` unit vectors, ``directed`` of them not zero, from their sum (C,)."""
     cosines = float(total.square().sum()) - directed  # ordered pairs of different vectors
     return 0.5 * (1 - cosines / (count * (count - 1)))
 
 
-def row_entropy(rows):
+def row_entropy(rows: torch.Tensor) -> torch.Tensor:
     """H = -sum_j p_j log p_j of each row (..., N), with 0 log 0 = 0, in float64."""
     return torch.special.entr(rows).sum(-1, dtype=torch.float64)
+
+
+@dataclasses.dataclass(frozen=True)
+class RowStatistics:
+    """entropy: mean over rows, in nats. cosine_distance, jsd: means over pairs of rows, see the module."""
+
+    entropy: Estimate
+    cosine_distance: Estimate
+    jsd: Estimate
 
 
 class RowAccumulator:
@@ -64,10 +81,13 @@ class RowAccumulator:
     Rows 0 and 1, 2 and 3, ... of every chunk are the disjoint pairs; the caller gives the queries in random order.
     """
 
-    def __init__(self):
-        self.entropies, self.divergences, self.cosines, self.total = [], [], [], 0.0
+    def __init__(self) -> None:
+        self.entropies: list[torch.Tensor] = []
+        self.divergences: list[torch.Tensor] = []
+        self.cosines: list[torch.Tensor] = []
+        self.total: torch.Tensor | float = 0.0
 
-    def add(self, rows):
+    def add(self, rows: torch.Tensor) -> None:
         """Add a chunk of rows (n, N), each a distribution."""
         entropy = row_entropy(rows)
         self.entropies.append(entropy)
@@ -81,22 +101,13 @@ class RowAccumulator:
         dots = (first * second).sum(1, dtype=torch.float64)
         self.cosines.append(dots / (norms[0 : 2 * pairs : 2] * norms[1 : 2 * pairs : 2]))
 
-    def result(self):
+    def result(self) -> RowStatistics:
         """A :class:`RowStatistics`."""
         entropies = torch.cat(self.entropies)
         count = len(entropies)
         divergence = Estimate.of(torch.cat(self.divergences))
         pairs = Estimate.of((1 - torch.cat(self.cosines)) / 2)
-        cosine = cosine_of_sum(self.total.double(), count, count) if count > 1 else float("nan")
+        cosine = cosine_of_sum(torch.as_tensor(self.total).double(), count, count) if count > 1 else float("nan")
         return RowStatistics(
             Estimate.of(entropies), Estimate(cosine, pairs.stderr, count * (count - 1) // 2), divergence
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class RowStatistics:
-    """entropy: mean over rows, in nats. cosine_distance, jsd: means over pairs of rows, see the module."""
-
-    entropy: Estimate
-    cosine_distance: Estimate
-    jsd: Estimate

@@ -1,46 +1,61 @@
 """Maps to look at: the rows of chosen queries in the spatial shape of the keys. A few rows, never the N x N map."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from ..modules import AttentionInputs
+from ..types import Joint
 from .blocks import block_inputs
 from .terms import split_images
 
 
 class AttentionMaps(NamedTuple):
-    """Weights over the key positions, each map of sum 1, float32 or float64 on the CPU.
+    """Attention weights of chosen queries over the key positions, each map of sum 1, float32 or float64 on the CPU.
 
     Attributes:
-        joint: "product", "sum", "pairwise" or "unary", see :class:`Terms`, which also says what the maps are.
-        pairwise: tensor ``(queries, *key_shape)``, None where the block has no such map.
-        unary: tensor ``(*key_shape)``, or None.
-        total: as ``pairwise``.
+        joint: how the block joins its terms, "product", "sum", "pairwise" or "unary"; :mod:`dnl_ext.analysis.terms`
+            says what the maps then are.
+        pairwise: tensor (queries, *key shape); None where the block has no such map.
+        unary: tensor (*key shape), which all queries share; None where the block has no such map.
+        total: tensor (queries, *key shape), what the block applies; None where a learned gain is negative.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import DisentangledNonLocal2d
+        >>> from dnl_ext.analysis import attention_rows
+        >>> maps = attention_rows(DisentangledNonLocal2d(8), torch.randn(1, 8, 5, 6), [(0, 0)])
+        >>> maps.joint, maps.unary.shape, maps.positions
+        ('sum', torch.Size([5, 6]), 30)
     """
 
-    joint: str
+    joint: Joint
     pairwise: torch.Tensor | None
     unary: torch.Tensor | None
     total: torch.Tensor | None
 
     @property
-    def positions(self):
+    def positions(self) -> int:
         """Number of key positions."""
-        return (self.unary if self.pairwise is None else self.pairwise[0]).numel()
+        first = self.unary if self.pairwise is None else self.pairwise[0]
+        assert first is not None  # every block has one of the two
+        return first.numel()
 
     @property
-    def own(self):
-        """Where a query looks by itself, which is the pairwise map of a sum and all there is of any other block."""
+    def own(self) -> torch.Tensor | None:
+        """Where a query looks by itself: the pairwise map of a sum, all there is of any other block."""
         return self.pairwise if self.joint == "sum" else self.total
 
 
 @torch.no_grad()
-def attention_rows(block, features, queries):
-    """Where chosen positions look.
+def attention_rows(block: nn.Module, features: torch.Tensor, queries: Sequence[Sequence[int]]) -> AttentionMaps:
+    """Where chosen positions look: the attention weights of a few queries, never the whole N x N map.
 
     Args:
-        block: any block that :func:`block_inputs` knows.
-        features: its input, tensor ``(1, C, *spatial)``.
+        block: any block that :func:`dnl_ext.analysis.block_inputs` knows.
+        features: its input, tensor (1, C, *spatial).
         queries: positions on the spatial grid, each a tuple of as many numbers.
 
     Returns:
@@ -48,7 +63,15 @@ def attention_rows(block, features, queries):
 
     Raises:
         ValueError: ``features`` holds more than one image or head, or a query lies outside of it.
-        NotAttention: see :func:`block_inputs`.
+        NotAttention: see :func:`dnl_ext.analysis.block_inputs`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal2d
+        >>> from dnl_ext.analysis import attention_rows
+        >>> maps = attention_rows(NonLocal2d(8), torch.randn(1, 8, 5, 6), [(0, 0), (4, 5)])
+        >>> maps.total.shape  # two queries, each with a weight for each of 5 x 6 keys
+        torch.Size([2, 5, 6])
     """
     if features.shape[0] != 1:
         raise ValueError(f"features: expected one image, got {features.shape[0]}")
@@ -61,7 +84,7 @@ def attention_rows(block, features, queries):
         return _rows(inputs, queries, shape)
 
 
-def _rows(inputs, queries, shape):
+def _rows(inputs: AttentionInputs, queries: Sequence[Sequence[int]], shape: Sequence[int]) -> AttentionMaps:
     images = list(split_images(inputs))
     if len(images) != 1:
         raise ValueError(f"block: expected one head, got {len(images)}")

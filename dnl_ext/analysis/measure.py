@@ -7,9 +7,12 @@ queries without replacement; on a map of 32,768 positions 256 of them take a fra
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
+from ..types import Joint, Whitening
 from .consistency import IGNORE, Consistency, OwnClassAccumulator, boundaries, map_consistency
 from .coupling import Coupling, CouplingAccumulator
 from .decomposition import Decomposition, decompose
@@ -23,15 +26,23 @@ QUERIES = 256
 
 @dataclasses.dataclass(frozen=True)
 class TermStatistics:
-    """One map of a block.
+    """Statistics of one map of a block, pairwise, unary or total.
 
     Attributes:
-        entropy: mean of H = -sum_j p_j log p_j over rows, in nats.
-        entropy_share: the mean over log Nk; 1 is uniform.
-        cosine_distance: between rows, mean over pairs of queries; None for the unary map, which all queries share.
-        jsd: Jensen-Shannon divergence, likewise.
-        own_class: mass on the query's class; None without labels, and for the unary map.
-        boundaries: mass on boundaries; None without labels, and for all but the unary map.
+        entropy: mean of H = -sum_j p_j log p_j over queries, in nats.
+        entropy_share: the mean divided by log Nk, 0 .. 1; 1 is uniform attention.
+        cosine_distance, jsd: degeneration, means over pairs of queries, see :mod:`dnl_ext.analysis.degeneration`; None
+            for the unary map, which all queries share.
+        own_class: how well queries attend to their own class, see :mod:`dnl_ext.analysis.consistency`; None without
+            labels and for the unary map.
+        boundaries: how well the unary map keeps to class boundaries; None without labels and for the other maps.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms, measure_terms
+        >>> terms = attention_terms(torch.zeros(9, 4), torch.zeros(9, 4), torch.randn(9, 4))
+        >>> round(measure_terms(terms).total.entropy_share, 5)  # equal logits: uniform attention
+        1.0
     """
 
     entropy: Estimate
@@ -44,16 +55,30 @@ class TermStatistics:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionStatistics:
-    """One image (and head) in one block; see :mod:`dnl_ext.analysis` for what each part is.
+    """Statistics of one block's attention in one image (and head); :mod:`dnl_ext.analysis` says what each part is.
 
-    joint: how the block joins its terms: "product", "sum", "pairwise" or "unary".
-    queries, keys: numbers of positions. sampled: queries whose rows were looked at.
-    pairwise, unary, total: :class:`TermStatistics` of each map; None where the block has none.
-    decomposition, coupling: None for a block without query and key, or with one term.
-    input_cosine_distance, output_cosine_distance: of the block's input and output between positions; None if not given.
+    Attributes:
+        joint: how the block joins its terms: "product", "sum", "pairwise" or "unary".
+        queries, keys: numbers of positions.
+        sampled: number of queries whose attention weights were looked at.
+        pairwise, unary, total: :class:`TermStatistics` of each map; None where the block has none.
+        decomposition, coupling: :class:`Decomposition` and :class:`Coupling`; None for a block without query and key,
+            the latter also for one with a single term.
+        input_cosine_distance, output_cosine_distance: mean cosine distance of the block's input and output between
+            positions; None if they were not given.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms, measure_terms
+        >>> terms = attention_terms(torch.randn(9, 4), torch.randn(9, 4), torch.randn(9, 4))
+        >>> statistics = measure_terms(terms)
+        >>> statistics.joint, statistics.queries
+        ('pairwise', 9)
+        >>> sorted(statistics.to_dict())[:3]
+        ['coupling', 'decomposition', 'input_cosine_distance']
     """
 
-    joint: str
+    joint: Joint
     queries: int
     keys: int
     sampled: int
@@ -65,12 +90,14 @@ class AttentionStatistics:
     input_cosine_distance: float | None
     output_cosine_distance: float | None
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Nested dicts of numbers; what is not finite is None."""
         return to_dict(self)
 
 
-def sample_queries(count, wanted, generator=None, labels=None):
+def sample_queries(
+    count: int, wanted: int | None, generator: torch.Generator | None = None, labels: torch.Tensor | None = None
+) -> torch.Tensor:
     """``wanted`` of ``count`` query numbers in random order, all of them where ``wanted`` is None or larger.
 
     With ``labels`` (Nq,), queries that have a class come first, so that others are drawn only where those run out.
@@ -83,8 +110,16 @@ def sample_queries(count, wanted, generator=None, labels=None):
 
 @torch.no_grad()
 def measure_terms(
-    terms, queries=QUERIES, *, labels=None, grad_output=None, inputs=None, outputs=None, generator=None, progress=None
-):
+    terms: Terms,
+    queries: int | torch.Tensor | None = QUERIES,
+    *,
+    labels: tuple[torch.Tensor, torch.Tensor] | None = None,
+    grad_output: torch.Tensor | None = None,
+    inputs: torch.Tensor | None = None,
+    outputs: torch.Tensor | None = None,
+    generator: torch.Generator | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> AttentionStatistics:
     """All statistics of one image's attention.
 
     Args:
@@ -102,16 +137,27 @@ def measure_terms(
 
     Raises:
         ValueError: a number of queries below 2, or a shape that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms, measure_terms
+        >>> terms = attention_terms(torch.randn(64, 16), torch.randn(64, 16), torch.randn(64, 32), torch.randn(64))
+        >>> statistics = measure_terms(terms, queries=32)
+        >>> statistics.sampled, statistics.unary is None
+        (32, False)
     """
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     flat_labels = None if labels is None else [x.flatten().to(terms.value.device) for x in labels]
     check_shapes(terms, queries, flat_labels, grad_output)
     if not isinstance(queries, torch.Tensor):
-        queries = sample_queries(terms.queries, queries, generator, flat_labels and flat_labels[0])
+        queries = sample_queries(terms.queries, queries, generator, None if flat_labels is None else flat_labels[0])
     chosen = queries.to(terms.value.device)
 
     maps = {name: RowAccumulator() for name in map_names(terms)}
-    classes = {name: OwnClassAccumulator(*flat_labels, terms.value.dtype) for name in maps} if flat_labels else {}
+    classes = {}
+    if flat_labels is not None:
+        query_labels, key_labels = flat_labels
+        classes = {name: OwnClassAccumulator(query_labels, key_labels, terms.value.dtype) for name in maps}
     coupling = CouplingAccumulator(terms) if terms.joint in ("product", "sum") else None
     done = 0
     for part in chosen.split(terms.chunk()):
@@ -141,7 +187,7 @@ def measure_terms(
         keys=terms.positions,
         sampled=len(chosen),
         pairwise=pairwise,
-        unary=None if terms.unary is None else unary_statistics(terms, labels and labels[1]),
+        unary=None if terms.unary is None else unary_statistics(terms, None if labels is None else labels[1]),
         total=pairwise if terms.joint == "pairwise" else rows_of("total"),
         decomposition=decompose(terms),
         coupling=None if coupling is None else coupling.result(),
@@ -150,14 +196,16 @@ def measure_terms(
     )
 
 
-def map_names(terms):
+def map_names(terms: Terms) -> tuple[str, ...]:
     """The maps to gather rows of: the total of a block with the pairwise term alone is the same map."""
     if terms.joint == "unary":
         return ("total",)
     return ("pairwise",) if terms.joint == "pairwise" or not terms.gain >= 0 else ("pairwise", "total")
 
 
-def upstream(terms, grad_output, part, generator):
+def upstream(
+    terms: Terms, grad_output: torch.Tensor | None, part: torch.Tensor, generator: torch.Generator | None
+) -> torch.Tensor:
     """dL/dy (n, Dv) of some queries: the caller's, or standard normal."""
     if grad_output is not None:
         return grad_output[part].to(terms.value.dtype)
@@ -165,8 +213,9 @@ def upstream(terms, grad_output, part, generator):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(terms.value)
 
 
-def unary_statistics(terms, key_labels):
+def unary_statistics(terms: Terms, key_labels: torch.Tensor | None) -> TermStatistics:
     """:class:`TermStatistics` of the unary map."""
+    assert terms.unary is not None
     entropy = float(row_entropy(terms.unary))
     share = entropy / math.log(terms.positions) if terms.positions > 1 else math.nan
     edges = None
@@ -176,7 +225,12 @@ def unary_statistics(terms, key_labels):
     return TermStatistics(Estimate(entropy, math.nan, 1), share, None, None, None, edges)
 
 
-def check_shapes(terms, queries, flat_labels, grad_output):
+def check_shapes(
+    terms: Terms,
+    queries: int | torch.Tensor | None,
+    flat_labels: Sequence[torch.Tensor] | None,
+    grad_output: torch.Tensor | None,
+) -> None:
     """Raise ValueError where something does not fit the terms."""
     if isinstance(queries, torch.Tensor):
         if queries.dim() != 1 or queries.dtype != torch.int64 or len(queries) < 2:
@@ -195,13 +249,41 @@ def check_shapes(terms, queries, flat_labels, grad_output):
         raise ValueError(f"grad_output: expected shape {shape}, got {tuple(grad_output.shape)}")
 
 
-def attention_terms(query, key, value, mask_logits=None, *, scale=None, whiten="channel", gain=1.0):
-    """The :class:`terms.Terms` of one image from the arguments of :func:`dnl_ext.disentangled_attention`.
+def attention_terms(
+    query: torch.Tensor | None,
+    key: torch.Tensor | None,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    whiten: Whitening | None = "channel",
+    gain: torch.Tensor | float = 1.0,
+) -> Terms:
+    """Terms of one image's attention, from the arguments of :func:`dnl_ext.disentangled_attention`.
 
     Args:
-        query: tensor (Nq, Dqk). key: tensor (Nk, Dqk). value: tensor (Nk, Dv). mask_logits: tensor (Nk,) or None.
-        scale: None means 1 / sqrt(Dqk). whiten: as there. gain: factor of the pairwise term in the sum.
+        query: tensor (Nq, Dqk), or None together with ``key`` for a block without a pairwise term.
+        key: tensor (Nk, Dqk), or None.
+        value: tensor (Nk, Dv).
+        mask_logits: tensor (Nk,), the logits of the unary term, or None.
+        scale: factor of the pairwise logits; None means 1 / sqrt(Dqk).
+        whiten: name of the whitening of query and key, as in :func:`dnl_ext.whiten`, or None.
+        gain: factor of the pairwise term in the sum of the two.
+
+    Returns:
+        :class:`Terms`, for :func:`measure_terms` and :func:`decompose`.
+
+    Raises:
+        ValueError: one of query and key without the other, or neither and no ``mask_logits``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms
+        >>> terms = attention_terms(torch.randn(9, 4), torch.randn(9, 4), torch.randn(9, 4), whiten=None)
+        >>> terms.joint  # the standard non-local block multiplies a pairwise with a unary map
+        'product'
     """
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None and query is not None else scale
+    if scale is None:
+        scale = 1.0 if query is None else 1 / math.sqrt(query.shape[-1])
     query, key = whiten_pair(query, key, whiten)
     return Terms(query, key, value, mask_logits, scale, whiten is not None, gain)

@@ -2,36 +2,52 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any
 
 import torch
+from torch import nn
+from typing_extensions import Self
 
-from .blocks import NotAttention, adapter
+from ..modules import AttentionInputs
+from ..types import Joint
+from .blocks import NotAttention, adapter, block_inputs
 from .consistency import labels_on_grid
-from .measure import QUERIES, measure_terms
-from .results import over_images, to_dict
+from .measure import QUERIES, AttentionStatistics, measure_terms
+from .results import Estimate, over_images, to_dict
 from .tables import markdown
 from .terms import split_images
 
 
 @dataclasses.dataclass
 class BlockReport:
-    """All images that one block has seen.
+    """Statistics of one block of a network, over all images that it has seen.
 
-    name: the block's name in the network. images: one :class:`measure.AttentionStatistics` per image (and head).
+    Attributes:
+        name: the block's name in the network.
+        images: one :class:`AttentionStatistics` for each image (and head).
+
+    Example:
+        >>> from dnl_ext.analysis import BlockReport
+        >>> report = BlockReport("layer4.block")
+        >>> report.joint, report.summary()  # nothing seen yet
+        (None, {})
     """
 
     name: str
-    images: list = dataclasses.field(default_factory=list)
+    images: list[AttentionStatistics] = dataclasses.field(default_factory=list)
 
     @property
-    def joint(self):
+    def joint(self) -> Joint | None:
+        """How the block joins its terms: "product", "sum", "pairwise" or "unary"; None before the first image."""
+
         return self.images[0].joint if self.images else None
 
-    def summary(self):
+    def summary(self) -> dict[str, Estimate]:
         """Mean over images of every figure: {"pairwise.jsd": Estimate}, whose error is that over images."""
         return over_images(self.images)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """{"name", "joint", "images": number, "summary", "per_image"} of plain numbers."""
         return {
             "name": self.name, "joint": self.joint, "images": len(self.images),
@@ -40,51 +56,63 @@ class BlockReport:
 
 
 class AttentionProbe:
-    """Context in which a network's non-local blocks are measured at every forward::
+    """Context in which the non-local blocks of a network are measured at every forward.
 
-        with AttentionProbe(network) as probe:
-            probe.run(loader)  # of images, or of (images, labels)
-        print(probe.table())
-
-    or, with a forward of your own, ``probe.labels = labels; network(images)``.
+    Each forward costs a block a second pass over its input projections and a fraction of its attention; nothing of Nq x
+    Nk is kept. The results of the network are not changed.
 
     Args:
-        model: any nn.Module. Its blocks are the modules with ``attention_inputs`` and those of
-            ``dnl_ext.analysis.blocks.KINDS`` (eager blocks of other code).
+        model: any nn.Module. Its blocks are the modules with a method ``attention_inputs``, and plain-PyTorch blocks of
+            other code that :func:`block_inputs` knows.
         queries: random queries per image, None for all; see :func:`measure_terms`.
         seed: of everything random.
 
     Attributes:
-        blocks: {name: :class:`BlockReport`}. labels: class numbers ``(B, *image_shape)`` int64 of the next forward, or
-            None; 255 is no class. skipped: {name: why} of blocks that have no softmax over positions.
+        blocks: {name: :class:`BlockReport`}.
+        labels: class numbers of the next forward's pixels, int64 tensor (B, *image shape), or None; 255 is no class.
+        skipped: {name: why} of blocks that have no softmax over positions.
 
     Raises:
         ValueError: the network has no block.
 
-    Its forwards cost each block a second pass over its input projections and a fraction of its attention; nothing of
-    Nq x Nk is kept. The network's results are not changed.
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal2d
+        >>> from dnl_ext.analysis import AttentionProbe
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), NonLocal2d(8))
+        >>> with AttentionProbe(network) as probe:
+        ...     _ = probe.run([torch.randn(2, 3, 12, 12)], progress=False)  # a loader of images, or of (images, labels)
+        >>> len(probe.blocks["1"].images), probe.blocks["1"].joint
+        (2, 'product')
+
+    With a forward of your own: ``probe.labels = labels; network(images)``. :meth:`table` gives the figures as text.
     """
 
-    def __init__(self, model, queries=QUERIES, seed=0):
-        self.model, self.queries, self.labels = model, queries, None
-        self.generator = torch.Generator().manual_seed(seed)
-        self._found = {name: module for name, module in model.named_modules() if adapter(module) is not None}
+    def __init__(self, model: nn.Module, queries: int | None = QUERIES, seed: int = 0) -> None:
+        self.model: nn.Module = model
+        self.queries: int | None = queries
+        self.labels: torch.Tensor | None = None
+        self.generator: torch.Generator = torch.Generator().manual_seed(seed)
+        self._found: dict[str, nn.Module] = {
+            name: module for name, module in model.named_modules() if adapter(module) is not None
+        }
         if not self._found:
             raise ValueError(f"model: {type(model).__name__} has no non-local block that the analysis knows")
-        self.blocks = {name: BlockReport(name) for name in self._found}
-        self.skipped, self._handles = {}, []
+        self.blocks: dict[str, BlockReport] = {name: BlockReport(name) for name in self._found}
+        self.skipped: dict[str, str] = {}
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         for name, module in self._found.items():
             self._handles.append(module.register_forward_hook(self._hook(name)))
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
-    def _hook(self, name):
+    def _hook(self, name: str) -> Callable[..., None]:
         def hook(module, args, output):
             if name not in self.skipped:
                 with torch.no_grad():
@@ -92,9 +120,9 @@ class AttentionProbe:
 
         return hook
 
-    def _measure(self, name, module, x, output):
+    def _measure(self, name: str, module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> None:
         try:
-            inputs = adapter(module)(x)
+            inputs = block_inputs(module, x)
         except (NotAttention, NotImplementedError) as error:
             self.skipped[name] = str(error)
             self.blocks.pop(name, None)
@@ -102,7 +130,7 @@ class AttentionProbe:
         with torch.autocast(x.device.type, enabled=False):  # the inputs are what it made them; sums over them are not
             self._measure_images(name, inputs, x, output)
 
-    def _measure_images(self, name, inputs, x, output):
+    def _measure_images(self, name: str, inputs: AttentionInputs, x: torch.Tensor, output: torch.Tensor) -> None:
         images = x.shape[0]
         terms = list(split_images(inputs))
         heads = len(terms) // max(images, 1)
@@ -118,12 +146,18 @@ class AttentionProbe:
             )  # fmt: skip
             self.blocks[name].images.append(statistics)
 
-    def _forward(self, images):
+    def _forward(self, images: torch.Tensor) -> Any:
         device = next((p.device for p in self.model.parameters()), images.device)
         return self.model(images.to(device))
 
     @torch.no_grad()
-    def run(self, loader, *, forward=None, progress=True):
+    def run(
+        self,
+        loader: Iterable[Any],
+        *,
+        forward: Callable[[torch.Tensor], object] | None = None,
+        progress: bool | Callable[[int, int | None], object] = True,
+    ) -> Self:
         """Pass every batch of a loader through the network, in evaluation mode.
 
         Args:
@@ -138,7 +172,7 @@ class AttentionProbe:
         forward = self._forward if forward is None else forward
         training = self.model.training
         self.model.eval()
-        total = len(loader) if hasattr(loader, "__len__") else None
+        total = len(loader) if isinstance(loader, Sized) else None
         try:
             with progress_bar(progress, total) as advance:
                 for done, batch in enumerate(loader, 1):
@@ -150,21 +184,23 @@ class AttentionProbe:
             self.model.train(training)
         return self
 
-    def summary(self):
+    def summary(self) -> dict[str, dict[str, Estimate]]:
         """{block name: {figure: Estimate over images}}."""
         return {name: report.summary() for name, report in self.blocks.items()}
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """Plain numbers of all blocks and images, for JSON."""
         return {"blocks": [report.to_dict() for report in self.blocks.values()], "skipped": self.skipped}
 
-    def table(self):
+    def table(self) -> str:
         """The summary as a Markdown table, a column per block."""
         return markdown(self.blocks.values())
 
 
 @contextlib.contextmanager
-def progress_bar(progress, total):
+def progress_bar(
+    progress: bool | Callable[[int, int | None], object], total: int | None
+) -> Iterator[Callable[[int, int | None], object]]:
     """A function (done, total): the caller's, a rich bar's, or one that does nothing."""
     if callable(progress):
         yield progress

@@ -1,6 +1,14 @@
 """The figures as tables: which there are, what they are called, and what to compare each with."""
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from .results import Estimate
+
+if TYPE_CHECKING:
+    from .probe import BlockReport
 
 #: Below this a figure is rounding, shown as 0.
 NEGLIGIBLE = 1e-9
@@ -59,11 +67,11 @@ class Section(NamedTuple):
     """A table of text: title, column heads, rows of cells."""
 
     title: str
-    head: list
-    rows: list
+    head: list[str]
+    rows: list[list[str]]
 
 
-def sections(columns):
+def sections(columns: Mapping[str, Mapping[str, Estimate]]) -> list[Section]:
     """Tables of several summaries side by side.
 
     Args:
@@ -85,7 +93,7 @@ def sections(columns):
     return found
 
 
-def reference_value(against, columns):
+def reference_value(against: str, columns: Mapping[str, Mapping[str, Estimate]]) -> str:
     """What a row is to be compared with: a text, or the mean of another figure, which is uniform attention's."""
     values = [summary[against].value for summary in columns.values() if against in summary]
     if values:
@@ -93,7 +101,7 @@ def reference_value(against, columns):
     return "-" if "." in against and " " not in against else against
 
 
-def cell(estimate):
+def cell(estimate: Estimate | None) -> str:
     """A mean with its standard error over images."""
     if estimate is None:
         return "-"
@@ -103,13 +111,13 @@ def cell(estimate):
     return text if error != error else f"{text} ± {error:.3f}" if error >= 0.0005 else f"{text} ± <0.001"
 
 
-def as_markdown(section):
+def as_markdown(section: Section) -> str:
     """A section as Markdown text."""
     lines = [section.head, ["---"] * len(section.head), *section.rows]
     return "\n".join([f"### {section.title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
 
 
-def markdown(reports):
+def markdown(reports: Iterable[BlockReport]) -> str:
     """The tables of several :class:`probe.BlockReport` side by side, as Markdown."""
     columns = {f"{report.name} ({report.joint})": report.summary() for report in reports if report.images}
     return "\n".join(as_markdown(section) for section in sections(columns))

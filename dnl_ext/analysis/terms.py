@@ -15,11 +15,14 @@ A row of a map is Nk numbers. Everything here works on chunks of rows, so memory
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import reference
+from ..modules import AttentionInputs
+from ..types import Joint, Whitening
 
 #: Values in one chunk of rows: 4 MB of float32, so that a chunk and its temporaries stay near the caches.
 CHUNK_VALUES = 2**20
@@ -38,53 +41,85 @@ class Rows(NamedTuple):
 
 
 class Terms:
-    """The terms of one image's attention.
+    """The pairwise, unary and total attention weights of one image, of which any rows can be computed.
+
+    Computed in float64 for float64 inputs, otherwise in float32.
 
     Args:
-        query: tensor (Nq, Dqk) or None. key: tensor (Nk, Dqk) or None. Both whitened as the block does it.
-        value: tensor (Nk, Dv). mask_logits: tensor (Nk,) or None.
-        scale, gain: as in :class:`dnl_ext.modules.AttentionInputs`. whitened: whether the block whitens.
+        query: tensor (Nq, Dqk) or None, whitened as the block does it.
+        key: tensor (Nk, Dqk) or None, whitened as the block does it.
+        value: tensor (Nk, Dv).
+        mask_logits: tensor (Nk,) or None.
+        scale, gain: as in :class:`dnl_ext.modules.AttentionInputs`.
+        whitened: whether the block whitens.
         queries: their number, needed where there is no ``query``; None: as many as keys.
 
     Attributes:
-        joint: "product", "sum", "pairwise" or "unary", see the module.
-        query: the query times ``scale``: logits are ``query @ key.T``.
-        key: the key.
+        joint: how the block joins its terms: "product", "sum", "pairwise" or "unary", see
+            :mod:`dnl_ext.analysis.terms`.
+        query, key: the query times ``scale``, the key: logits are ``query @ key.T``.
         pair_query: the query of the pairwise term: less its mean where the joint is the product.
-        unary_logits: tensor (Nk,) or None. gain: float. queries, positions: Nq, Nk.
+        unary_logits: tensor (Nk,) or None.
+        gain: float.
+        queries, positions: Nq, Nk.
 
-    Computed in float64 for float64 inputs, otherwise in float32.
+    Raises:
+        ValueError: one of query and key without the other, or neither and no ``mask_logits``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.analysis import attention_terms
+        >>> terms = attention_terms(torch.randn(9, 4), torch.randn(7, 4), torch.randn(7, 4), torch.randn(7))
+        >>> rows = terms.rows(torch.tensor([0, 8]))  # of the first and the last query
+        >>> rows.pairwise.shape, rows.unary.shape
+        (torch.Size([2, 7]), torch.Size([7]))
     """
 
-    def __init__(self, query, key, value, mask_logits, scale, whitened, gain=1.0, queries=None):
+    def __init__(
+        self,
+        query: torch.Tensor | None,
+        key: torch.Tensor | None,
+        value: torch.Tensor,
+        mask_logits: torch.Tensor | None,
+        scale: float,
+        whitened: bool,
+        gain: torch.Tensor | float = 1.0,
+        queries: int | None = None,
+    ) -> None:
         wide = torch.float64 if value.dtype == torch.float64 else torch.float32
-        self.value, self.gain = value.to(wide), float(gain)
-        self.positions = value.shape[0]
-        self.queries = query.shape[0] if query is not None else self.positions if queries is None else queries
+        self.value: torch.Tensor = value.to(wide)
+        self.gain: float = float(gain)
+        self.positions: int = value.shape[0]
+        self.queries: int = query.shape[0] if query is not None else self.positions if queries is None else queries
         if (query is None) != (key is None) or (query is None and mask_logits is None):
             raise ValueError("query, key: expected both, or neither and mask_logits")
-        self.query = self.key = self.pair_query = None
-        self.unary_logits = None if mask_logits is None else mask_logits.to(wide)
-        if query is None:
-            self.joint = "unary"
-        else:
+        self.joint: Joint = "unary"
+        self.query: torch.Tensor | None = None
+        self.key: torch.Tensor | None = None
+        self.pair_query: torch.Tensor | None = None
+        self.unary_logits: torch.Tensor | None = None if mask_logits is None else mask_logits.to(wide)
+        if query is not None and key is not None:
             self.query, self.key = query.to(wide) * scale, key.to(wide)
             self.joint = "sum" if mask_logits is not None else "pairwise" if whitened else "product"
             self.pair_query = self.query
-        if self.joint == "product":
-            mean = self.query.mean(0)
-            self.pair_query = self.query - mean
-            self.unary_logits = self.key @ mean
-        self.log_unary = None if self.unary_logits is None else torch.log_softmax(self.unary_logits, 0)
-        self.unary = None if self.log_unary is None else self.log_unary.exp()
+            if self.joint == "product":
+                mean = self.query.mean(0)
+                self.pair_query = self.query - mean
+                self.unary_logits = self.key @ mean
+        self.log_unary: torch.Tensor | None = None
+        self.unary: torch.Tensor | None = None
+        if self.unary_logits is not None:
+            self.log_unary = torch.log_softmax(self.unary_logits, 0)
+            self.unary = self.log_unary.exp()
 
-    def rows(self, queries):
-        """The rows (``Rows``) of the queries with these numbers (n,); the caller keeps n small."""
-        if self.joint == "unary":
+    def rows(self, queries: torch.Tensor) -> Rows:
+        """The :class:`Rows` of the queries with these numbers (n,); the caller keeps n small."""
+        if self.pair_query is None or self.key is None:
+            assert self.unary is not None
             return Rows(None, None, self.unary, self.unary.expand(len(queries), -1))
         logs = torch.log_softmax(self.pair_query[queries] @ self.key.T, 1)
         pairwise = logs.exp()
-        if self.joint == "pairwise":
+        if self.unary is None or self.log_unary is None:
             return Rows(logs, pairwise, None, pairwise)
         if self.joint == "product":
             return Rows(logs, pairwise, self.unary, torch.softmax(logs + self.log_unary, 1))
@@ -93,28 +128,39 @@ class Terms:
         # A gain of 0 leaves the unary map for every query; 1 is the block without a learned one.
         return Rows(logs, pairwise, self.unary, pairwise.mul(self.gain).add_(self.unary).div_(self.gain + 1))
 
-    def chunk(self):
+    def chunk(self) -> int:
         """Rows to compute at once."""
         return max(2, CHUNK_VALUES // self.positions // 2 * 2)  # an even number: rows are compared in pairs
 
 
-def whiten_pair(query, key, name):
+def whiten_pair(
+    query: torch.Tensor | None, key: torch.Tensor | None, name: Whitening | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Query (..., Nq, D) and key (..., Nk, D), in float32 or wider, whitened as :mod:`dnl_ext.reference` defines it."""
-    if query is None:
+    if query is None or key is None:
         return None, None
     query, key = (x.detach().to(torch.promote_types(x.dtype, torch.float32)) for x in (query, key))
     return reference.whiten(query, name), reference.whiten(key, name)
 
 
-def split_images(inputs):
+def split_images(inputs: AttentionInputs) -> Iterator[Terms]:
     """The :class:`Terms` of every image (and head) of a block's :class:`dnl_ext.modules.AttentionInputs`, in order."""
     lead = inputs.value.shape[:-2]
     query, key = whiten_pair(inputs.query, inputs.key, inputs.whiten)  # first: a whitening may span the batch
 
-    def flat(x, dims):
+    def flat(x: torch.Tensor | None, dims: int) -> list[Any]:
         return [None] * math.prod(lead) if x is None else list(x.detach().reshape(-1, *x.shape[-dims:]))
 
     gain = float(torch.as_tensor(inputs.gain).detach())
     parts = (flat(query, 2), flat(key, 2), flat(inputs.value, 2), flat(inputs.mask_logits, 1))
-    for entry in zip(*parts, strict=True):
-        yield Terms(*entry, inputs.scale, inputs.whiten is not None, gain, math.prod(inputs.query_shape))
+    for query_part, key_part, value, mask in zip(*parts, strict=True):
+        yield Terms(
+            query_part,
+            key_part,
+            value,
+            mask,
+            inputs.scale,
+            inputs.whiten is not None,
+            gain,
+            math.prod(inputs.query_shape),
+        )

@@ -6,7 +6,12 @@ through the mean, of all queries) depend on those rows alone. The method still r
 the error of plain PyTorch in the same dtype on the same rows; a method is held to a multiple of it.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+
+from .case import Case, Inputs
 
 ROWS = 128
 #: Allowed multiple of plain PyTorch's error, for the output and for gradients: dnl_ext's own promise.
@@ -30,26 +35,30 @@ class Truth:
         bars: name -> error of plain PyTorch, relative Frobenius norm, at least so many roundings.
     """
 
-    def __init__(self, case, inputs, rows=ROWS, seed=1):
+    def __init__(self, case: Case, inputs: Inputs, rows: int = ROWS, seed: int = 1) -> None:
         generator = torch.Generator().manual_seed(seed)
         count = min(rows, case.queries)
-        self.rows = torch.randperm(case.queries, generator=generator)[:count].sort().values.to(case.device)
-        self.grad_output = None
+        self.rows: torch.Tensor = (
+            torch.randperm(case.queries, generator=generator)[:count].sort().values.to(case.device)
+        )
+        self.grad_output: torch.Tensor | None = None
         if case.training:
             shape = (case.batch, case.heads, count, case.channels)
             exact = torch.randn(shape, generator=generator).to(case.torch_dtype)  # exact in both dtypes
             self.grad_output = exact.to(case.device, torch.float64)
-        self.values = _plain(case, inputs, self.rows, self.grad_output, torch.float64)
+        self.values: dict[str, torch.Tensor] = _plain(case, inputs, self.rows, self.grad_output, torch.float64)
         plain = _plain(case, inputs, self.rows, self.grad_output, case.torch_dtype)
         floor = FLOOR.get(case.torch_dtype, USUAL_FLOOR) * torch.finfo(case.torch_dtype).eps
-        self.bars = {name: max(error(plain[name], x), floor) for name, x in self.values.items()}
+        self.bars: dict[str, float] = {name: max(error(plain[name], x), floor) for name, x in self.values.items()}
 
-    def errors(self, results):
+    def errors(self, results: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Relative Frobenius error per name of `results` (full output, full gradients)."""
         shown = {name: x[..., self.rows, :] if name == "output" else x for name, x in results.items()}
         return {name: error(shown[name], truth) for name, truth in self.values.items()}
 
-    def verdict(self, results, own):
+    def verdict(
+        self, results: Mapping[str, torch.Tensor], own: bool
+    ) -> tuple[dict[str, float], dict[str, float], str | None]:
         """(errors, ratios to plain PyTorch's error, reason it is wrong or None)."""
         errors = self.errors(results)
         ratios = {name: errors[name] / self.bars[name] for name in errors}
@@ -62,15 +71,19 @@ class Truth:
         return errors, ratios, None
 
 
-def error(x, truth):
+def error(x: torch.Tensor, truth: torch.Tensor) -> float:
     """||x - truth|| / ||truth|| in float64."""
     norm = torch.linalg.vector_norm(truth).item()
     return torch.linalg.vector_norm(x.detach().double() - truth).item() / max(norm, 1e-300)
 
 
-def _plain(case, inputs, rows, grad_output, dtype):
+def _plain(
+    case: Case, inputs: Inputs, rows: torch.Tensor, grad_output: torch.Tensor | None, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """Attention of `rows` in plain PyTorch and `dtype`, and its gradients. The definition, on some rows."""
-    tensors = [None if x is None else x.detach().to(dtype, copy=True).requires_grad_(case.training) for x in inputs]
+    tensors: list[Any] = [
+        None if x is None else x.detach().to(dtype, copy=True).requires_grad_(case.training) for x in inputs
+    ]
     query, key, value, mask = tensors
     with torch.set_grad_enabled(case.training):
         if case.whiten:
@@ -80,13 +93,13 @@ def _plain(case, inputs, rows, grad_output, dtype):
         if mask is not None:
             output = output + torch.softmax(mask, -1).unsqueeze(-2) @ value
     results = {"output": output.detach()}
-    if case.training:
+    if grad_output is not None:
         wanted = [x for x in tensors if x is not None]
         grads = torch.autograd.grad(output, wanted, grad_output.to(dtype))
         results |= dict(zip(gradient_names(inputs), grads, strict=True))
     return results
 
 
-def gradient_names(inputs):
+def gradient_names(inputs: Inputs) -> list[str]:
     names = ("grad_query", "grad_key", "grad_value", "grad_mask_logits")
     return [name for name, x in zip(names, inputs, strict=True) if x is not None]

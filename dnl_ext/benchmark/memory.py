@@ -8,13 +8,16 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import IO, Any
 
 import torch
+from typing_extensions import Self
 
-from .case import Case, make_inputs
-from .methods import METHODS
+from .case import Case, Inputs, make_inputs
+from .methods import METHODS, Attention
 
 #: Positions of the small call that runs first, so that libraries, pools and compilers are in memory already.
 WARM_UP_POSITIONS = 64
@@ -22,7 +25,7 @@ WARM_UP_POSITIONS = 64
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_ARENA_MAX": "1"}
 
 
-def available_bytes():
+def available_bytes() -> int | None:
     """Memory that a new allocation can have on this machine or in this control group, or None where nobody knows."""
     found = []
     try:
@@ -35,7 +38,7 @@ def available_bytes():
     return min(found, default=None)
 
 
-def status_bytes(field):
+def status_bytes(field: str) -> int:
     """VmRSS or VmHWM of this process, in bytes."""
     with open("/proc/self/status") as lines:
         for line in lines:
@@ -44,7 +47,9 @@ def status_bytes(field):
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def call(case, function, inputs, grad_output=None):
+def call(
+    case: Case, function: Attention, inputs: Inputs, grad_output: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
     """One call as it is timed: (output,) or (output, gradients...). `grad_output` may be made by the first call."""
     if not case.training:
         with torch.no_grad():
@@ -55,11 +60,11 @@ def call(case, function, inputs, grad_output=None):
     return (output, *torch.autograd.grad(output, inputs.leaves, grad_output))
 
 
-def storage_bytes(tensors):
+def storage_bytes(tensors: Iterable[torch.Tensor]) -> int:
     return sum(x.untyped_storage().nbytes() for x in tensors)
 
 
-def peak_cuda(case, function, inputs, grad_output):
+def peak_cuda(case: Case, function: Attention, inputs: Inputs, grad_output: torch.Tensor | None) -> int:
     """Bytes beyond inputs, outputs and gradients at the peak of one call on the GPU."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -72,29 +77,33 @@ def peak_cuda(case, function, inputs, grad_output):
 class CpuPeaks:
     """A process that measures one call after the other on the CPU, each in a fork of its own. Use as a context."""
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         program = f"from {__name__} import serve; serve({torch.get_num_threads()})"
         paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]  # the same dnl_ext as here
         environment = os.environ | MALLOC | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, "-c", program], env=environment, text=True, **pipes)
+        self.process: subprocess.Popen[str] = subprocess.Popen(
+            [sys.executable, "-c", program], env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.requests: IO[str] = self.process.stdin
+        self.answers: IO[str] = self.process.stdout
         return self
 
-    def __exit__(self, *_):
-        self.process.stdin.close()
-        self.process.stdout.close()
+    def __exit__(self, *_: object) -> None:
+        self.requests.close()
+        self.answers.close()
         self.process.wait()
 
-    def peak(self, case, method):
+    def peak(self, case: Case, method: str) -> int:
         """Bytes beyond inputs, outputs and gradients at the peak of one call. Raises RuntimeError with the reason."""
-        print(json.dumps({"case": asdict(case), "method": method}), file=self.process.stdin, flush=True)
-        answer = json.loads(self.process.stdout.readline() or '{"error": "the measuring process died"}')
+        print(json.dumps({"case": asdict(case), "method": method}), file=self.requests, flush=True)
+        answer = json.loads(self.answers.readline() or '{"error": "the measuring process died"}')
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer["bytes"]
 
 
-def _measure(case, function):
+def _measure(case: Case, function: Attention) -> int:
     """Bytes beyond inputs, outputs and gradients at the peak of one call in this process."""
     small = replace(case, queries=min(case.queries, WARM_UP_POSITIONS), keys=min(case.keys, WARM_UP_POSITIONS))
     call(small, function, make_inputs(small))
@@ -113,14 +122,15 @@ def _measure(case, function):
     return max(0, status_bytes("VmHWM") - before - storage_bytes(results))
 
 
-def _answer(request):
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
     """{"bytes": ...} or {"error": ...}, measured in a fork: this process itself never computes."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         try:
             case = Case(**request["case"])
-            answer = {"bytes": _measure(case, METHODS[request["method"]].build(case))}
+            function = METHODS[request["method"]].functions(case)[0]
+            answer: dict[str, Any] = {"bytes": _measure(case, function)}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         os.write(writing, json.dumps(answer).encode())
@@ -132,7 +142,7 @@ def _answer(request):
     return json.loads(text) if text else {"error": f"the measured process ended with status {status}"}
 
 
-def serve(threads):
+def serve(threads: int) -> None:
     """Answer one JSON request a line until standard input ends."""
     torch.set_num_threads(threads)
     for line in sys.stdin:

@@ -6,12 +6,18 @@ time: the query is centred as a user would write it, `q - q.mean(-2, keepdim=Tru
 weight), and the unary term, where the case has one, is a softmax and a product.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
 
-from .case import Case
+from .case import Case, Inputs
+
+#: A function of (query, key, value, mask_logits).
+Attention: TypeAlias = Callable[..., torch.Tensor]
+Build = TypeVar("Build", bound=Callable[[Case], Attention | list[Attention]])
 
 #: Rows of a chunk of :func:`chunks`.
 CHUNK_ROWS = 512
@@ -25,23 +31,59 @@ FLEX_TILES = tuple(
 
 
 class Unavailable(Exception):
-    """The method does not apply to the case here; the message says why."""
+    """The method does not apply to the case here; the message says why.
+
+    Example:
+        >>> from dnl_ext.benchmark import METHODS, Case, Unavailable
+        >>> try:
+        ...     METHODS["sdpa_slices"].build(Case(256, 256, 64, 64))
+        ... except Unavailable as reason:
+        ...     print(reason)
+        Dv <= 256: the same as sdpa_contiguous
+    """
 
 
 @dataclass(frozen=True)
 class Method:
+    """One way to compute attention: this library's, or what a user would pick instead.
+
+    Attributes:
+        name: key in ``METHODS``.
+        about: one line that says what it is.
+        build: function of a :class:`Case` that returns a function of (query, key, value, mask_logits), or a list of
+            them to be tried in turn; raises :class:`Unavailable`.
+        devices: where it can run. default: where it runs without being asked for.
+        maps: function of a case and its inputs that returns the number of N x N maps held at the peak, for leaving out
+            what cannot fit.
+
+    Example:
+        >>> from dnl_ext.benchmark import METHODS
+        >>> METHODS["eager"].devices
+        ('cpu', 'cuda')
+    """
+
     name: str
     about: str  # one line
-    build: object  # case -> function of (query, key, value, mask_logits), or a list of them to try in turn
-    devices: tuple  # where it can run
-    default: tuple  # where it runs without being asked for
-    maps: object  # case, inputs -> N x N maps held at the peak, for leaving out what cannot fit
+    build: Callable[[Case], Attention | list[Attention]]  # a list is to be tried in turn
+    devices: tuple[str, ...]  # where it can run
+    default: tuple[str, ...]  # where it runs without being asked for
+    maps: Callable[[Case, Inputs], int]  # case, inputs -> N x N maps held at the peak, for leaving out what cannot fit
+
+    def functions(self, case: Case) -> list[Attention]:
+        """What computes a case, to be tried in turn. Raises Unavailable where nothing does."""
+        built = self.build(case)
+        return built if isinstance(built, list) else [built]
 
 
-METHODS = {}
+METHODS: dict[str, Method] = {}
 
 
-def method(about, devices=("cpu", "cuda"), default=None, maps=lambda case, inputs: 0):
+def method(
+    about: str,
+    devices: tuple[str, ...] = ("cpu", "cuda"),
+    default: tuple[str, ...] | None = None,
+    maps: Callable[[Case, Inputs], int] = lambda case, inputs: 0,
+) -> Callable[[Build], Build]:
     def register(build):
         name = build.__name__
         METHODS[name] = Method(name, about, build, devices, devices if default is None else default, maps)
@@ -50,22 +92,22 @@ def method(about, devices=("cpu", "cuda"), default=None, maps=lambda case, input
     return register
 
 
-def centred(case, query):
+def centred(case: Case, query: torch.Tensor) -> torch.Tensor:
     return query - query.mean(-2, keepdim=True) if case.whiten else query
 
 
-def with_unary(output, value, mask_logits):
+def with_unary(output: torch.Tensor, value: torch.Tensor, mask_logits: torch.Tensor | None) -> torch.Tensor:
     if mask_logits is None:
         return output
     return output + torch.softmax(mask_logits, -1).unsqueeze(-2) @ value
 
 
-def eager_maps(case, inputs=None):
+def eager_maps(case: Case, inputs: Inputs | None = None) -> int:
     """Maps that eager attention holds at its peak: S and P in the forward; P, dP and dS in the backward."""
     return 3 if case.training else 2
 
 
-def sdpa_backend(case, inputs, contiguous):
+def sdpa_backend(case: Case, inputs: Inputs, contiguous: bool) -> str | None:
     """Name of the backend that SDPA takes for these inputs: "math" is the one that builds the N x N map."""
     if not hasattr(torch, "_fused_sdp_choice"):
         return None
@@ -76,7 +118,7 @@ def sdpa_backend(case, inputs, contiguous):
     return {0: "math", 1: "flash", 2: "efficient", 3: "cudnn"}.get(int(choice), str(choice))
 
 
-def sdpa_maps(contiguous):
+def sdpa_maps(contiguous: bool) -> Callable[[Case, Inputs], int]:
     def maps(case, inputs):
         if sdpa_backend(case, inputs, contiguous) not in ("math", None):
             return 0
@@ -87,7 +129,7 @@ def sdpa_maps(contiguous):
 
 
 @method("this library")
-def dnl_ext(case: Case):
+def dnl_ext(case: Case) -> Attention:
     from dnl_ext.ops import disentangled_attention
 
     whiten = "channel" if case.whiten else None
@@ -95,7 +137,7 @@ def dnl_ext(case: Case):
 
 
 @method("plain PyTorch, scale folded into the query; keeps N x N maps", maps=eager_maps)
-def eager(case: Case):
+def eager(case: Case) -> Attention:
     def run(q, k, v, m):
         weights = torch.softmax((centred(case, q) * case.scale) @ k.transpose(-1, -2), -1)
         return with_unary(weights @ v, v, m)
@@ -104,14 +146,14 @@ def eager(case: Case):
 
 
 @method("scaled_dot_product_attention on the channel-first views", maps=sdpa_maps(contiguous=False))
-def sdpa_views(case: Case):
+def sdpa_views(case: Case) -> Attention:
     def run(q, k, v, m):
         return with_unary(F.scaled_dot_product_attention(centred(case, q), k, v, scale=case.scale), v, m)
 
     return run
 
 
-def sdpa_copies(case):
+def sdpa_copies(case: Case) -> Attention:
     def run(q, k, v, m):
         q, k, v = (x.contiguous() for x in (centred(case, q), k, v))
         return with_unary(F.scaled_dot_product_attention(q, k, v, scale=case.scale), v, m)
@@ -120,12 +162,12 @@ def sdpa_copies(case):
 
 
 @method("scaled_dot_product_attention on contiguous copies, transposes included", maps=sdpa_maps(contiguous=True))
-def sdpa_contiguous(case: Case):
+def sdpa_contiguous(case: Case) -> Attention:
     return sdpa_copies(case)
 
 
 @method("the same, values cut to 256 channels a call so that a fused kernel takes them")
-def sdpa_slices(case: Case):
+def sdpa_slices(case: Case) -> Attention:
     if case.channels <= FUSED_WIDTH:
         raise Unavailable(f"Dv <= {FUSED_WIDTH}: the same as sdpa_contiguous")
     if case.width > FUSED_WIDTH or case.channels % case.width:
@@ -140,7 +182,7 @@ def sdpa_slices(case: Case):
     return run
 
 
-def sdpa_with(backend):
+def sdpa_with(backend: str) -> Callable[[Case], Attention]:
     def build(case):
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -156,22 +198,22 @@ def sdpa_with(backend):
 
 
 @method("SDPA, contiguous copies, FlashAttention backend", devices=("cuda",))
-def sdpa_flash(case: Case):
+def sdpa_flash(case: Case) -> Attention:
     return sdpa_with("FLASH_ATTENTION")(case)
 
 
 @method("SDPA, contiguous copies, memory-efficient backend", devices=("cuda",))
-def sdpa_efficient(case: Case):
+def sdpa_efficient(case: Case) -> Attention:
     return sdpa_with("EFFICIENT_ATTENTION")(case)
 
 
 @method("SDPA, contiguous copies, cuDNN backend", devices=("cuda",))
-def sdpa_cudnn(case: Case):
+def sdpa_cudnn(case: Case) -> Attention:
     return sdpa_with("CUDNN_ATTENTION")(case)
 
 
 @method(f"plain PyTorch in chunks of {CHUNK_ROWS} query rows, buffers reused, map made again in the backward")
-def chunks(case: Case):
+def chunks(case: Case) -> Attention:
     return lambda q, k, v, m: with_unary(Chunks.apply(centred(case, q) * case.scale, k, v), v, m)
 
 
@@ -179,7 +221,7 @@ class Chunks(torch.autograd.Function):
     """y = softmax(q k^T) v, one chunk of query rows at a time; q is already centred and scaled."""
 
     @staticmethod
-    def forward(ctx, q, k, v):
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(q, k, v)
         y = q.new_empty(*q.shape[:-1], v.shape[-1])
         logits, weights = Chunks.buffers(q, k, 2)
@@ -190,7 +232,7 @@ class Chunks(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         q, k, v = ctx.saved_tensors
         dq = torch.empty_like(q)
         wide = torch.promote_types(q.dtype, torch.float32)
@@ -208,19 +250,19 @@ class Chunks(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype)
 
     @staticmethod
-    def buffers(q, k, count):
+    def buffers(q: torch.Tensor, k: torch.Tensor, count: int) -> list[torch.Tensor]:
         rows = min(CHUNK_ROWS, q.shape[-2])
         return [q.new_empty(*q.shape[:-2], rows, k.shape[-2]) for _ in range(count)]
 
     @staticmethod
-    def each(q, *buffers):
+    def each(q: torch.Tensor, *buffers: torch.Tensor) -> Iterator[tuple[slice, list[torch.Tensor]]]:
         for first in range(0, q.shape[-2], CHUNK_ROWS):
             count = min(CHUNK_ROWS, q.shape[-2] - first)
             yield slice(first, first + count), [x[..., :count, :] for x in buffers]
 
 
 @method("FlexAttention, compiled, contiguous copies", default=("cuda",))
-def flex(case: Case):
+def flex(case: Case) -> list[Attention]:
     from torch.nn.attention.flex_attention import flex_attention
 
     if case.device == "cpu" and case.training:
@@ -239,14 +281,14 @@ def flex(case: Case):
 
 
 @method("torch.compile of eager", default=("cuda",), maps=eager_maps)
-def compiled(case: Case):
+def compiled(case: Case) -> Attention:
     return torch.compile(eager(case), dynamic=False)
 
 
 @method("FFPA, query, key padded with zeros to the width of the values", devices=("cuda",))
-def ffpa(case: Case):
+def ffpa(case: Case) -> Attention:
     try:
-        from ffpa_attn import ffpa_attn_func
+        from ffpa_attn import ffpa_attn_func  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise Unavailable(f"ffpa_attn is not installed ({error})") from None
     if case.dtype not in ("bf16", "fp16"):
@@ -263,12 +305,12 @@ def ffpa(case: Case):
 
 
 @method("FlashAttention (flash_attn 3 where installed, else 2)", devices=("cuda",))
-def flash_attn(case: Case):
+def flash_attn(case: Case) -> Attention:
     try:
-        from flash_attn_interface import flash_attn_func
+        from flash_attn_interface import flash_attn_func  # pyright: ignore[reportMissingImports]
     except ImportError:
         try:
-            from flash_attn import flash_attn_func
+            from flash_attn import flash_attn_func  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise Unavailable(f"flash_attn is not installed ({error})") from None
     if case.dtype not in ("bf16", "fp16"):

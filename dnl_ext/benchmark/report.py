@@ -1,9 +1,15 @@
 """The document of a run as tables on the terminal and as a chart."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .runner import OWN, SCHEMA
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
 
 #: Median over best above which a case counts as noisy.
 NOISY = 1.15
@@ -11,8 +17,24 @@ WORDS = {"forward": "forward", "training": "forward + backward"}
 STATUSES = ("ok", "skipped", "failed", "wrong")
 
 
-def load(path):
-    """Read and check a document. Raises ValueError that says what is wrong with the file."""
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a document that :func:`save_json` wrote, and check its layout.
+
+    Raises:
+        ValueError: not such a document; the message says what is wrong with the file. OSError: it cannot be read.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from dnl_ext.benchmark import load
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "results.json")
+        ...     _ = path.write_text("{}")
+        ...     try:
+        ...         load(path)
+        ...     except ValueError as error:
+        ...         print(str(error).removeprefix(f"{path}: "))
+        expected a benchmark document of schema 1
+    """
     try:
         document = json.loads(Path(path).read_text())
     except json.JSONDecodeError as error:
@@ -21,7 +43,7 @@ def load(path):
     return document
 
 
-def validate(document, name="document"):
+def validate(document: Any, name: object = "document") -> None:
     """Raise ValueError unless `document` has the layout of SCHEMA."""
     if not isinstance(document, dict) or document.get("schema") != SCHEMA:
         raise ValueError(f"{name}: expected a benchmark document of schema {SCHEMA}")
@@ -37,13 +59,13 @@ def validate(document, name="document"):
                 raise ValueError(f"{name}: {record.get('method')} has no status, or no reason for it")
 
 
-def _heading(document):
+def _heading(document: dict[str, Any]) -> str:
     device = document["device"]
     threads = f", {device['threads']} threads" if device["type"] == "cpu" else ""
     return f"{device['name']}{threads}, torch {document['config']['versions']['torch']}, {document['date'][:10]}"
 
 
-def _groups(document, *keys):
+def _groups(document: dict[str, Any], *keys: str) -> dict[tuple[Any, ...], list[dict[str, Any]]]:
     """Cases by the values of `keys`, in order of appearance."""
     groups = {}
     for case in document["cases"]:
@@ -51,16 +73,31 @@ def _groups(document, *keys):
     return groups
 
 
-def _record(case, method):
+def _record(case: dict[str, Any], method: str) -> dict[str, Any] | None:
     return next((record for record in case["results"] if record["method"] == method), None)
 
 
-def _methods(cases):
+def _methods(cases: list[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(record["method"] for case in cases for record in case["results"]))
 
 
-def tables(document):
-    """rich renderables: per dtype and direction a table of speeds, one of memory where it was measured, and notes."""
+def tables(document: dict[str, Any]) -> "Iterator[Table | Text]":
+    """A document as tables for the terminal, in the order in which to print them.
+
+    Args:
+        document: of :func:`run` or :func:`load`.
+
+    Returns:
+        Iterator over renderables of rich: for each dtype and direction a table of speeds, one of memory where it was
+        measured, and notes.
+
+    Example:
+        >>> from rich.console import Console
+        >>> from dnl_ext.benchmark import Options, run, tables
+        >>> document = run(Options(shapes=((16, 32),), positions=(64,), dtypes=("fp32",), peers=(), check_only=True))
+        >>> for table in tables(document):
+        ...     Console(quiet=True).print(table)
+    """
     from rich.text import Text
 
     yield Text(_heading(document))
@@ -71,7 +108,7 @@ def tables(document):
     yield from _notes(document)
 
 
-def _table(title, cases):
+def _table(title: str, cases: list[dict[str, Any]]) -> "tuple[Table, list[int]]":
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", header_style="bold")
@@ -83,7 +120,7 @@ def _table(title, cases):
     return table, positions
 
 
-def _rows(cases, positions):
+def _rows(cases: list[dict[str, Any]], positions: list[int]) -> Iterator[tuple[str, list[dict[str, Any] | None]]]:
     """(label, {N: case}) per shape."""
     shapes = {}
     for case in cases:
@@ -92,7 +129,7 @@ def _rows(cases, positions):
         yield f"{width}, {channels}", [by_n.get(n) for n in positions]
 
 
-def _speeds(title, cases):
+def _speeds(title: str, cases: list[dict[str, Any]]) -> "Table":
     table, positions = _table(f"{title}: GFLOP/s (share of a plain product's)", cases)
     for label, row in _rows(cases, positions):
         for method in _methods(cases):
@@ -107,7 +144,7 @@ def _speeds(title, cases):
     return table
 
 
-def _speed(case, method):
+def _speed(case: dict[str, Any] | None, method: str) -> str:
     record = case and _record(case, method)
     if not record:
         return ""
@@ -120,14 +157,14 @@ def _speed(case, method):
     return f"{record['gflops']:.0f} ({record['roof_share']:.2f})"
 
 
-def _ratio(case):
+def _ratio(case: dict[str, Any] | None) -> str:
     if not case or case["ratio"] is None:
         return ""
     colour = "green" if case["ratio"] >= 1 else "red"
     return f"[{colour}]{case['ratio']:.2f}[/] {case['best_peer']}"
 
 
-def _memory(title, cases):
+def _memory(title: str, cases: list[dict[str, Any]]) -> "Table":
     table, positions = _table(title, cases)
     for label, row in _rows(cases, positions):
         for method in _methods(cases):
@@ -140,7 +177,7 @@ def _memory(title, cases):
     return table
 
 
-def _megabytes(record):
+def _megabytes(record: dict[str, Any] | None) -> str:
     if record is None:
         return ""
     if record.get("memory_bytes") is not None:
@@ -148,12 +185,12 @@ def _megabytes(record):
     return "failed" if "memory_reason" in record else record["status"] if record["status"] != "ok" else ""
 
 
-def _watched(case):
+def _watched(case: dict[str, Any]) -> list[dict[str, Any]]:
     own = _record(case, OWN)
     return [case["roof"], *([own] if own and "best_s" in own else [])]
 
 
-def _notes(document):
+def _notes(document: dict[str, Any]) -> "Iterator[Text]":
     """Every reason for a figure that is missing, once, and which backend SDPA took."""
     from rich.text import Text
 
@@ -199,11 +236,24 @@ STYLES = {
 }
 
 
-def chart(document, path):
-    """Draw the document to a PNG: share of the roof, and memory where it was measured, against N.
+def chart(document: dict[str, Any], path: str | Path) -> None:
+    """Draw a document to a PNG: share of the plain product's speed, and memory where it was measured, against N.
 
     One row per dtype and direction and one column per (Dqk, Dv), each row of speeds followed by its row of memory.
-    Raises ValueError where there is nothing to draw.
+
+    Args:
+        document: of :func:`run` or :func:`load`.
+        path: the file; its folder is made.
+
+    Raises:
+        ValueError: the document has no figures to draw.
+
+    Example:
+        >>> from dnl_ext.benchmark import chart
+        >>> chart({"cases": []}, "results.png")
+        Traceback (most recent call last):
+        ...
+        ValueError: the document has no figures to draw
     """
     import matplotlib
 
@@ -244,7 +294,7 @@ def chart(document, path):
     plt.close(figure)
 
 
-def _scale(axes, quantity):
+def _scale(axes: Any, quantity: str) -> None:
     """Axis limits of a row of panels, which share them."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -258,7 +308,7 @@ def _scale(axes, quantity):
         axis.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _panel(axis, quantity, cases):
+def _panel(axis: Any, quantity: str, cases: list[dict[str, Any]]) -> None:
     cases = sorted(cases, key=lambda case: case["case"]["keys"])
     for method in sorted(_methods(cases), key=lambda name: name == OWN):  # dnl_ext on top
         points = [(case["case"]["keys"], (_record(case, method) or {}).get(quantity)) for case in cases]

@@ -5,10 +5,12 @@ import json
 import os
 import sys
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,10 +18,10 @@ from dnl_ext._load import _C
 from dnl_ext.config import cpu_model, show_config
 
 from . import timing
-from .case import DIRECTIONS, Case, make_inputs
+from .case import DIRECTIONS, Case, Inputs, make_inputs
 from .check import OWN_BAR, PEER_BAR, ROWS, Truth, gradient_names
 from .memory import CpuPeaks, available_bytes, call, peak_cuda
-from .methods import METHODS, Unavailable, sdpa_backend
+from .methods import METHODS, Attention, Method, Unavailable, sdpa_backend
 
 #: Version of the document's layout.
 SCHEMA = 1
@@ -32,11 +34,28 @@ LEAST_SECONDS = 0.5
 
 @dataclass
 class Options:
-    shapes: tuple = ((256, 256), (256, 512), (256, 1024))  # (Dqk, Dv)
-    positions: tuple = (1024, 2048, 4096)  # N = Nq = Nk
-    dtypes: tuple = ("fp32", "bf16")
-    directions: tuple = DIRECTIONS
-    peers: tuple | None = None  # names of METHODS; None: what runs on the device by default
+    """What a run of the benchmark covers.
+
+    Attributes:
+        shapes: pairs (Dqk, Dv). positions: numbers N of queries and of keys.
+        dtypes, directions: as in :class:`Case`.
+        peers: names in ``METHODS``; None is what runs on the device by default.
+        device, batch, heads, whiten, unary: as in :class:`Case`.
+        budget: seconds of timing for all cases together. rounds: least number of rounds of a case, whatever the budget.
+        memory: measure peak memory too. check_only: check the values and time nothing.
+
+    Example:
+        >>> from dnl_ext.benchmark import Options
+        >>> options = Options(shapes=((256, 256),), positions=(1024, 4096), dtypes=("fp32",))
+        >>> [case.describe() for case in options.cases()][:2]
+        ['(256, 256) N=1024 fp32 forward', '(256, 256) N=4096 fp32 forward']
+    """
+
+    shapes: tuple[tuple[int, int], ...] = ((256, 256), (256, 512), (256, 1024))  # (Dqk, Dv)
+    positions: tuple[int, ...] = (1024, 2048, 4096)  # N = Nq = Nk
+    dtypes: tuple[str, ...] = ("fp32", "bf16")
+    directions: tuple[str, ...] = DIRECTIONS
+    peers: tuple[str, ...] | None = None  # names of METHODS; None: what runs on the device by default
     device: str = "cpu"
     batch: int = 1
     heads: int = 1
@@ -47,14 +66,14 @@ class Options:
     memory: bool = False
     check_only: bool = False
 
-    def cases(self):
+    def cases(self) -> Iterator[Case]:
         kinds = product(self.dtypes, self.directions, self.shapes, self.positions)
         for dtype, direction, (width, channels), n in kinds:
             yield Case(
                 width, channels, n, n, dtype, direction, self.device, self.batch, self.heads, self.whiten, self.unary
             )
 
-    def methods(self):
+    def methods(self) -> list[Method]:
         names = self.peers
         kind = torch.device(self.device).type
         if names is None:
@@ -65,7 +84,7 @@ class Options:
         return [METHODS[name] for name in dict.fromkeys([OWN, *names])]
 
 
-def describe_device(device):
+def describe_device(device: str) -> dict[str, Any]:
     kind = torch.device(device).type
     shown = {"type": kind, "name": cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     if kind == "cuda":
@@ -82,7 +101,7 @@ def describe_device(device):
     return shown
 
 
-def new_document(options):
+def new_document(options: Options) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -103,7 +122,11 @@ def new_document(options):
     }
 
 
-def run(options, save=None, progress=None):
+def run(
+    options: Options,
+    save: Callable[[dict[str, Any]], object] | None = None,
+    progress: Callable[[Case, int, int], object] | None = None,
+) -> dict[str, Any]:
     """Run every case.
 
     Args:
@@ -113,6 +136,15 @@ def run(options, save=None, progress=None):
 
     Returns:
         dict: the document, see benchmarks/README.md. ``document["cases"][i]["results"]`` has one entry per method.
+
+    Example:
+        >>> from dnl_ext.benchmark import Options, passed, run
+        >>> sizes = {"shapes": ((16, 32),), "positions": (64,), "dtypes": ("fp32",), "directions": ("forward",)}
+        >>> document = run(Options(**sizes, peers=("eager",), check_only=True))
+        >>> [(result["method"], result["status"]) for result in document["cases"][0]["results"]]
+        [('dnl_ext', 'ok'), ('eager', 'ok')]
+        >>> passed(document)
+        True
     """
     document = new_document(options)
     cases = list(options.cases())
@@ -133,16 +165,18 @@ def run(options, save=None, progress=None):
     return document
 
 
-def _roof_edges(options, cases):
+def _roof_edges(options: Options, cases: Sequence[Case]) -> dict[str, int]:
     allowed = max(options.budget * timing.ROOF_SHARE / (3 * len(cases)), 0.02)  # three samples a case
     return {name: timing.roof_edge(case.torch_dtype, case.device, allowed) for name, case in _one_per_dtype(cases)}
 
 
-def _one_per_dtype(cases):
+def _one_per_dtype(cases: Sequence[Case]) -> Iterable[tuple[str, Case]]:
     return {case.dtype: case for case in cases}.items()
 
 
-def run_case(case, options, clock, edge, budget, peaks=None):
+def run_case(
+    case: Case, options: Options, clock: timing.Clock, edge: int | None, budget: float, peaks: CpuPeaks | None = None
+) -> dict[str, Any]:
     """One case: a record of every method's check, samples and memory, with the roof's samples."""
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()  # or the ninth shape of a compiled method would quietly run uncompiled
@@ -166,7 +200,7 @@ def run_case(case, options, clock, edge, budget, peaks=None):
             kept[method.name] = function, grad_output
             entries.append(timing.Entry(method.name, _timed(case, function, inputs, grad_output)))
     result = {"case": case.as_dict(), "results": records, "roof": None, "timed_s": 0.0}
-    if not options.check_only and entries:
+    if edge is not None and entries:
         roof = timing.roof_entry(case.torch_dtype, case.device, edge)
         timing.interleave([*entries, roof], clock, budget, least=options.rounds)
         result["timed_s"] = sum(sum(entry.samples) for entry in [*entries, roof])
@@ -186,7 +220,9 @@ def run_case(case, options, clock, edge, budget, peaks=None):
     return result
 
 
-def prepare(case, inputs, truth, method, record):
+def prepare(
+    case: Case, inputs: Inputs, truth: Truth, method: Method, record: dict[str, Any]
+) -> tuple[Attention, torch.Tensor | None]:
     """Build the method, run it once and check it: (function, grad_output in the layout of its output).
 
     Fills in backend, errors and, where they are too large, the status "wrong".
@@ -197,10 +233,9 @@ def prepare(case, inputs, truth, method, record):
     need, free = method.maps(case, inputs) * case.map_bytes, _free(case)
     if free is not None and need > MEMORY_SHARE * free:
         raise Unavailable(f"its N x N maps take {need / 1e9:.1f} GB, {free / 1e9:.1f} GB are available")
-    candidates = method.build(case)
+    candidates = method.functions(case)
     if method.name in ("sdpa_views", "sdpa_contiguous"):
         record["backend"] = sdpa_backend(case, inputs, method.name == "sdpa_contiguous")
-    candidates = candidates if isinstance(candidates, list) else [candidates]
     for function in candidates:
         try:
             results, grad_output = _first_call(case, function, inputs, truth)
@@ -208,19 +243,23 @@ def prepare(case, inputs, truth, method, record):
         except Exception:
             if function is candidates[-1]:
                 raise
+    else:
+        raise Unavailable("it builds no function")
     names = ["output", *(gradient_names(inputs) if case.training else ())]
     errors, ratios, wrong = truth.verdict(dict(zip(names, results, strict=True)), own=method.name == OWN)
     record |= {"errors": errors, "error_ratios": ratios}
     if wrong:
         record |= {"status": "wrong", "reason": wrong}
-    if case.training:
+    if grad_output is not None:
         grad_output.normal_()
     return function, grad_output
 
 
-def _first_call(case, function, inputs, truth):
+def _first_call(
+    case: Case, function: Attention, inputs: Inputs, truth: Truth
+) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
     """Results of a call whose grad_output is the truth's, and a grad_output in the layout of the output."""
-    if not case.training:
+    if truth.grad_output is None:
         return call(case, function, inputs), None
     output = function(*inputs)
     grad_output = torch.zeros_like(output)
@@ -228,18 +267,25 @@ def _first_call(case, function, inputs, truth):
     return (output, *torch.autograd.grad(output, inputs.leaves, grad_output)), grad_output
 
 
-def _timed(case, function, inputs, grad_output):
+def _timed(case: Case, function: Attention, inputs: Inputs, grad_output: torch.Tensor | None) -> Callable[[], object]:
     return lambda: call(case, function, inputs, grad_output)
 
 
-def _free(case):
+def _free(case: Case) -> int | None:
     if torch.device(case.device).type == "cpu":
         return available_bytes()
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(case.device)[0]
 
 
-def _memory(case, record, peaks, inputs, function, grad_output):
+def _memory(
+    case: Case,
+    record: dict[str, Any],
+    peaks: CpuPeaks | None,
+    inputs: Inputs,
+    function: Attention,
+    grad_output: torch.Tensor | None,
+) -> int | None:
     try:
         if peaks is None:
             return peak_cuda(case, function, inputs, grad_output)
@@ -249,7 +295,7 @@ def _memory(case, record, peaks, inputs, function, grad_output):
         return None
 
 
-def _figures(entry, flops):
+def _figures(entry: timing.Entry, flops: int) -> dict[str, Any]:
     return {
         "seconds": entry.samples,
         "best_s": entry.best,
@@ -259,7 +305,7 @@ def _figures(entry, flops):
     }
 
 
-def compare(result):
+def compare(result: dict[str, Any]) -> None:
     """Set best_peer, and ratio = speed of dnl_ext over that of the best peer (above 1 is faster), best and median."""
     timed = {record["method"]: record for record in result["results"] if record.get("gflops")}
     own = timed.pop(OWN, None)
@@ -272,12 +318,30 @@ def compare(result):
         result["ratio_median"] = own["gflops_median"] / fastest_median
 
 
-def save_json(path):
-    """A `save` function that writes the document to `path`, whole or not at all."""
+def save_json(path: str | Path) -> Callable[[dict[str, Any]], None]:
+    """A ``save`` function for :func:`run`, which writes the document to a file, whole or not at all.
+
+    Args:
+        path: the file; its folder is made.
+
+    Returns:
+        A function of the document.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from dnl_ext.benchmark import save_json
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_json(f"{folder}/results.json")({"cases": []})
+        ...     print(pathlib.Path(folder, "results.json").read_text())
+        {
+         "cases": []
+        }
+        <BLANKLINE>
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
 
-    def save(document):
+    def save(document: dict[str, Any]) -> None:
         partial = path.with_name(path.name + ".partial")
         partial.write_text(json.dumps(document, indent=1) + "\n")
         partial.replace(path)
@@ -285,7 +349,13 @@ def save_json(path):
     return save
 
 
-def passed(document):
-    """Whether dnl_ext was right in every case."""
+def passed(document: dict[str, Any]) -> bool:
+    """Whether dnl_ext was right in every case of a document that :func:`run` returned.
+
+    Example:
+        >>> from dnl_ext.benchmark import passed
+        >>> passed({"cases": [{"results": [{"method": "dnl_ext", "status": "wrong"}]}]})
+        False
+    """
     own = [record for case in document["cases"] for record in case["results"] if record["method"] == OWN]
     return bool(own) and all(record["status"] == "ok" for record in own)

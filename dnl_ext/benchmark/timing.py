@@ -3,9 +3,15 @@
 import random
 import statistics
 import time
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
+
+#: Takes a function, runs it once and returns the seconds that it took.
+Clock: TypeAlias = Callable[[Callable[[], object]], float]
 
 #: Flush at least this many bytes before a CUDA call when the size of its L2 cache is not known.
 L2_BYTES = 256 * 2**20
@@ -20,24 +26,24 @@ class Entry:
     """One thing to time. `call` runs it once; `samples` are its seconds, in order."""
 
     name: str
-    call: object
+    call: Callable[[], object]
     share: float | None = None  # at most this share of the time spent, after `least` samples; None: every round
-    samples: list = field(default_factory=list)
+    samples: list[float] = field(default_factory=list)
     failure: str | None = None
 
     @property
-    def best(self):
+    def best(self) -> float:
         return min(self.samples)
 
     @property
-    def median(self):
+    def median(self) -> float:
         return statistics.median(self.samples)
 
 
 class CpuClock:
     """Seconds of one call by the wall clock."""
 
-    def __call__(self, call):
+    def __call__(self, call: Callable[[], object]) -> float:
         start = time.perf_counter()
         call()
         return time.perf_counter() - start
@@ -46,12 +52,12 @@ class CpuClock:
 class CudaClock:
     """Seconds of one call on the GPU between two events, with a cold L2 and the launches hidden where they can be."""
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device | str) -> None:
         properties = torch.cuda.get_device_properties(device)
         size = max(2 * getattr(properties, "L2_cache_size", 0), L2_BYTES)
-        self.flush = torch.empty(size, dtype=torch.uint8, device=device)
+        self.flush: torch.Tensor = torch.empty(size, dtype=torch.uint8, device=device)
 
-    def __call__(self, call):
+    def __call__(self, call: Callable[[], object]) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         self.flush.zero_()
@@ -64,11 +70,13 @@ class CudaClock:
         return start.elapsed_time(end) / 1000
 
 
-def clock_for(device):
+def clock_for(device: torch.device | str) -> Clock:
     return CudaClock(device) if torch.device(device).type == "cuda" else CpuClock()
 
 
-def interleave(entries, clock, budget, least=3, most=50, seed=0):
+def interleave(
+    entries: list[Entry], clock: Clock, budget: float, least: int = 3, most: int = 50, seed: int = 0
+) -> list[Entry]:
     """Time `entries` in rounds until `budget` seconds are spent; at least `least` and at most `most` rounds.
 
     An entry whose call raises is left out from then on, with the reason in its `failure`. Calls must have run before:
@@ -97,7 +105,7 @@ def interleave(entries, clock, budget, least=3, most=50, seed=0):
     return entries
 
 
-def failure_text(error, said=()):
+def failure_text(error: BaseException, said: Iterable[warnings.WarningMessage] = ()) -> str:
     """One line that says what went wrong, with the warnings that came before it."""
     if isinstance(error, torch.cuda.OutOfMemoryError):
         return "out of GPU memory"
@@ -106,7 +114,7 @@ def failure_text(error, said=()):
     return f"{type(error).__name__}: {'; '.join(lines)}"[:400]
 
 
-def roof_entry(dtype, device, edge):
+def roof_entry(dtype: torch.dtype, device: torch.device | str, edge: int) -> Entry:
     """The roof: a plain product of two (edge, edge) matrices of the dtype, into memory that is already there."""
     a, b = (torch.randn(edge, edge, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -115,7 +123,7 @@ def roof_entry(dtype, device, edge):
     return product
 
 
-def roof_edge(dtype, device, seconds):
+def roof_edge(dtype: torch.dtype, device: torch.device | str, seconds: float) -> int:
     """Edge of the roof's product: the largest of a few sizes that takes at most `seconds`."""
     clock = clock_for(device)
     small, *larger = (2048, 4096, 8192) if torch.device(device).type == "cuda" else (1024, 2048, 3072, 4096)

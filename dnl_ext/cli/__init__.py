@@ -10,7 +10,7 @@ import sys
 PACKAGES = ("typer", "rich", "PIL", "matplotlib", "skimage")
 
 
-def main():
+def main() -> None:
     """Entry point of ``python -m dnl_ext`` and ``dnl-ext``."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:

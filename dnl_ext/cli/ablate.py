@@ -1,14 +1,20 @@
 """``python -m dnl_ext ablate``."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from .errors import fail, one_line_errors
 from .train import parse_size
 
+if TYPE_CHECKING:
+    from ..segmentation.ablation import Run
 
-def parse_list(name, text, kind):
+Value = TypeVar("Value")
+
+
+def parse_list(name: str, text: str | None, kind: Callable[[str], Value]) -> tuple[Value, ...] | None:
     """(1.0, 0.05) from 1,0.05; exits with code 2 where it is something else. None stays None."""
     if text is None:
         return None
@@ -43,7 +49,7 @@ def ablate(
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch. [its own choice]")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that prepare images ahead. [1]")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [auto]")] = None,
-):
+) -> None:
     """Train every variant of the block at two temperatures and several seeds; write the table of the paper's talk.
 
     The default takes about an hour on two CPU cores. Ctrl-C saves; the same command goes on.
@@ -65,10 +71,10 @@ def ablate(
         parse_list("--temperatures", temperatures, float), parse_list("--seeds", seeds, int), pretext, images,
     )  # fmt: skip
 
-    def listener(title, first, total):
+    def listener(title: str, first: int, total: int) -> Any:
         return TerminalProgress(title, first, total, lines=4)
 
-    def on_result(run, result):
+    def on_result(run: "Run", result: dict[str, Any]) -> None:
         figures = result["attention"]
         own = figures.get("pairwise.own_class.mass")
         share = "" if own is None else f", pairwise on the own class {100 * own:.0f} %"

@@ -6,6 +6,7 @@ is a command that is not there.
 
 import importlib
 import importlib.util
+from typing import Any
 
 import typer
 from typer.core import TyperGroup
@@ -16,10 +17,10 @@ COMMANDS = ("demo", "train", "maps", "diagnose", "ablate", "bench", "doctor")
 class LazyGroup(TyperGroup):
     """A group whose commands are files of this package."""
 
-    def list_commands(self, ctx):
+    def list_commands(self, ctx: typer.Context) -> list[str]:
         return [name for name in COMMANDS if importlib.util.find_spec(f"{__package__}.{name}")]
 
-    def get_command(self, ctx, cmd_name):
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any | None:
         if cmd_name not in self.list_commands(ctx):
             return None
         module = importlib.import_module(f"{__package__}.{cmd_name}")
@@ -28,9 +29,9 @@ class LazyGroup(TyperGroup):
         return typer.main.get_command(single)
 
 
-app = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True)
+app: typer.Typer = typer.Typer(cls=LazyGroup, add_completion=False, no_args_is_help=True)
 
 
 @app.callback()
-def dnl_ext():
+def dnl_ext() -> None:
     """Exact global attention for convolutional networks, in memory linear in the number of positions."""

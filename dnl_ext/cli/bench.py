@@ -1,11 +1,17 @@
 """`python -m dnl_ext bench`: the benchmark's command line. The benchmark itself is dnl_ext/benchmark/."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import fail
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..benchmark import Options
 
 #: Numbers of positions of a run that names none: with --full, on the CPU, on CUDA.
 FULL, QUICK, QUICK_CUDA = (1024, 2048, 4096, 8192, 16384, 32768), (1024, 2048, 4096), (4096, 16384)
@@ -13,18 +19,19 @@ FULL, QUICK, QUICK_CUDA = (1024, 2048, 4096, 8192, 16384, 32768), (1024, 2048, 4
 WIDTH_OF_A_FILE = 140
 
 
-def _shapes(text):
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
     """ "256,256;256,512" as ((256, 256), (256, 512))."""
     try:
-        shapes = tuple(tuple(int(size) for size in part.replace("x", ",").split(",")) for part in text.split(";"))
+        pairs = [[int(size) for size in part.replace("x", ",").split(",")] for part in text.split(";")]
+        shapes = tuple((width, channels) for width, channels in pairs)
     except ValueError:
         shapes = ()
-    if not shapes or any(len(shape) != 2 or min(shape) < 1 for shape in shapes):
+    if not shapes or any(min(shape) < 1 for shape in shapes):
         fail(f"--shapes: expected Dqk,Dv pairs such as '256,256;256,512', got {text!r}")
     return shapes
 
 
-def _numbers(text):
+def _numbers(text: str) -> tuple[int, ...]:
     try:
         numbers = tuple(int(part) for part in text.split(","))
     except ValueError:
@@ -34,7 +41,7 @@ def _numbers(text):
     return numbers
 
 
-def _names(option, text, known):
+def _names(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
     names = tuple(part.strip() for part in text.split(","))
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -63,7 +70,7 @@ def bench(
     png: Annotated[Path | None, typer.Option(help="Draw them here.")] = None,
     load: Annotated[Path | None, typer.Option(help="Show or draw the figures of this JSON; run nothing.")] = None,
     check_only: Annotated[bool, typer.Option(help="Check every method's values; time nothing.")] = False,
-):
+) -> None:
     """Check, then time attention forward and backward against what PyTorch offers, as a share of a plain product."""
     import torch
     from rich.console import Console
@@ -120,7 +127,7 @@ def bench(
         raise typer.Exit(1)
 
 
-def _run(console, benchmark, options, json):
+def _run(console: "Console", benchmark: Any, options: "Options", json: Path | None) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     save = benchmark.save_json(json) if json is not None else None
@@ -134,7 +141,7 @@ def _run(console, benchmark, options, json):
         return benchmark.run(options, save, progress)
 
 
-def _show(console, document, png):
+def _show(console: "Console", document: dict[str, Any], png: Path | None) -> None:
     from dnl_ext import benchmark
 
     for part in benchmark.tables(document):

@@ -2,11 +2,14 @@
 
 import json as json_module
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .errors import fail
+
+if TYPE_CHECKING:
+    import torch
 
 #: Allowed multiple of plain PyTorch's error against float64.
 OUTPUT_BAR, GRADIENT_BAR = 2.0, 3.0
@@ -21,7 +24,7 @@ def doctor(
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 (or fp32, bf16, ...).")] = "float32",
     device: Annotated[str, typer.Option(help="cpu, cuda or meta. [default: cuda where there is one]")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-):
+) -> None:
     """Show versions, builds and paths, then check forward and backward against plain PyTorch. Exits 1 if broken."""
     import torch
 
@@ -47,7 +50,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def self_check():
+def self_check() -> list[dict[str, Any]]:
     """Forward and backward of every dtype on the CPU, and on each GPU that torch sees if CUDA was built.
 
     Returns:
@@ -76,7 +79,7 @@ def self_check():
     return checks
 
 
-def error_ratios(dtype, device):
+def error_ratios(dtype: "torch.dtype", device: str) -> dict[str, float]:
     """Error of dnl_ext over that of dnl_ext.reference, both in `dtype` against float64, per result.
 
     Inputs are channel-first views with a mean, on logits hot enough that the softmax is not flat.

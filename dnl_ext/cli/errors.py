@@ -7,14 +7,18 @@ import contextlib
 import functools
 import signal
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn, ParamSpec
 
 import typer
 
 from ..segmentation.errors import InputError, InputWarning, Interrupted
 from ..segmentation.training import distributed
 
+P = ParamSpec("P")
 
-def tell(message):
+
+def tell(message: object) -> None:
     """Print on stderr, once for all processes. Every process must come here."""
     if distributed.is_main():
         typer.echo(message, err=True)
@@ -22,24 +26,24 @@ def tell(message):
     distributed.wait()
 
 
-def fail(message):
+def fail(message: object) -> NoReturn:
     """Print one line on stderr and exit with code 2; see :func:`tell`."""
     tell(f"error: {message}")
     raise typer.Exit(2)
 
 
-def out_of_memory(error):
+def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out (PyTorch's CPU allocator raises a bare RuntimeError)."""
     text = str(error)
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 @contextlib.contextmanager
-def one_line_warnings():
+def one_line_warnings() -> Iterator[None]:
     """Context in which an :class:`InputWarning` is one line on stderr, the first of each kind; others are as before."""
     said, show_other = set(), warnings.showwarning
 
-    def show(message, category, *place, **options):
+    def show(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
         if not issubclass(category, InputWarning):
             show_other(message, category, *place, **options)
         elif message.what not in said:
@@ -52,11 +56,11 @@ def one_line_warnings():
         yield
 
 
-def one_line_errors(command):
+def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
     """Turn the errors and warnings of the training tools into one line each on stderr, and errors into exit codes."""
 
     @functools.wraps(command)
-    def wrapped(*args, **options):
+    def wrapped(*args: P.args, **options: P.kwargs) -> None:
         try:
             with one_line_warnings():
                 return command(*args, **options)
@@ -86,7 +90,7 @@ def one_line_errors(command):
     return wrapped
 
 
-def options_to_resume(stop):
+def options_to_resume(stop: Interrupted) -> str:
     """The command that continues an interrupted training."""
     processes = distributed.world_size()
     launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"

@@ -7,7 +7,7 @@ import typer
 from .errors import fail, one_line_errors
 
 
-def parse_query(text):
+def parse_query(text: str) -> tuple[int, int]:
     """(12, 34) from 12,34; exits with code 2 where it is something else."""
     try:
         x, y = (int(part) for part in text.split(","))
@@ -27,7 +27,7 @@ def maps(
         typer.Option(help="Pixel X,Y to look from, up to 6 of them. [default: a quarter in from each side]"),
     ] = None,
     out: Annotated[str, typer.Option(help="Picture to write: png, pdf or svg.")] = "maps.png",
-):
+) -> None:
     """Draw where query pixels look: pairwise, unary and total attention of trained networks, side by side."""
     from pathlib import Path
 

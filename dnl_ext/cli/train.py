@@ -1,7 +1,8 @@
 """``python -m dnl_ext train``."""
 
 import math
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,10 +10,13 @@ from ..segmentation.errors import InputError
 from ..segmentation.training import distributed
 from .errors import fail, one_line_errors
 
+if TYPE_CHECKING:
+    from ..segmentation.config import TrainConfig
+
 RUN, DATA, NETWORK = "Run", "Data", "Network and optimizer"
 
 
-def parse_size(text):
+def parse_size(text: str) -> tuple[int, int]:
     """(512, 1024) from 512x1024, height first; exits with code 2 where it is something else."""
     try:
         height, width = (int(part) for part in text.lower().split("x"))
@@ -21,7 +25,7 @@ def parse_size(text):
     return height, width
 
 
-def option(help_text, panel=NETWORK, *names):
+def option(help_text: str, panel: str = NETWORK, *names: str) -> Any:
     return typer.Option(*names, help=help_text, rich_help_panel=panel)
 
 
@@ -77,7 +81,7 @@ def train(
     temperature: Annotated[float | None, option("Divides the attention's logits (0.05, the paper's; nl: 1).")] = None,
     width: Annotated[int | None, option("Channels after the encoder's first convolution (24).")] = None,
     stop_after: Annotated[int | None, typer.Option(hidden=True)] = None,
-):
+) -> None:
     """Train a segmentation network with a non-local block, on built-in photographs or on your own folder.
 
     Without options it runs on mosaics of the photographs in scikit-image's wheel, 8,192 tokens per crop. Ctrl-C saves;
@@ -105,7 +109,9 @@ def train(
     run(typed, out, resume=resume, overwrite=overwrite, init=init, epochs=epochs, stop_after=stop_after)
 
 
-def read(typed, path, resume, overwrite, init, epochs):
+def read(
+    typed: dict[str, Any], path: Path, resume: bool, overwrite: bool, init: str | None, epochs: float | None
+) -> "tuple[TrainConfig, dict[str, Any]]":
     """The settings of a run, and the other arguments of its Trainer; ``path`` is that of its checkpoint.
 
     Raises:
@@ -131,7 +137,16 @@ def read(typed, path, resume, overwrite, init, epochs):
     return config, {"state": state, "state_path": path, "init": weights, "init_path": init, "data": data}
 
 
-def run(typed, out, *, resume, overwrite, init, epochs, stop_after):
+def run(
+    typed: dict[str, Any],
+    out: str,
+    *,
+    resume: bool,
+    overwrite: bool,
+    init: str | None,
+    epochs: float | None,
+    stop_after: int | None,
+) -> None:
     """Open everything, train, say what came out."""
     from pathlib import Path
 

@@ -18,21 +18,25 @@ and unlike in one process. Delta of 16-bit inputs needs what rounding took from 
 Blocks of queries bound what an operator needs beside its results; centred copies live as long as a block.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
 from torch.autograd import Function
 
 from ..ops._common import accumulate_type, empty_like_layout, last_derivative, ops
 from . import _exchange
+from ._shards import Shards
 
 #: Positions that are widened to float64 at a time.
 SUM_BLOCK = 4096
 
 
-def ranges(positions):
+def ranges(positions: int) -> Iterator[tuple[int, int]]:
     return ((begin, min(begin + SUM_BLOCK, positions)) for begin in range(0, positions, SUM_BLOCK))
 
 
-def column_sums(x):
+def column_sums(x: torch.Tensor) -> torch.Tensor:
     """Sum over positions, (..., n, D) to (..., D), in float64."""
     total = x.new_zeros((*x.shape[:-2], x.shape[-1]), dtype=torch.float64)
     for begin, end in ranges(x.shape[-2]):
@@ -40,7 +44,7 @@ def column_sums(x):
     return total
 
 
-def row_products(x, vector):
+def row_products(x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     """<x_i, vector>, (..., n, D) and (..., D) to (..., n), in float64."""
     out = x.new_empty(x.shape[:-1], dtype=torch.float64)
     for begin, end in ranges(x.shape[-2]):
@@ -48,7 +52,7 @@ def row_products(x, vector):
     return out
 
 
-def centred(x, mean):
+def centred(x: torch.Tensor, mean: torch.Tensor | None) -> torch.Tensor:
     """x less `mean` (..., D), rounded once to the dtype of x; x itself where there is no mean."""
     if mean is None:
         return x
@@ -59,7 +63,9 @@ def centred(x, mean):
 class Means:
     """Means over all ranks that are taken off query, key and value before anything else, (..., D), or None."""
 
-    def __init__(self, shards, query, key, value, centre):
+    def __init__(
+        self, shards: Shards, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, centre: bool
+    ) -> None:
         self.query = self.key = self.value = None
         wide = query.dtype.itemsize > 2
         if not (centre or wide):
@@ -75,7 +81,7 @@ class Means:
         if wide:
             self.value = (sums[..., 2 * width :] / sum(shards.keys)).nan_to_num(0, 0, 0).to(value.dtype)
 
-    def pack(self, key, value):
+    def pack(self, key: torch.Tensor, value: torch.Tensor) -> Callable[..., None]:
         """The function that fills a block with a rank's own keys and values, centred: see _exchange.blocks."""
 
         def fill(begin, end, key_block, value_block):
@@ -88,19 +94,19 @@ class Means:
 class Rows:
     """The running softmax of a rank's queries: y (..., Nq, Dv) so far, and the maximum and the sum of every row."""
 
-    def __init__(self, query, channels, scale):
+    def __init__(self, query: torch.Tensor, channels: int, scale: float) -> None:
         self.scale = scale
         wide = accumulate_type(query.dtype)
         self.sum_of_values = empty_like_layout(query, (*query.shape[:-1], channels), wide).zero_()
         self.shift = query.new_full(query.shape[:-1], -torch.inf, dtype=wide)
         self.sum = query.new_zeros(query.shape[:-1], dtype=wide)
 
-    def weight(self, difference):
+    def weight(self, difference: torch.Tensor) -> torch.Tensor:
         """exp(|scale| difference), in float64: there a scale that is no float32 is a number too."""
         magnitude = abs(self.scale) or 1.0  # with a scale of 0 shifts are 0, or -inf where there is no key yet
         return (difference.double() * magnitude).exp().to(difference.dtype)
 
-    def add(self, begin, end, output, stats, residual):
+    def add(self, begin: int, end: int, output: torch.Tensor, stats: torch.Tensor, residual: torch.Tensor) -> None:
         """What pairwise_part_forward gives for the queries from begin to end."""
         here = slice(begin, end)
         values, shift, total = self.sum_of_values[..., here, :], self.shift[..., here], self.sum[..., here]
@@ -116,13 +122,13 @@ class Rows:
         total.mul_(before).add_(weight)
         shift.copy_(largest)
 
-    def finish(self):
+    def finish(self) -> tuple[torch.Tensor, torch.Tensor]:
         """y, complete, and softmax_stats (..., Nq, 2)."""
         factor = 1 / self.sum
         return self.sum_of_values.mul_(factor.unsqueeze(-1)), torch.stack((self.shift, factor), dim=-1)
 
 
-def pool(shards, mask_logits, value):
+def pool(shards: Shards, mask_logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Pooled values over all ranks (..., Dv) and the lse of all mask logits (...), in float64."""
     if mask_logits.shape[-1]:
         pooled, lse = ops.unary_forward(mask_logits, value)
@@ -139,25 +145,27 @@ def pool(shards, mask_logits, value):
 class UnaryGradients:
     """dm_j = u_j (<G, v_j> - <G, pooled>) and dv_j = u_j G, with G (..., Dv) = sum over all ranks of dy."""
 
-    def __init__(self, mask_logits, value, lse, grad_pooled):
+    def __init__(
+        self, mask_logits: torch.Tensor, value: torch.Tensor, lse: torch.Tensor, grad_pooled: torch.Tensor
+    ) -> None:
         self.map = (mask_logits.double() - lse.unsqueeze(-1)).exp()  # (..., Nk), up to a common factor
         self.grad_pooled, self.like = grad_pooled, value
         self.dot = row_products(value, grad_pooled)
 
-    def sums(self):
+    def sums(self) -> torch.Tensor:
         """What is to be added up over ranks, (..., 2): sum_j u_j <G, v_j> and sum_j u_j."""
         return torch.stack(((self.map * self.dot).sum(-1), self.map.sum(-1)), dim=-1)
 
-    def set_total(self, sums):
+    def set_total(self, sums: torch.Tensor) -> None:
         """The means are over u as it is here, not as rounded in the forward: then dm sums to zero."""
         weighted, total = sums.unbind(-1)
         self.map = self.map / total.unsqueeze(-1)
         self.mean = (weighted / total).unsqueeze(-1)
 
-    def mask(self):
+    def mask(self) -> torch.Tensor:
         return self.map * (self.dot - self.mean)
 
-    def add_value(self, total, begin, end):
+    def add_value(self, total: torch.Tensor, begin: int, end: int) -> torch.Tensor:
         """Add dv of the keys from begin to end to `total` (..., end - begin, Dv)."""
         return total.addcmul_(
             self.map[..., begin:end, None].to(total.dtype), self.grad_pooled.unsqueeze(-2).to(total.dtype)
@@ -168,7 +176,17 @@ class ShardedAttention(Function):
     """y_i = sum_j (P_ij + u_j) v_j with j over all ranks' keys; backward in `_backward`."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask_logits, shards, scale, centre, keep):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask_logits: torch.Tensor | None,
+        shards: Shards,
+        scale: float,
+        centre: bool,
+        keep: bool,
+    ) -> torch.Tensor:
         means, rows = Means(shards, query, key, value, centre), Rows(query, value.shape[-1], scale)
         pooled, mask_lse = (None, None) if mask_logits is None else pool(shards, mask_logits, value)
         widths = (key.shape[-1], value.shape[-1])
@@ -195,7 +213,7 @@ class ShardedAttention(Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = _run_backward(
             grad_output, *ctx.saved_tensors, ctx.means, ctx.shards, ctx.scale, ctx.centre, ctx.needs_input_grad[:4]
         )
@@ -203,23 +221,36 @@ class ShardedAttention(Function):
 
 
 def _backward(
-    grad_output, query, key, value, mask_logits, output, residual, stats, offset, mask_lse, means, shards, scale,
-    centre, needs,
-):  # fmt: skip
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None,
+    output: torch.Tensor,
+    residual: torch.Tensor | None,
+    stats: torch.Tensor,
+    offset: torch.Tensor | None,
+    mask_lse: Any,
+    means: Means,
+    shards: Shards,
+    scale: float,
+    centre: bool,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, ...]:
     need_query, need_key, need_value, need_mask = needs
     wide = accumulate_type(query.dtype)
     need_logits = need_query or need_key
     delta = _delta(grad_output, output, residual, offset) if need_logits else query.new_zeros(query.shape[:-1])
     delta = delta.to(wide)
-    unary = None
+    unary: Any = None
     if mask_logits is not None and (need_value or need_mask):
         unary = UnaryGradients(mask_logits, value, mask_lse, shards.total(column_sums(grad_output)))
         unary.set_total(shards.total(unary.sums()))
-    grad_query = empty_like_layout(query, query.shape, wide).zero_() if need_query else None
-    grad_key = empty_like_layout(key, key.shape) if need_key else None
-    grad_value = empty_like_layout(value, value.shape) if need_value else None
+    grad_query: Any = empty_like_layout(query, query.shape, wide).zero_() if need_query else None
+    grad_key: Any = empty_like_layout(key, key.shape) if need_key else None
+    grad_value: Any = empty_like_layout(value, value.shape) if need_value else None
 
-    def work(keys, values):
+    def work(keys: torch.Tensor, values: torch.Tensor) -> Any:
         total = None
         for begin, end in shards.query_ranges():
             here = slice(begin, end)
@@ -235,7 +266,7 @@ def _backward(
             )
         return total and [keys[..., :0].to(wide) if x is None else x for x in total]
 
-    def deliver(begin, end, key_sum, value_sum):
+    def deliver(begin: int, end: int, key_sum: torch.Tensor, value_sum: torch.Tensor) -> None:
         if need_key:
             grad_key[..., begin:end, :] = key_sum
         if need_value:
@@ -254,10 +285,12 @@ def _backward(
             mean = shards.total(column_sums(grad_query)) / max(sum(shards.queries), 1)
             grad_query -= mean.to(wide).unsqueeze(-2)
         grad_query = grad_query.to(query.dtype)
-    return grad_query, grad_key, grad_value, unary.mask().to(mask_logits.dtype) if need_mask else None
+    return grad_query, grad_key, grad_value, unary.mask().to(query.dtype) if need_mask else None
 
 
-def _delta(grad_output, output, residual, offset):
+def _delta(
+    grad_output: torch.Tensor, output: torch.Tensor, residual: torch.Tensor | None, offset: torch.Tensor | None
+) -> torch.Tensor:
     """<dy_i, y_i - offset> (..., Nq) in float64: the pairwise term alone, about the mean that values are centred by."""
     delta = output.new_empty(output.shape[:-1], dtype=torch.float64)
     for begin, end in ranges(output.shape[-2]):
@@ -274,18 +307,25 @@ class ShardedUnary(Function):
     """sum_j u_j v_j with j over all ranks' keys, on every rank; the loss is the sum of all ranks' losses."""
 
     @staticmethod
-    def forward(ctx, mask_logits, value, shards):
+    def forward(ctx: Any, mask_logits: torch.Tensor, value: torch.Tensor, shards: Shards) -> torch.Tensor:
         pooled, lse = pool(shards, mask_logits, value)
         ctx.save_for_backward(mask_logits, value, lse)
         ctx.shards = shards
         return pooled.to(value.dtype)
 
     @staticmethod
-    def backward(ctx, grad_pooled):
+    def backward(ctx: Any, grad_pooled: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *_run_unary_backward(grad_pooled, *ctx.saved_tensors, ctx.shards, ctx.needs_input_grad[:2]), None
 
 
-def _unary_backward(grad_pooled, mask_logits, value, lse, shards, needs):
+def _unary_backward(
+    grad_pooled: torch.Tensor,
+    mask_logits: torch.Tensor,
+    value: torch.Tensor,
+    lse: torch.Tensor,
+    shards: Shards,
+    needs: Sequence[bool],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     unary = UnaryGradients(mask_logits, value, lse, shards.total(grad_pooled.double()))
     unary.set_total(shards.total(unary.sums()))
     grad_value = None
@@ -299,16 +339,16 @@ class ShardedMean(Function):
     """Mean of all ranks' positions, (..., n, D) to (..., D), in the accumulate type, on every rank."""
 
     @staticmethod
-    def forward(ctx, x, shards):
+    def forward(ctx: Any, x: torch.Tensor, shards: Shards) -> torch.Tensor:
         ctx.shards, ctx.shape, ctx.dtype = shards, x.shape, x.dtype
         return (shards.total(column_sums(x)) / sum(shards.queries)).to(accumulate_type(x.dtype))
 
     @staticmethod
-    def backward(ctx, grad_mean):
+    def backward(ctx: Any, grad_mean: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _run_mean_backward(grad_mean, ctx.shape, ctx.dtype, ctx.shards), None
 
 
-def _mean_backward(grad_mean, shape, dtype, shards):
+def _mean_backward(grad_mean: torch.Tensor, shape: torch.Size, dtype: torch.dtype, shards: Shards) -> torch.Tensor:
     grad = shards.total(grad_mean.double()) / sum(shards.queries)
     return grad.to(dtype).unsqueeze(-2).expand(shape)
 

@@ -19,8 +19,12 @@ all-to-all, whose parts are added in the order of the ranks. The same bytes in t
 keys, values and their gradients: for small ones.
 """
 
+from collections.abc import Callable, Iterator, Sequence
+
 import torch
 import torch.distributed as dist
+
+from ._shards import Shards
 
 #: Tags that tell keys from gradients on backends that match messages by tag.
 KEYS, GRADIENTS = 1, 2
@@ -32,21 +36,23 @@ class Block:
     Their number of positions n may differ from use to use.
     """
 
-    def __init__(self, lead, widths, most, like, dtype=None):
+    def __init__(
+        self, lead: torch.Size, widths: tuple[int, int], most: int, like: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> None:
         self.lead, self.widths, self.count = tuple(lead), widths, lead.numel()
         self.buffer = like.new_empty(self.count * most * sum(widths), dtype=dtype)
 
-    def flat(self, positions):
+    def flat(self, positions: int) -> torch.Tensor:
         return self.buffer[: self.count * positions * sum(self.widths)]
 
-    def pair(self, positions):
+    def pair(self, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
         first, second = self.widths
         split = self.count * positions * first
         flat = self.flat(positions)
         return flat[:split].view(*self.lead, positions, first), flat[split:].view(*self.lead, positions, second)
 
 
-def _pass_on(shards, tag, outgoing, incoming):
+def _pass_on(shards: Shards, tag: int, outgoing: torch.Tensor, incoming: torch.Tensor) -> list[dist.Work]:
     """Start to send a flat buffer to the next rank and to receive one from the rank before; empty ones stay."""
     peers = (dist.isend, outgoing, shards.rank + 1), (dist.irecv, incoming, shards.rank - 1)
     operations = [
@@ -57,21 +63,23 @@ def _pass_on(shards, tag, outgoing, incoming):
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def _wait(requests):
+def _wait(requests: Sequence[dist.Work]) -> None:
     for request in requests:
         request.wait()
 
 
-def _length(shards, rank, turn):
+def _length(shards: Shards, rank: int, turn: int) -> int:
     begin, end = shards.key_range(rank % shards.world, turn)
     return end - begin
 
 
-def _most(shards):
+def _most(shards: Shards) -> int:
     return max(_length(shards, rank, turn) for rank in range(shards.world) for turn in range(shards.turns))
 
 
-def blocks(shards, widths, like, pack):
+def blocks(
+    shards: Shards, widths: tuple[int, int], like: torch.Tensor, pack: Callable[..., None]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of all ranks, one block after the other, as pairs ((..., n, Dqk), (..., n, Dv)).
 
     Args:
@@ -96,7 +104,16 @@ def blocks(shards, widths, like, pack):
             here, there = there, here
 
 
-def blocks_and_back(shards, widths, grad_widths, like, dtype, pack, work, deliver):
+def blocks_and_back(
+    shards: Shards,
+    widths: tuple[int, int],
+    grad_widths: tuple[int, int],
+    like: torch.Tensor,
+    dtype: torch.dtype,
+    pack: Callable[..., None],
+    work: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor] | None],
+    deliver: Callable[..., None],
+) -> None:
     """The same, and the sums over ranks of a pair of gradients of every block back to the block's owner.
 
     Args:
@@ -134,17 +151,29 @@ def blocks_and_back(shards, widths, grad_widths, like, dtype, pack, work, delive
         deliver(*shards.key_range(shards.rank, turn), *sums.pair(_length(shards, shards.rank, turn)))
 
 
-def _gather(shards, widths, like, pack):
+def _gather(
+    shards: Shards, widths: tuple[int, int], like: torch.Tensor, pack: Callable[..., None]
+) -> tuple[torch.Tensor, torch.Tensor]:
     block = Block(like.shape[:-2], widths, max(shards.keys), like)
     pack(0, shards.keys[shards.rank], *block.pair(shards.keys[shards.rank]))
     pairs = []
     for length, buffer in zip(shards.keys, shards.gathered(block.buffer), strict=True):
         block.buffer = buffer
         pairs.append(block.pair(length))
-    return tuple(torch.cat(parts, dim=-2) for parts in zip(*pairs, strict=True))
+    keys, values = zip(*pairs, strict=True)
+    return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
 
-def _gather_and_back(shards, widths, grad_widths, like, dtype, pack, work, deliver):
+def _gather_and_back(
+    shards: Shards,
+    widths: tuple[int, int],
+    grad_widths: tuple[int, int],
+    like: torch.Tensor,
+    dtype: torch.dtype,
+    pack: Callable[..., None],
+    work: Callable[[torch.Tensor, torch.Tensor], Sequence[torch.Tensor] | None],
+    deliver: Callable[..., None],
+) -> None:
     lead = like.shape[:-2]
     share = work(*_gather(shards, widths, like, pack))
     per_key = lead.numel() * sum(grad_widths)

@@ -12,9 +12,13 @@ element.
 import itertools
 import struct
 import zlib
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
+
+from ..types import Exchange
 
 #: A shard is passed on in about this many blocks, so that what a rank holds of others' is a fraction of its own.
 BLOCKS_PER_SHARD = 4
@@ -24,15 +28,15 @@ LEAST_BLOCK, MOST_BLOCK = 1024, 16_384
 #: would be so small that their number, and not their size, is what they cost.
 GATHER_BYTES = 2**20
 
-EXCHANGES = ("ring", "gather")
+EXCHANGES: tuple[Exchange, ...] = get_args(Exchange)
 
 
-def is_dtensor(x):
+def is_dtensor(x: object) -> bool:
     """Whether `x` is a torch.distributed.tensor.DTensor, found out without importing that."""
     return type(x).__name__ == "DTensor" and type(x).__module__.startswith("torch.distributed.")
 
 
-def process_group(group, name="group"):
+def process_group(group: Any, name: str = "group") -> dist.ProcessGroup:
     """The process group of what `group` may be: a ProcessGroup, a DeviceMesh of one dimension, or None for the default.
 
     `name` is what messages call it.
@@ -44,7 +48,7 @@ def process_group(group, name="group"):
     if not dist.is_initialized():
         raise RuntimeError(f"{name}: expected an initialised process group, call torch.distributed.init_process_group")
     if group is None:
-        return dist.group.WORLD
+        group = dist.group.WORLD
     if hasattr(group, "get_group") and hasattr(group, "ndim"):  # a DeviceMesh, whose import is not cheap
         if group.ndim != 1:
             raise ValueError(f"{name}: expected a DeviceMesh of one dimension, as mesh['name'] gives, got {group}")
@@ -66,7 +70,14 @@ class Shards:
         turns: blocks into which every shard of keys is cut, as evenly as it goes.
     """
 
-    def __init__(self, group, sizes, exchange, block, bytes_per_key):
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        sizes: Sequence[tuple[int, int]],
+        exchange: Exchange | None,
+        block: int | None,
+        bytes_per_key: int,
+    ) -> None:
         self.group, self.rank, self.world = group, dist.get_rank(group), dist.get_world_size(group)
         self.queries, self.keys = ([size[i] for size in sizes] for i in (0, 1))
         if exchange is None:
@@ -78,26 +89,26 @@ class Shards:
         self.block = block
         self.turns = max(1, -(-max(self.keys) // block)) if exchange == "ring" else 1
 
-    def key_range(self, rank, turn):
+    def key_range(self, rank: int, turn: int) -> tuple[int, int]:
         """[begin, end) of a rank's own keys in its block number `turn`."""
         return self.keys[rank] * turn // self.turns, self.keys[rank] * (turn + 1) // self.turns
 
-    def query_ranges(self):
+    def query_ranges(self) -> list[tuple[int, int]]:
         """[begin, end) of this rank's blocks of queries."""
         count = -(-self.queries[self.rank] // self.block)
         bounds = [self.queries[self.rank] * i // max(count, 1) for i in range(count + 1)]
         return list(itertools.pairwise(bounds))
 
-    def gathered(self, x):
+    def gathered(self, x: torch.Tensor) -> torch.Tensor:
         """x of every rank, equal shapes: (world, *x.shape)."""
         return gathered(x, self.group)
 
-    def total(self, x):
+    def total(self, x: torch.Tensor) -> torch.Tensor:
         """Sum of x over the ranks, in their order."""
         return self.gathered(x).sum(0)
 
 
-def gathered(x, group):
+def gathered(x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     world = dist.get_world_size(group)
     if world == 1:
         return x.unsqueeze(0)
@@ -106,7 +117,13 @@ def gathered(x, group):
     return out
 
 
-def agree(group, device, sizes, common, error):
+def agree(
+    group: dist.ProcessGroup,
+    device: torch.device | str,
+    sizes: tuple[int, int],
+    common: dict[str, Any],
+    error: Exception | None,
+) -> list[tuple[int, int]]:
     """Positions of every rank, once all ranks have been found to make the same call.
 
     Args:
@@ -127,7 +144,7 @@ def agree(group, device, sizes, common, error):
     rows = gathered(mine, group).tolist()
     if all(row[0] for row in rows) and len({row[3] for row in rows}) == 1:
         return [(row[1], row[2]) for row in rows]
-    everyone = [None] * len(rows)
+    everyone: list[Any] = [None] * len(rows)
     dist.all_gather_object(everyone, (common, None if error is None else f"{error}"), group=group)
     if error is not None:
         raise error
@@ -143,6 +160,6 @@ def agree(group, device, sizes, common, error):
     raise AssertionError("ranks differ in nothing that they told each other")
 
 
-def exact(number):
+def exact(number: float) -> str:
     """A float as a string that tells it from every other, for `common`."""
     return struct.pack("<d", number).hex()

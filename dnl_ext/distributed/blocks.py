@@ -1,12 +1,18 @@
 """Non-local blocks whose feature map is sharded by rows: each rank's input is a slab (B, C, rows, ...) of it."""
 
 from functools import partial
+from typing import Any, TypeVar
 
+import torch.distributed as dist
 from torch import nn
+from typing_extensions import Self
 
 from ..modules._block import BATCH_NORM_WHITEN, VARIANTS, AttentionBlock
+from ..types import Mesh
 from . import functions
 from ._shards import process_group
+
+Module = TypeVar("Module", bound=nn.Module)
 
 #: Norms that see one position at a time, or, in training, all ranks' (SyncBatchNorm); or that raise in training.
 NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -15,15 +21,15 @@ NORMS = (nn.modules.batchnorm._BatchNorm,)
 class ShardedFunctions:
     """The functions that a block calls, for slabs of a feature map over `group`."""
 
-    def __init__(self, group):
+    def __init__(self, group: dist.ProcessGroup) -> None:
         for name in ("disentangled_attention", "pairwise_attention", "unary_attention", "shared_key_logits"):
             setattr(self, name, partial(getattr(functions, name), group=group))
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # a process group cannot be copied; copies of a block are sharded over the same one
 
 
-def _check_block(name, block):
+def _check_block(name: str, block: AttentionBlock) -> None:
     """Raise unless the block computes the same from slabs as from the whole map."""
     terms = VARIANTS[block.variant]
     where = f"module {name!r}: " if name else ""
@@ -47,14 +53,14 @@ def _check_block(name, block):
         )
 
 
-def shard_block(block, mesh):
+def shard_block(block: AttentionBlock, mesh: Mesh) -> None:
     """What the argument `mesh` of a block does."""
     group = process_group(mesh, "mesh")
     _check_block("", block)
     block.sharded = ShardedFunctions(group)
 
 
-def shard_positions(module, group=None):
+def shard_positions(module: Module, group: Mesh | None = None) -> Module:
     """Make the blocks in a module take slabs of a feature map that is sharded by rows over the ranks of a group.
 
     Afterwards each rank calls the module with its own rows, (B, C, rows, W) in two dimensions, (B, C, frames, H, W) in
@@ -79,9 +85,19 @@ def shard_positions(module, group=None):
         ``module``.
 
     Raises:
-        ValueError: there is no block in it.
-        NotImplementedError: a block that mixes positions in a way that does not shard: modes without a softmax,
-            ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None, norms.
+        ValueError: there is no block in it. NotImplementedError: a block that mixes positions in a way that does not
+        shard: modes without a softmax, ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None,
+            norms.
+
+    Example:
+        >>> import torch, torch.distributed as dist
+        >>> from dnl_ext import DisentangledNonLocal2d
+        >>> from dnl_ext.distributed import shard_positions
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> block = shard_positions(DisentangledNonLocal2d(8, norm=None))
+        >>> block(torch.randn(1, 8, 5, 6)).shape  # this rank's 5 rows
+        torch.Size([1, 8, 5, 6])
+        >>> dist.destroy_process_group()
     """
     group = process_group(group)
     blocks = [(name, block) for name, block in module.named_modules() if isinstance(block, AttentionBlock)]

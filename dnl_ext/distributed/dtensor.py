@@ -10,28 +10,32 @@ takes seconds.
 - Sharded over channels, or Partial: gathered, or summed, first.
 """
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 from torch.distributed.tensor.experimental import register_sharding
 
 from ..ops._common import empty_like_layout, ops
+from ..types import Whitening
 from . import functions
 from ._shards import is_dtensor
 
 
-def _all_but(trailing):
+def _all_but(trailing: int) -> Callable[..., Iterable[int]]:
     """Every leading dimension of an operator whose first tensor has `trailing` dimensions of its own."""
     return lambda first, *_: range(first.ndim - trailing)
 
 
-def _whitened(*arguments):
+def _whitened(*arguments: Any) -> Iterable[int]:
     first, name, apart = arguments[0], *arguments[-3:-1]
     return range(apart if name in ("fln", "fln_nostd") else first.ndim - 2)
 
 
 #: Operator: the dimensions, as a function of its arguments, over which it is the same computation many times.
-SHARED_DIMS = {
+SHARED_DIMS: dict[str, Callable[..., Iterable[int]]] = {
     "mean_subtract": lambda x, dim: [i for i in range(x.ndim) if i != dim % x.ndim],
     "whiten_forward": _whitened,
     "whiten_backward": _whitened,
@@ -44,7 +48,7 @@ SHARED_DIMS = {
 }
 
 
-def _rule(shared_dims, results):
+def _rule(shared_dims: Callable[..., Iterable[int]], results: int) -> Callable[..., Any]:
     def rule(*arguments):
         def placements(placement):
             return [placement] * results, [placement if hasattr(x, "placements") else None for x in arguments]
@@ -54,7 +58,7 @@ def _rule(shared_dims, results):
     return rule
 
 
-def _register():
+def _register() -> None:
     propagator = DTensor._op_dispatcher.sharding_propagator
     for name, shared_dims in SHARED_DIMS.items():
         overload = getattr(ops, name).default
@@ -67,7 +71,14 @@ def _register():
         propagator.register_op_strategy(overload, propagator.op_strategy_funcs[overload], info)
 
 
-def disentangled_attention(query, key, value, mask_logits, scale, whiten):
+def disentangled_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask_logits: Any,
+    scale: float,
+    whiten: Whitening | None,
+) -> torch.Tensor | None:
     """:func:`dnl_ext.disentangled_attention` of DTensors of which one is sharded over positions; None if none is.
 
     Raises:

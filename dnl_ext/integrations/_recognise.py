@@ -8,13 +8,14 @@ name, since every framework, and every copy of one, has its own.
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import nn
 
 from .. import modules as ours
 from ..modules._common import CONV, MAX_POOL, POOL_WINDOW
 from ..modules.non_local import norm_of_cfg
+from ..types import Norm
 
 OURS = tuple(value for value in vars(ours).values() if inspect.isclass(value) and issubclass(value, nn.Module))
 
@@ -39,12 +40,12 @@ class Recogniser(NamedTuple):
     recipe: Callable[[nn.Module], Recipe]
 
 
-def is_ours(module):
+def is_ours(module: object) -> bool:
     """Is it a block of this package already."""
     return isinstance(module, OURS)
 
 
-def recognise(module, multihead=False):
+def recognise(module: nn.Module, multihead: bool = False) -> Recipe | None:
     """The :class:`Recipe` of a block, or None if it is none. Raises CannotConvert if it is one that has no recipe."""
     if isinstance(module, nn.MultiheadAttention):
         if not multihead:
@@ -68,7 +69,7 @@ def recognise(module, multihead=False):
         raise CannotConvert(f"a {names[0]} that is built otherwise: {error}") from error
 
 
-def _dims(conv):
+def _dims(conv: Any) -> int:
     """The spatial dimensions of a convolution that is pointwise, 1, 2 or 3."""
     dims = next((d for d, kind in CONV.items() if isinstance(conv, kind)), None)
     if dims is None:
@@ -79,10 +80,10 @@ def _dims(conv):
     return dims
 
 
-def _check_pool(pool, dims):
+def _check_pool(pool: Any, dims: int) -> None:
     """Check the sub-sampling: a max-pool over the window that ours has."""
 
-    def each(value):
+    def each(value: Any) -> tuple[int, ...]:
         return value if isinstance(value, tuple) else (value,) * dims
 
     wanted = POOL_WINDOW[dims]
@@ -96,7 +97,7 @@ def _check_pool(pool, dims):
 # mmcv and mmsegmentation
 
 
-def _embedding(block, name):
+def _embedding(block: Any, name: str) -> Any:
     """The convolution of a mmcv ConvModule that is nothing else, possibly before a pool."""
     layer = getattr(block, name)
     if isinstance(layer, nn.Sequential):
@@ -109,7 +110,7 @@ def _embedding(block, name):
     return layer.conv
 
 
-def _norm_cfg(block):
+def _norm_cfg(block: Any) -> dict[str, Any] | None:
     """The ``norm_cfg`` of NonLocal2d that gives the norm of a mmcv ``conv_out`` its name and its parameters."""
     conv_out = block.conv_out
     order = [step for step in getattr(conv_out, "order", ("conv", "norm")) if step != "act"]
@@ -132,7 +133,7 @@ def _norm_cfg(block):
     raise CannotConvert(f"conv_out: expected a batch, instance or group norm, got {norm}")
 
 
-def _mmcv_options(block):
+def _mmcv_options(block: Any) -> tuple[int, dict[str, Any]]:
     """Dimensions, and the arguments that mmcv's and mmsegmentation's block have in common here."""
     value = _embedding(block, "g")
     embeddings = () if block.mode == "gaussian" else ("theta", "phi")
@@ -154,13 +155,13 @@ def _mmcv_options(block):
     }  # fmt: skip
 
 
-def _mmcv(block):
+def _mmcv(block: Any) -> Recipe:
     dims, arguments = _mmcv_options(block)
     make = getattr(ours, f"NonLocal{dims}d")
     return Recipe(make.__name__, make, {**arguments, "norm_cfg": _norm_cfg(block)})
 
 
-def _mmdet_2d(block):
+def _mmdet_2d(block: Any) -> Recipe:
     """With `fixbug`, the copy in the paper's detection code; without, mmdetection's own before mmcv had the block."""
     if block.mode not in ("embedded_gaussian", "dot_product"):
         raise CannotConvert(f"mode: expected 'embedded_gaussian' or 'dot_product' of NonLocal2D, got {block.mode!r}")
@@ -188,13 +189,13 @@ def _mmdet_2d(block):
     return Recipe(make.__name__, make, arguments)
 
 
-def _norm(block, dims):
+def _norm(block: Any, dims: int) -> Norm:
     """The same as the argument ``norm`` of the other blocks."""
     cfg = _norm_cfg(block)
     return "batch" if cfg == {"type": "BN"} else norm_of_cfg(cfg, dims)
 
 
-def _mmseg(block):
+def _mmseg(block: Any) -> Recipe:
     dims, arguments = _mmcv_options(block)
     _dims(block.conv_mask)
     make = getattr(ours, f"DisentangledNonLocal{dims}d")
@@ -205,7 +206,7 @@ def _mmseg(block):
 # The paper's segmentation and detection code
 
 
-def _official(block, **options):
+def _official(block: Any, **options: Any) -> Recipe:
     """The recipe of a block of that code, from its layers and from `options` of ``.official()``."""
     if isinstance(getattr(block, "conv_query", None), nn.Sequential):
         raise CannotConvert("double_conv: expected one convolution of query and key, got several")
@@ -233,7 +234,7 @@ def _official(block, **options):
     return Recipe(f"{make.__name__}.official", make.official, arguments)
 
 
-def _official_bn(block):
+def _official_bn(block: Any) -> Recipe:
     # There, each name that is `in` the list is applied, in this order; `in` a string, each that it contains.
     known = ("channel", "spatial", "bn_affine", "bn", "ln_nostd")
     names = [name for name in known if name in block.whiten_type]
@@ -251,7 +252,7 @@ def _official_bn(block):
     )  # fmt: skip
 
 
-def _official_nowd(block):
+def _official_nowd(block: Any) -> Recipe:
     # There, the first of these that is `in` the list counts.
     known = ("in_nostd", "in", "ln_nostd", "ln", "fln_nostd", "fln")
     name = next((name for name in known if name in block.whiten_type), None)
@@ -266,7 +267,7 @@ def _official_nowd(block):
 # GCNet
 
 
-def _context(block):
+def _context(block: Any) -> Recipe:
     if getattr(block, "simple", False):
         make = ours.SimplifiedNonLocal2d
         return Recipe(make.__name__, make, {"in_channels": block.conv_value.in_channels})
@@ -291,7 +292,7 @@ def _context(block):
 # PyTorch
 
 
-def _multihead(block):
+def _multihead(block: Any) -> Recipe:
     for name, present in (
         ("dropout", block.dropout), ("add_bias_kv", block.bias_k is not None), ("add_zero_attn", block.add_zero_attn),
     ):  # fmt: skip
@@ -305,7 +306,7 @@ def _multihead(block):
     return Recipe(make.__name__, make, arguments)
 
 
-def _refuse(reason, block):
+def _refuse(reason: str, block: Any) -> NoReturn:
     raise CannotConvert(reason)
 
 

@@ -1,9 +1,10 @@
 """What the plug-ins share. Their registry has the scope of ``type="dnl_ext.DNLHead"``, under mmengine's root."""
 
 import importlib
+from typing import Any
 
 
-def require(package, name):
+def require(package: str, name: str) -> Any:
     """Import a part of a framework, or raise ImportError that names the package to install."""
     try:
         return importlib.import_module(name)
@@ -11,7 +12,7 @@ def require(package, name):
         raise ImportError(f"{name} does not import: {error}. To install it: pip install {package}") from error
 
 
-def initialise(block):
+def initialise(block: Any) -> None:
     """Initialise a block whose layers something else has set: each layer as PyTorch does, then the block its layers.
 
     A block alone leaves some layers as PyTorch made them.

@@ -6,6 +6,7 @@ hooks of the layers and an optimizer that already holds the parameters all stay.
 and its pools, is new, and is built on the meta device, so that no random number is drawn.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,12 +15,27 @@ from torch import nn
 
 from ..modules._block import BACKENDS
 from ..modules._common import check_choice, check_flags
-from ._recognise import CannotConvert, is_ours, recognise
+from ..types import Backend
+from ._recognise import CannotConvert, Recipe, is_ours, recognise
 
 
 @dataclass(frozen=True)
 class Converted:
-    """One replaced block: its name in the model, both classes, the arguments of the new one, and the old one."""
+    """One replaced block.
+
+    Attributes:
+        name: its name in the model.
+        source: its class.
+        target: the class or classmethod of this package that made the new one.
+        arguments: of ``target``.
+        original: the old block.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.integrations import convert
+        >>> print(convert(torch.nn.Sequential(torch.nn.MultiheadAttention(8, 2)), multihead=True).converted[0].target)
+        DisentangledMultiheadAttention
+    """
 
     name: str
     source: str
@@ -27,20 +43,32 @@ class Converted:
     arguments: dict[str, Any]
     original: nn.Module = field(repr=False)
 
-    def __str__(self):
+    def __str__(self) -> str:
         arguments = ", ".join(f"{name}={value!r}" for name, value in self.arguments.items())
         return f"{self.name or '(the model)'}: {self.source} -> {self.target}({arguments})"
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """One block that was recognised and left as it is: its name in the model, its class, and why."""
+    """One block that was recognised and left as it is.
+
+    Attributes:
+        name: its name in the model.
+        source: its class.
+        reason: why it was left, in one sentence.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.integrations import convert
+        >>> print(convert(torch.nn.MultiheadAttention(8, 2, dropout=0.5), multihead=True).skipped[0].reason)
+        dropout: expected 0.0, got 0.5
+    """
 
     name: str
     source: str
     reason: str
 
-    def __str__(self):
+    def __str__(self) -> str:
         return f"{self.name or '(the model)'}: {self.source} left as it is: {self.reason}"
 
 
@@ -48,18 +76,27 @@ class Skipped:
 class Report:
     """What :func:`convert` did; ``str()`` has a line for each block.
 
-    ``model`` is the model: the one given, changed in place, or if that is a block itself, what replaces it.
+    Attributes:
+        model: the model: the one given, changed in place, or if that is a block itself, what replaces it.
+        converted: a :class:`Converted` for each replaced block.
+        skipped: a :class:`Skipped` for each block that was recognised and left.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.integrations import convert
+        >>> print(convert(torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3))))
+        no non-local block found
     """
 
     model: nn.Module = field(repr=False)
     converted: list[Converted] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return "\n".join(map(str, [*self.converted, *self.skipped])) or "no non-local block found"
 
 
-def convert(model, *, multihead=False, backend="fused"):
+def convert(model: nn.Module, *, multihead: bool = False, backend: Backend = "fused") -> Report:
     """Replace, in place, every block of `model` that this package knows by its own, with the same layers.
 
     The state dict keeps its keys: a checkpoint of either model loads strictly into the other. The parameters stay the
@@ -74,10 +111,18 @@ def convert(model, *, multihead=False, backend="fused"):
         A :class:`Report`: ``.model``, ``.converted`` and ``.skipped``.
 
     Raises:
-        TypeError: `model` is not an nn.Module.
-        ValueError: an option that does not fit.
+        TypeError: `model` is not an nn.Module. ValueError: an option that does not fit. A block that is known but
+        cannot be converted does not raise: it is in ``.skipped``, with the reason.
 
-    A block that is known but cannot be converted does not raise: it is in ``.skipped``, with the reason.
+    Example:
+        >>> import torch
+        >>> from dnl_ext.integrations import convert
+        >>> model = torch.nn.TransformerEncoderLayer(16, 2, dropout=0.0)  # or a model with blocks of mmcv, GCNet, ...
+        >>> report = convert(model, multihead=True)
+        >>> print(report)  # doctest: +ELLIPSIS
+        self_attn: ...MultiheadAttention -> DisentangledMultiheadAttention(embed_dim=16, ...)
+        >>> report.model is model
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -85,7 +130,7 @@ def convert(model, *, multihead=False, backend="fused"):
     check_choice("backend", backend, tuple(BACKENDS))
     report, done = Report(model), {}
 
-    def replacement(module):
+    def replacement(module: nn.Module) -> tuple[Recipe | None, Any]:
         """(recipe, new block), (None, the reason there is none), or (None, None) for what is no block."""
         try:
             recipe = recognise(module, multihead)
@@ -93,7 +138,7 @@ def convert(model, *, multihead=False, backend="fused"):
         except CannotConvert as error:
             return None, str(error)
 
-    def visit(module, name):
+    def visit(module: nn.Module, name: str) -> nn.Module:
         """What stands for `module`: a new block, or itself with its children visited."""
         if is_ours(module):
             return module
@@ -115,7 +160,7 @@ def convert(model, *, multihead=False, backend="fused"):
     return report
 
 
-def restore(model, report):
+def restore(model: nn.Module, report: Report) -> nn.Module:
     """Put the original blocks back into a converted model, in place, with the layers as they are now.
 
     Args:
@@ -127,6 +172,13 @@ def restore(model, report):
 
     Raises:
         ValueError: a block of the report is not where it was put.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.integrations import convert, restore
+        >>> report = convert(torch.nn.TransformerEncoderLayer(16, 2, dropout=0.0), multihead=True)
+        >>> type(restore(report.model, report).self_attn)
+        <class 'torch.nn.modules.activation.MultiheadAttention'>
     """
     for change in report.converted:
         try:
@@ -150,11 +202,11 @@ def restore(model, report):
     return model
 
 
-def _class_name(module):
+def _class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _replacement(original, recipe, backend):
+def _replacement(original: nn.Module, recipe: Recipe, backend: Backend) -> nn.Module:
     """The block that `recipe` describes, with the layers of `original`."""
     try:
         with torch.device("meta"):
@@ -180,7 +232,7 @@ def _replacement(original, recipe, backend):
     return block
 
 
-def _take_layers(target, source, block):
+def _take_layers(target: nn.Module, source: nn.Module, block: nn.Module) -> list[nn.Module]:
     """Put into `target` the layers and parameters of `source`, at the names that `block` has, and return the layers.
 
     A layer is what has parameters or buffers of its own. All are read from `source` before any is written, so that an
@@ -199,11 +251,11 @@ def _take_layers(target, source, block):
     return list(layers.values())
 
 
-def _outside(block, layers):
+def _outside(block: nn.Module, layers: Sequence[nn.Module]) -> list[tuple[str, nn.Module]]:
     """Names and modules of a block that are not in its layers."""
     inside = {id(module) for layer in layers for module in layer.modules()}
     return [(name, module) for name, module in block.named_modules() if id(module) not in inside]
 
 
-def _has_any(tensors):
+def _has_any(tensors: Mapping[str, torch.Tensor | None]) -> bool:
     return any(tensor is not None for tensor in tensors.values())

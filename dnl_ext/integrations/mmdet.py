@@ -15,12 +15,16 @@ ImportError.
 """
 
 import types
+from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.utils.checkpoint
 
 from .. import modules
 from ..modules._common import check_width
 from ..modules.non_local import check_conv_cfg, norm_of_cfg
+from ..types import Backend, Variant
 from ._registry import MODELS, initialise, require
 
 _necks = require("mmdet", "mmdet.models.necks")
@@ -30,7 +34,7 @@ _resnet = require("mmdet", "mmdet.models.backbones.resnet")
 class _Plugin:
     """A block that initialises itself last: mmengine calls ``init_weights`` of a module's children after its own."""
 
-    def init_weights(self):
+    def init_weights(self) -> None:
         initialise(self)
 
 
@@ -57,7 +61,7 @@ class NonLocal2dGc:
 
     _abbr_ = "nl_gc_block"
 
-    def __new__(cls, in_channels, ratio=0.25, temp=0.05, **options):
+    def __new__(cls, in_channels: int, ratio: float = 0.25, temp: float = 0.05, **options: Any) -> Any:
         check_width("in_channels", in_channels)
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
             raise ValueError(f"ratio: expected a number above 0, got {ratio!r}")
@@ -82,11 +86,11 @@ class ContextBlock(_Plugin, modules.GlobalContext2d):
 class _Bottleneck(_resnet.Bottleneck):
     """mmdetection's, with an optional block between the residual sum and its ReLU."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.register_module("nl_gc_block", None)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.nl_gc_block is None:
             return super().forward(x)
 
@@ -118,7 +122,13 @@ class ResNet(_resnet.ResNet):
         {depth: (_Bottleneck, _resnet.ResNet.arch_settings[depth][1]) for depth in (50, 101, 152)}
     )
 
-    def __init__(self, *args, nlgcb=None, stage_with_nlgcb=((), (), (), ()), **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        nlgcb: dict[str, Any] | None = None,
+        stage_with_nlgcb: Sequence[Sequence[int]] = ((), (), (), ()),
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if nlgcb is None:
             return
@@ -150,7 +160,14 @@ class BFP(_necks.BFP):
         ValueError: an option of the block that does not fit.
     """
 
-    def __init__(self, *args, variant=None, temperature=0.05, backend="fused", **kwargs):
+    def __init__(
+        self,
+        *args: Any,
+        variant: Variant | None = None,
+        temperature: float = 0.05,
+        backend: Backend = "fused",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if variant is not None and self.refine_type != "non_local":
             raise ValueError(f"variant: expected None with refine_type={self.refine_type!r}, got {variant!r}")

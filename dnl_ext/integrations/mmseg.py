@@ -8,8 +8,11 @@ Each is mmsegmentation's head with its block replaced, so the state dicts are th
 Importing this module without mmsegmentation raises ImportError.
 """
 
+from typing import Any
+
 from ..modules import DisentangledNonLocal2d, NonLocal2d
 from ..modules.non_local import check_conv_cfg, norm_of_cfg
+from ..types import Backend, BlockWhitening, SubSample, Variant
 from ._registry import MODELS, require
 
 _heads = require("mmsegmentation", "mmseg.models.decode_heads")
@@ -29,7 +32,15 @@ class DNLHead(_heads.DNLHead):
         ValueError: an option of the block that does not fit.
     """
 
-    def __init__(self, *, sub_sample=False, variant="dnl", whiten="channel", backend="fused", **kwargs):
+    def __init__(
+        self,
+        *,
+        sub_sample: bool = False,
+        variant: Variant = "dnl",
+        whiten: BlockWhitening | None = "channel",
+        backend: Backend = "fused",
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
         check_conv_cfg(self.conv_cfg, 2)
         self.dnl_block = DisentangledNonLocal2d.mmseg(
@@ -59,7 +70,7 @@ class NLHead(_heads.NLHead):
         ValueError: an option of the block that does not fit.
     """
 
-    def __init__(self, *, sub_sample=False, backend="fused", **kwargs):
+    def __init__(self, *, sub_sample: bool | SubSample = False, backend: Backend = "fused", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.nl_block = NonLocal2d(
             self.channels,

@@ -1,12 +1,18 @@
 """Layers, checks and layout rules shared by the blocks of 1, 2 and 3 spatial dimensions."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.fx
 from torch import nn
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+from ..types import Norm
+
+Choice = TypeVar("Choice")
+
+CONV: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 MAX_POOL = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 
@@ -20,7 +26,7 @@ _NORM_KEYS = (("instance", "in"), ("batch", "bn"), ("group", "gn"), ("layer", "l
 class Block(nn.Module):
     """What every block is."""
 
-    def __prepare_scriptable__(self):  # torch.jit.script calls it, of a block inside a model too
+    def __prepare_scriptable__(self) -> NoReturn:  # torch.jit.script calls it, of a block inside a model too
         raise NotImplementedError(
             f"torch.jit.script: {type(self).__name__} is not supported; torch.compile and torch.export are"
         )
@@ -29,35 +35,36 @@ class Block(nn.Module):
 class ConvNorm(nn.Module):
     """A convolution and an optional norm under the key names of mmcv's ConvModule: ``conv``, ``bn`` / ``gn`` / ..."""
 
-    def __init__(self, conv, norm=None):
+    def __init__(self, conv: nn.Module, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.conv = conv
-        self.norm_key = None if norm is None else _norm_key(norm)
+        self.norm_key = None
         if norm is not None:
+            self.norm_key = _norm_key(norm)
             self.add_module(self.norm_key, norm)
 
     @property
-    def norm(self):
+    def norm(self) -> nn.Module | None:
         return None if self.norm_key is None else getattr(self, self.norm_key)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = per_position(self.conv, x)
         return x if self.norm is None else self.norm(x)
 
 
-def _norm_key(norm):
+def _norm_key(norm: nn.Module) -> str:
     name = type(norm).__name__.lower()
     return next((key for word, key in _NORM_KEYS if word in name), "norm_layer")
 
 
-def zero_parameters(layer):
+def zero_parameters(layer: nn.Module) -> None:
     """Zero the weight and the bias of a layer, where it has them."""
     for name in ("weight", "bias"):
         if getattr(layer, name, None) is not None:
             nn.init.zeros_(getattr(layer, name))
 
 
-def make_norm(norm, dims, channels):
+def make_norm(norm: Norm, dims: int, channels: int) -> nn.Module | None:
     """The norm layer for `channels` channels: ``"batch"``, a callable ``channels -> nn.Module``, or None for none."""
     if norm is None:
         return None
@@ -71,34 +78,35 @@ def make_norm(norm, dims, channels):
     return layer
 
 
-def check_choice(name, value, choices):
+def check_choice(name: str, value: object, choices: Sequence[Choice]) -> Choice:
     """Raise ValueError unless `value` is one of `choices` (by type too: True is not 1)."""
-    if not any(type(value) is type(choice) and value == choice for choice in choices):
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
-    return value
+    for choice in choices:
+        if type(value) is type(choice) and value == choice:
+            return choice
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_flags(**flags):
+def check_flags(**flags: object) -> None:
     """Raise ValueError unless every value is True or False."""
     for name, value in flags.items():
         check_choice(name, value, (False, True))
 
 
-def check_width(name, value):
+def check_width(name: str, value: object) -> int:
     """Raise ValueError unless `value` is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}: expected a positive int, got {value!r}")
     return value
 
 
-def check_temperature(value):
+def check_temperature(value: object) -> float:
     """Raise ValueError unless `value` is a finite number above 0."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f"temperature: expected a finite number above 0, got {value!r}")
     return float(value)
 
 
-def check_input(x, dims, channels, window):
+def check_input(x: torch.Tensor, dims: int, channels: int, window: Sequence[int]) -> torch.Tensor:
     """A block's input (B, channels, *spatial), checked; `window` is the smallest spatial size of each dimension.
 
     Not under torch.jit.trace, where sizes are tensors: a comparison would warn, and not be kept. In a graph of torch.fx
@@ -118,7 +126,7 @@ def check_input(x, dims, channels, window):
     return x
 
 
-def per_position(layer, x):
+def per_position(layer: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """layer(x) for 1x1 convolutions, which torch refuses for no rows at all: there, of a row that is cut off again.
 
     A ConvNorm does that itself: its norm must not count the row. Graphs (torch.jit.trace, torch.fx) do without.
@@ -129,6 +137,6 @@ def per_position(layer, x):
     return layer(torch.cat((x, row), 2)).narrow(2, 0, 0)  # of x and not of zeros alone: the backward must pass here
 
 
-def positions_last_but_one(x):
+def positions_last_but_one(x: torch.Tensor) -> torch.Tensor:
     """(B, C, *spatial) as (B, N, C): a view of a contiguous or channels-last tensor, which the operators read."""
     return x.flatten(2).transpose(1, 2)

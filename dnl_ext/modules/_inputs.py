@@ -4,22 +4,33 @@ from typing import NamedTuple
 
 import torch
 
+from ..types import Whitening
+
 
 class AttentionInputs(NamedTuple):
-    """Inputs of :func:`dnl_ext.disentangled_attention` as a block computes them from its own input.
+    """What a block's attention receives: arguments of :func:`dnl_ext.disentangled_attention`, and shapes to draw them.
 
-    Any module whose ``attention_inputs(x)`` returns this can be analysed; ... is batch, or batch and heads.
+    Every block with attention weights has a method ``attention_inputs(x)`` that returns this for an input ``x`` of the
+    block. :mod:`dnl_ext.analysis` asks nothing else of a block, so any module with such a method can be analysed. In
+    the shapes below "..." is batch, or batch and heads.
 
     Attributes:
         query: tensor (..., Nq, Dqk), before whitening; None for a block without a pairwise term.
         key: tensor (..., Nk, Dqk), before whitening; None with ``query``.
         value: tensor (..., Nk, Dv).
-        mask_logits: tensor (..., Nk), the unary term's logits; None without one.
+        mask_logits: tensor (..., Nk), the logits of the unary term; None without one.
         scale: factor of the pairwise logits.
-        whiten: name of the whitening of query and key, as the functions take it.
+        whiten: name of the whitening of query and key, as :func:`dnl_ext.whiten` takes it, or None.
         gain: factor of the pairwise term in the sum of the two (a learned gamma), a tensor of one element or a float.
         query_shape: spatial shape of the Nq queries.
         key_shape: spatial shape of the Nk keys, smaller where the block sub-samples.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal2d
+        >>> inputs = NonLocal2d(8).attention_inputs(torch.randn(1, 8, 5, 6))
+        >>> inputs.query.shape, inputs.mask_logits, inputs.query_shape
+        (torch.Size([1, 30, 4]), None, (5, 6))
     """
 
     query: torch.Tensor | None
@@ -27,7 +38,7 @@ class AttentionInputs(NamedTuple):
     value: torch.Tensor
     mask_logits: torch.Tensor | None
     scale: float
-    whiten: str | None
+    whiten: Whitening | None
     gain: torch.Tensor | float
-    query_shape: tuple
-    key_shape: tuple
+    query_shape: tuple[int, ...]
+    key_shape: tuple[int, ...]

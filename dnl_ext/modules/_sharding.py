@@ -1,15 +1,18 @@
 """Blocks whose feature map is sharded over devices: how is known to a package above this one, which registers here."""
 
-_shard = None
+from collections.abc import Callable
+from typing import Any
+
+_shard: Callable[[Any, Any], None] | None = None
 
 
-def register_sharding(shard):
+def register_sharding(shard: Callable[[Any, Any], None]) -> None:
     """From now on, `shard(block, mesh)` makes a block take and give slabs of a feature map over the ranks of `mesh`."""
     global _shard
     _shard = shard
 
 
-def shard_block(block, mesh):
+def shard_block(block: Any, mesh: Any) -> None:
     """What the argument `mesh` of a block does.
 
     Raises:

@@ -3,9 +3,14 @@
 See :class:`GlobalContext2d` (GCNet) and :class:`SimplifiedNonLocal2d`.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 import torch.fx
 from torch import nn
 
+from ..types import Backend, FusionType, PoolingType
 from ._block import BACKENDS
 from ._common import CONV, Block, check_choice, check_input, check_width, positions_last_but_one, zero_parameters
 from ._inputs import AttentionInputs
@@ -18,18 +23,19 @@ class _Pooling(Block):
 
     dims: int
 
-    def _setup(self, in_channels, backend):
-        self.in_channels = check_width("in_channels", in_channels)
-        self.backend = check_choice("backend", backend, ("fused", "reference"))
+    def _setup(self, in_channels: int, backend: Backend) -> None:
+        self.in_channels: int = check_width("in_channels", in_channels)
+        self.conv_mask: Any
+        self.backend: Backend = check_choice("backend", backend, ("fused", "reference"))
 
-    def attention_inputs(self, x):
+    def attention_inputs(self, x: torch.Tensor) -> AttentionInputs:
         """The pooling as attention: one map for all positions, of the input itself. See :class:`.AttentionInputs`."""
         x = check_input(x, self.dims, self.in_channels, (1,) * self.dims)
         mask = x.new_zeros(x.shape[0], x[0, 0].numel()) if self.conv_mask is None else self.conv_mask(x).flatten(1)
         value, shape = positions_last_but_one(x), tuple(x.shape[2:])
         return AttentionInputs(None, None, value, mask, 1.0, None, 1.0, query_shape=shape, key_shape=shape)
 
-    def _pool(self, x):
+    def _pool(self, x: torch.Tensor) -> torch.Tensor:
         """sum_j softmax_j(conv_mask(x)) x_j, or the mean without a mask: (B, C, *spatial) to (B, C, 1, ...)."""
         x = check_input(x, self.dims, self.in_channels, (1,) * self.dims)
         if self.conv_mask is None:
@@ -43,22 +49,31 @@ class _Pooling(Block):
 class _GlobalContext(_Pooling):
     """See :class:`GlobalContext2d`."""
 
-    def __init__(self, in_channels, ratio=0.25, pooling_type="att", fusion_types=("channel_add",), *, backend="fused"):
+    def __init__(
+        self,
+        in_channels: int,
+        ratio: float = 0.25,
+        pooling_type: PoolingType = "att",
+        fusion_types: Sequence[FusionType] = ("channel_add",),
+        *,
+        backend: Backend = "fused",
+    ) -> None:
         super().__init__()
         self._setup(in_channels, backend)
         if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
             raise ValueError(f"ratio: expected a number above 0, got {ratio!r}")
-        self.ratio, self.planes = ratio, max(int(in_channels * ratio), 1)
-        self.pooling_type = check_choice("pooling_type", pooling_type, ("att", "avg"))
+        self.ratio: float = ratio
+        self.planes: int = max(int(in_channels * ratio), 1)
+        self.pooling_type: PoolingType = check_choice("pooling_type", pooling_type, ("att", "avg"))
         if not isinstance(fusion_types, (list, tuple)) or not fusion_types:
             raise ValueError(f"fusion_types: expected a list or tuple of at least one name, got {fusion_types!r}")
         for name in fusion_types:
             check_choice("fusion_types", name, ("channel_add", "channel_mul"))
-        self.fusion_types = tuple(fusion_types)
-        conv = CONV[self.dims]
-        self.conv_mask = conv(in_channels, 1, kernel_size=1) if pooling_type == "att" else None
+        self.fusion_types: tuple[FusionType, ...] = tuple(fusion_types)
+        conv: Any = CONV[self.dims]
+        self.conv_mask: Any = conv(in_channels, 1, kernel_size=1) if pooling_type == "att" else None
 
-        def transform():
+        def transform() -> nn.Sequential:
             return nn.Sequential(
                 conv(in_channels, self.planes, kernel_size=1),
                 nn.LayerNorm([self.planes, *(1,) * self.dims]),
@@ -66,11 +81,11 @@ class _GlobalContext(_Pooling):
                 conv(self.planes, in_channels, kernel_size=1),
             )
 
-        self.channel_add_conv = transform() if "channel_add" in fusion_types else None
-        self.channel_mul_conv = transform() if "channel_mul" in fusion_types else None
+        self.channel_add_conv: nn.Sequential | None = transform() if "channel_add" in fusion_types else None
+        self.channel_mul_conv: nn.Sequential | None = transform() if "channel_mul" in fusion_types else None
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """``conv_mask`` Kaiming normal, the last convolution of each transform zero: x + 0, or x * sigmoid(0)."""
         if self.conv_mask is not None:
             nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
@@ -79,7 +94,7 @@ class _GlobalContext(_Pooling):
             if transform is not None:
                 zero_parameters(transform[-1])
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x * sigmoid(mul(c)) + add(c) for the context c of x.
 
         Args:
@@ -98,7 +113,7 @@ class _GlobalContext(_Pooling):
             y = y + self.channel_add_conv(context)
         return y
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, ratio={self.ratio}, pooling_type={self.pooling_type!r}, "
             f"fusion_types={self.fusion_types!r}, backend={self.backend!r}"
@@ -106,26 +121,42 @@ class _GlobalContext(_Pooling):
 
 
 class GlobalContext1d(_GlobalContext):
-    """GCNet's block on (B, C, L); arguments as :class:`GlobalContext2d`."""
+    """GCNet's global context block on (B, C, L); arguments as :class:`GlobalContext2d`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import GlobalContext1d
+        >>> GlobalContext1d(16)(torch.randn(2, 16, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
     dims = 1
 
 
 class GlobalContext2d(_GlobalContext):
-    """GCNet's global context block on (B, C, H, W): x * sigmoid(mul(c)) + add(c), c = sum_j softmax_j(conv_mask x) x_j.
+    """GCNet's global context block on (B, C, H, W): x * sigmoid(mul(c)) + add(c).
+
+    c is one vector for the whole image, the context: the mean of x over positions, weighted by softmax_j(conv_mask x).
 
     Args:
         in_channels: channels of the input and the output.
         ratio: the transforms ``add`` and ``mul`` (convolution, LayerNorm, ReLU, convolution) are
             ``int(in_channels * ratio)`` wide, at least 1.
-        pooling_type: ``"att"``, or ``"avg"``: c is the mean, without ``conv_mask``.
-        fusion_types: ``"channel_add"``, ``"channel_mul"`` or both, in a list or tuple.
+        pooling_type: ``"att"``, or ``"avg"``: c is the plain mean, without ``conv_mask``.
+        fusion_types: ``"channel_add"``, ``"channel_mul"`` or both, in a list or tuple: which transforms there are.
         backend: ``"fused"``, or ``"reference"``: plain PyTorch.
 
     State dict: mmcv's ContextBlock, ``conv_mask.*``, ``channel_add_conv.{0,1,3}.*``, ``channel_mul_conv.{0,1,3}.*``.
 
     Raises:
         ValueError: an option or width that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import GlobalContext2d
+        >>> block = GlobalContext2d(64, ratio=1 / 16, fusion_types=("channel_add", "channel_mul"))
+        >>> block(torch.randn(2, 64, 12, 16)).shape
+        torch.Size([2, 64, 12, 16])
 
     Source: Cao et al., "GCNet: Non-local Networks Meet Squeeze-Excitation Networks and Beyond", 2019, equation 5.
     """
@@ -134,7 +165,14 @@ class GlobalContext2d(_GlobalContext):
 
 
 class GlobalContext3d(_GlobalContext):
-    """GCNet's block on (B, C, T, H, W); arguments as :class:`GlobalContext2d`."""
+    """GCNet's global context block on (B, C, T, H, W); arguments as :class:`GlobalContext2d`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import GlobalContext3d
+        >>> GlobalContext3d(16)(torch.randn(2, 16, 3, 8, 8)).shape
+        torch.Size([2, 16, 3, 8, 8])
+    """
 
     dims = 3
 
@@ -142,30 +180,37 @@ class GlobalContext3d(_GlobalContext):
 class _SimplifiedNonLocal(_Pooling):
     """See :class:`SimplifiedNonLocal2d`."""
 
-    def __init__(self, in_channels, *, backend="fused"):
+    def __init__(self, in_channels: int, *, backend: Backend = "fused") -> None:
         super().__init__()
         self._setup(in_channels, backend)
-        conv = CONV[self.dims]
-        self.conv_value = conv(in_channels, in_channels, kernel_size=1, bias=False)
-        self.conv_mask = conv(in_channels, 1, kernel_size=1)
+        conv: Any = CONV[self.dims]
+        self.conv_value: Any = conv(in_channels, in_channels, kernel_size=1, bias=False)
+        self.conv_mask: Any = conv(in_channels, 1, kernel_size=1)
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """Weights normal with deviation 0.01, the bias zero."""
         for conv in (self.conv_value, self.conv_mask):
             nn.init.normal_(conv.weight, std=0.01)
         nn.init.zeros_(self.conv_mask.bias)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x_i + conv_value(sum_j softmax_j(conv_mask x) x_j); see :class:`GlobalContext2d` for ``x`` and errors."""
         return x + self.conv_value(self._pool(x))
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"{self.in_channels}, backend={self.backend!r}"
 
 
 class SimplifiedNonLocal1d(_SimplifiedNonLocal):
-    """Simplified non-local block on (B, C, L); arguments as :class:`SimplifiedNonLocal2d`."""
+    """GCNet's simplified non-local block on (B, C, L); arguments as :class:`SimplifiedNonLocal2d`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import SimplifiedNonLocal1d
+        >>> SimplifiedNonLocal1d(16)(torch.randn(2, 16, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
     dims = 1
 
@@ -173,8 +218,8 @@ class SimplifiedNonLocal1d(_SimplifiedNonLocal):
 class SimplifiedNonLocal2d(_SimplifiedNonLocal):
     """GCNet's simplified non-local block on (B, C, H, W): out_i = x_i + W_v sum_j softmax_j(conv_mask x) x_j.
 
-    The unary term of a DNL block alone. ``conv_value`` has no bias, so it may follow the pooling, where it costs C^2 in
-    place of N C^2.
+    It is the unary term of a disentangled non-local block alone. ``conv_value`` (W_v) has no bias, so it may follow the
+    pooling, where it takes C^2 multiplications in place of N C^2.
 
     Args:
         in_channels: channels of the input and the output.
@@ -185,13 +230,26 @@ class SimplifiedNonLocal2d(_SimplifiedNonLocal):
     Raises:
         ValueError: a width that does not fit.
 
-    Source: Cao et al., GCNet, equation 3; the names of the paper's segmentation code (Unary2d).
+    Example:
+        >>> import torch
+        >>> from dnl_ext import SimplifiedNonLocal2d
+        >>> SimplifiedNonLocal2d(64)(torch.randn(2, 64, 12, 16)).shape
+        torch.Size([2, 64, 12, 16])
+
+    Source: Cao et al., "GCNet", 2019, equation 3; the names of the paper's segmentation code (Unary2d).
     """
 
     dims = 2
 
 
 class SimplifiedNonLocal3d(_SimplifiedNonLocal):
-    """Simplified non-local block on (B, C, T, H, W); arguments as :class:`SimplifiedNonLocal2d`."""
+    """GCNet's simplified non-local block on (B, C, T, H, W); arguments as :class:`SimplifiedNonLocal2d`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import SimplifiedNonLocal3d
+        >>> SimplifiedNonLocal3d(16)(torch.randn(2, 16, 3, 8, 8)).shape
+        torch.Size([2, 16, 3, 8, 8])
+    """
 
     dims = 3

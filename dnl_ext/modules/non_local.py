@@ -1,14 +1,17 @@
 """Standard non-local blocks of 1, 2 and 3 spatial dimensions, as mmcv has them. See :class:`NonLocal2d`."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
+from ..types import Backend, Mesh, Mode, SubSample
 from ._block import AttentionBlock
 from ._common import BATCH_NORM, CONV, check_choice, check_flags, check_width
 
 
-def norm_of_cfg(norm_cfg, dims):
+def norm_of_cfg(norm_cfg: dict[str, Any] | None, dims: int) -> Callable[[int], nn.Module] | None:
     """The ``norm`` argument of the blocks for an mmcv ``norm_cfg``: None, or a callable of the number of channels."""
     if norm_cfg is None:
         return None
@@ -29,14 +32,14 @@ def norm_of_cfg(norm_cfg, dims):
     else:
         raise ValueError(f"norm_cfg: expected type {', '.join(map(repr, [*layers, 'GN']))}, got {kind!r}")
 
-    def make(channels):
+    def make(channels: int) -> nn.Module:
         norm = layer(channels, **options)
         return norm.requires_grad_(requires_grad)
 
     return make
 
 
-def check_conv_cfg(conv_cfg, dims):
+def check_conv_cfg(conv_cfg: dict[str, Any] | None, dims: int) -> None:
     """Raise ValueError unless an mmcv ``conv_cfg`` asks for the plain convolution that the block has anyway."""
     name = CONV[dims].__name__
     if conv_cfg not in (None, {"type": name}):
@@ -48,35 +51,36 @@ class _NonLocal(AttentionBlock):
 
     def __init__(
         self,
-        in_channels,
-        sub_sample=False,
-        conv_cfg=None,
-        reduction=2,
-        use_scale=True,
-        norm_cfg=None,
-        mode="embedded_gaussian",
-        std=0.01,
-        zeros_init=True,
+        in_channels: int,
+        sub_sample: bool | SubSample = False,
+        conv_cfg: dict[str, Any] | None = None,
+        reduction: int = 2,
+        use_scale: bool = True,
+        norm_cfg: dict[str, Any] | None = None,
+        mode: Mode = "embedded_gaussian",
+        std: float = 0.01,
+        zeros_init: bool = True,
         *,
-        backend="fused",
-        mesh=None,
-    ):
+        backend: Backend = "fused",
+        mesh: Mesh | None = None,
+    ) -> None:
         check_conv_cfg(conv_cfg, self.dims)
         check_choice("sub_sample", sub_sample, (False, True, "before", "after"))
         check_flags(zeros_init=zeros_init)
         if isinstance(std, bool) or not isinstance(std, (int, float)) or not std >= 0:
             raise ValueError(f"std: expected a number of at least 0, got {std!r}")
-        self.std, self.zeros_init = std, zeros_init
+        self.std: float = std
+        self.zeros_init: bool = zeros_init
         check_width("in_channels", in_channels)
         super().__init__(
             in_channels, max(in_channels // check_width("reduction", reduction), 1), None, variant="nl", mode=mode,
             use_out=True, norm=norm_of_cfg(norm_cfg, self.dims), learn_gamma=False, qk_bias=True, value_bias=True,
             mask_bias=True, out_bias=None, use_scale=use_scale, temperature=1.0,
-            sub_sample={False: None, True: "after"}.get(sub_sample, sub_sample), unary=None, whiten=None,
+            sub_sample="after" if sub_sample is True else sub_sample or None, unary=None, whiten=None,
             style="mmseg", backend=backend, mesh=mesh,
         )  # fmt: skip
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         """As mmcv: theta, phi and g normal with deviation ``std``, the last layer zero or normal."""
         super().reset_parameters()
         out, norm = self._out_and_norm()
@@ -89,7 +93,14 @@ class _NonLocal(AttentionBlock):
 
 
 class NonLocal1d(_NonLocal):
-    """Non-local block on (B, C, L); arguments as :class:`NonLocal2d`."""
+    """Non-local block on (B, C, L); arguments as :class:`NonLocal2d`, sub-sampling by 2.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal1d
+        >>> NonLocal1d(16)(torch.randn(2, 16, 50)).shape
+        torch.Size([2, 16, 50])
+    """
 
     dims = 1
 
@@ -97,12 +108,15 @@ class NonLocal1d(_NonLocal):
 class NonLocal2d(_NonLocal):
     """Non-local block on (B, C, H, W), in memory linear in the number of positions N = H W, under mmcv's names.
 
-    out_i = x_i + norm(conv_out(sum_j A_ij g_j)), with theta, phi, g 1x1 convolutions of x and A_ij by ``mode``:
+    It adds to each position a weighted sum of all positions: out_i = x_i + norm(conv_out(sum_j A_ij g_j)). theta, phi
+    and g (query, key and value) are 1x1 convolutions of the input x with C' channels, and ``mode`` says what the
+    weights are:
 
-    * ``"embedded_gaussian"``: softmax_j(<theta_i, phi_j> / sqrt(C')), C' = in_channels // reduction
-    * ``"gaussian"``: softmax_j <x_i, x_j>
-    * ``"dot_product"``: <theta_i, phi_j> / N, computed as theta (phi^T g) / N
-    * ``"concatenation"``: relu(w_theta . theta_i + w_phi . phi_j) / N, by sorting: trainable, and without an N x N map
+    * ``"embedded_gaussian"``: A_ij = softmax_j(<theta_i, phi_j> / sqrt(C'))
+    * ``"gaussian"``: A_ij = softmax_j <x_i, x_j>
+    * ``"dot_product"``: A_ij = <theta_i, phi_j> / N, computed as theta (phi^T g) / N
+    * ``"concatenation"``: A_ij = relu(w_theta . theta_i + w_phi . phi_j) / N, computed by sorting: trainable, and
+      without an N x N map
 
     Args:
         in_channels: channels of the input and the output.
@@ -110,12 +124,13 @@ class NonLocal2d(_NonLocal):
             ``"before"`` them, as video-nonlocal-net and the paper's code.
         conv_cfg: None or ``{"type": "Conv2d"}``; any other layer is refused.
         reduction: C' = in_channels // reduction, at least 1.
-        use_scale: the 1 / sqrt(C') of ``"embedded_gaussian"``.
+        use_scale: whether the logits of ``"embedded_gaussian"`` are divided by sqrt(C').
         norm_cfg: of the norm after ``conv_out``: None, or a dict with ``type`` ``"BN"``, ``"BN2d"``, ``"SyncBN"``,
             ``"IN"``, ``"IN2d"`` or ``"GN"`` (with ``num_groups``), ``requires_grad`` and arguments of the layer.
         mode: above.
-        std, zeros_init: initialisation. g, theta and phi are normal with deviation ``std``; the norm after
-            ``conv_out``, or ``conv_out`` without one, is zero, so that the block starts as the identity, or normal.
+        std: deviation of the normal distribution from which the weights of g, theta and phi are drawn.
+        zeros_init: whether the norm after ``conv_out``, or ``conv_out`` without one, starts at zero, so that the block
+            starts as the identity. Otherwise it is drawn as the others.
         backend: ``"fused"``, or ``"reference"``: plain PyTorch with the N x N map.
         mesh: as in :class:`dnl_ext.DisentangledNonLocal2d`.
 
@@ -123,8 +138,16 @@ class NonLocal2d(_NonLocal):
     ``concat_project.conv.weight``; with ``sub_sample`` ``g.0.conv.*`` and ``phi.0.conv.*``.
 
     Raises:
-        ValueError: an option or width that does not fit. NotImplementedError: with a mesh, an option that mixes
-            positions in a way that does not shard.
+        ValueError: an option or width that does not fit.
+        NotImplementedError: with a mesh, an option that mixes positions in a way that does not shard.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal2d
+        >>> block = NonLocal2d(64, norm_cfg={"type": "BN"})
+        >>> features = torch.randn(2, 64, 12, 16)
+        >>> torch.equal(block(features), features)  # the identity, until it is trained
+        True
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018; arguments and names of mmcv's NonLocal2d. There the
     backward of ``"concatenation"`` raises, and float16 overflows.
@@ -134,6 +157,13 @@ class NonLocal2d(_NonLocal):
 
 
 class NonLocal3d(_NonLocal):
-    """Non-local block on (B, C, T, H, W); arguments as :class:`NonLocal2d`. Sub-sampling leaves T alone."""
+    """Non-local block on (B, C, T, H, W); arguments as :class:`NonLocal2d`. Sub-sampling leaves T alone.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal3d
+        >>> NonLocal3d(16)(torch.randn(2, 16, 3, 8, 8)).shape
+        torch.Size([2, 16, 3, 8, 8])
+    """
 
     dims = 3

@@ -14,7 +14,7 @@ SMALLEST = 1e-3
 WAVE_LENGTH, POSITION_SCALE = 1000.0, 100.0
 
 
-def relative_geometry(boxes):
+def relative_geometry(boxes: torch.Tensor) -> torch.Tensor:
     """What relates box m to box n, invariant under translation and scale: tensor (..., N, N, 4).
 
     (log(|x_m - x_n| / w_m), log(|y_m - y_n| / h_m), log(w_n / w_m), log(h_n / h_m)), from boxes (..., N, 4) given as
@@ -28,7 +28,7 @@ def relative_geometry(boxes):
 
 
 @torch.fx.wrap
-def sinusoidal(x, channels):
+def sinusoidal(x: torch.Tensor, channels: int) -> torch.Tensor:
     """Sines and cosines of each of the last dimension's 4 numbers at channels / 8 wavelengths: (..., channels)."""
     steps = torch.arange(channels // 8, device=x.device, dtype=x.dtype) * (8.0 / channels)
     angles = (POSITION_SCALE * x).unsqueeze(-1) / WAVE_LENGTH**steps
@@ -36,13 +36,13 @@ def sinusoidal(x, channels):
 
 
 @torch.fx.wrap
-def at_least_float32(x):
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """x in its dtype or float32, whichever is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @torch.fx.wrap
-def check_objects(features, boxes, in_channels):
+def check_objects(features: torch.Tensor, boxes: torch.Tensor, in_channels: int) -> torch.Tensor:
     """The features (..., N, in_channels), checked with the boxes; used and traced as `check_input` is."""
     if torch.jit.is_tracing():
         return features
@@ -57,34 +57,53 @@ def check_objects(features, boxes, in_channels):
 
 
 class RelationModule(Block):
-    """Object relations: out_m = f_m + concat over relations r of sum_n w^r_mn W_v^r f_n.
+    """Relations between the objects of an image: every object gets a weighted sum of all objects' features.
 
-    w^r_mn = softmax_n(log(max(g^r_mn, eps)) + <W_q^r f_m, W_k^r f_n> / sqrt(key_channels)) with the geometric weight
-    g^r_mn = relu(W_g^r embedding of ``relative_geometry``).
+    The weights of a relation come from the features of two objects and from where their boxes lie. With
+    f_m the features of object m, and one term for each relation r::
 
-    Plain PyTorch that holds ``num_relations`` maps of N x N and one embedding of N x N x geometry_channels: there are
-    hundreds of objects in an image, and the geometric weight is different for every pair.
+        out_m = f_m + concat over r of sum_n w^r_mn W_v^r f_n
+        w^r_mn = softmax_n(log(max(g^r_mn, eps)) + <W_q^r f_m, W_k^r f_n> / sqrt(key_channels))
+        g^r_mn = relu(W_g^r e_mn), e_mn an embedding of :func:`relative_geometry` of the two boxes
+
+    This is plain PyTorch that holds ``num_relations`` maps of N x N and one embedding of N x N x geometry_channels:
+    there are hundreds of objects in an image, and the geometric weight is different for every pair.
 
     Args:
         in_channels: channels of the features, a multiple of num_relations.
         num_relations: relation heads; each gives in_channels / num_relations channels.
         key_channels: width of query and key of each relation.
         geometry_channels: width of the geometric embedding, a multiple of 8.
-        eps: smallest geometric weight.
+        eps: smallest geometric weight, above 0.
 
     Raises:
         ValueError: a width that does not fit.
 
+    Example:
+        >>> import torch
+        >>> from dnl_ext import RelationModule
+        >>> features = torch.randn(2, 30, 64)  # 30 objects in each of 2 images
+        >>> corner, size = torch.rand(2, 30, 2) * 200, torch.rand(2, 30, 2) * 50
+        >>> boxes = torch.cat([corner, corner + size], -1)  # (x1, y1, x2, y2)
+        >>> RelationModule(64, num_relations=8)(features, boxes).shape
+        torch.Size([2, 30, 64])
+
     Source: Hu et al., "Relation Networks for Object Detection", CVPR 2018, equations 2 to 6.
     """
 
-    def __init__(self, in_channels, num_relations=16, key_channels=64, geometry_channels=64, eps=1e-6):
+    def __init__(
+        self,
+        in_channels: int,
+        num_relations: int = 16,
+        key_channels: int = 64,
+        geometry_channels: int = 64,
+        eps: float = 1e-6,
+    ) -> None:
         super().__init__()
-        for name, width in (
-            ("in_channels", in_channels), ("num_relations", num_relations), ("key_channels", key_channels),
-            ("geometry_channels", geometry_channels),
-        ):  # fmt: skip
-            setattr(self, name, check_width(name, width))
+        self.in_channels: int = check_width("in_channels", in_channels)
+        self.num_relations: int = check_width("num_relations", num_relations)
+        self.key_channels: int = check_width("key_channels", key_channels)
+        self.geometry_channels: int = check_width("geometry_channels", geometry_channels)
         if in_channels % num_relations:
             raise ValueError(f"in_channels: expected a multiple of num_relations ({num_relations}), got {in_channels}")
         if geometry_channels % 8:
@@ -92,12 +111,12 @@ class RelationModule(Block):
         if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
             raise ValueError(f"eps: expected a finite number above 0, got {eps!r}")
         self.eps = eps
-        self.query = nn.Linear(in_channels, num_relations * key_channels)
-        self.key = nn.Linear(in_channels, num_relations * key_channels)
-        self.value = nn.Linear(in_channels, in_channels)
-        self.geometry = nn.Linear(geometry_channels, num_relations)
+        self.query: nn.Linear = nn.Linear(in_channels, num_relations * key_channels)
+        self.key: nn.Linear = nn.Linear(in_channels, num_relations * key_channels)
+        self.value: nn.Linear = nn.Linear(in_channels, in_channels)
+        self.geometry: nn.Linear = nn.Linear(geometry_channels, num_relations)
 
-    def forward(self, features, boxes):
+    def forward(self, features: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
         """Relate the objects of each image.
 
         Args:
@@ -123,7 +142,7 @@ class RelationModule(Block):
         relations = torch.softmax(logits, -1).to(value.dtype) @ value
         return features + relations.transpose(-3, -2).flatten(-2)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, num_relations={self.num_relations}, key_channels={self.key_channels}, "
             f"geometry_channels={self.geometry_channels}, eps={self.eps}"

@@ -6,6 +6,7 @@ and they see physical tensors. Messages name the argument, what was wanted and w
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -15,7 +16,7 @@ from ._handlers import handler_of
 FLOAT_TYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _untraced(check):
+def _untraced(check: Callable[..., None]) -> Callable[..., None]:
     """Leaves a check out under torch.jit.trace: sizes are tensors there, a comparison would warn, and not be kept."""
 
     @functools.wraps(check)
@@ -26,7 +27,7 @@ def _untraced(check):
     return run
 
 
-def check_tensor(name, x, shape):
+def check_tensor(name: str, x: torch.Tensor, shape: str) -> None:
     """`x` is a dense float tensor on a known device with the dimensions that `shape`, such as "(..., N, C)", names."""
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
@@ -45,7 +46,7 @@ def check_tensor(name, x, shape):
 
 
 @_untraced
-def check_alike(name, x, other_name, other, shape):
+def check_alike(name: str, x: torch.Tensor, other_name: str, other: torch.Tensor, shape: Sequence[int]) -> None:
     """`x` is a tensor of the dtype and device of `other`, of exactly `shape`."""
     check_tensor(name, x, "(...)")
     if x.dtype != other.dtype:
@@ -56,7 +57,7 @@ def check_alike(name, x, other_name, other, shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
-def check_mean(x, dim):
+def check_mean(x: torch.Tensor, dim: int) -> None:
     check_tensor("x", x, "(..., N)")
     if isinstance(dim, bool) or not isinstance(dim, int):
         raise TypeError(f"dim: expected an int, got {type(dim).__name__}")
@@ -65,14 +66,14 @@ def check_mean(x, dim):
 
 
 @_untraced
-def check_softmax(name, x):
+def check_softmax(name: str, x: torch.Tensor) -> None:
     check_tensor(name, x, "(..., N)")
     if x.shape[-1] == 0:
         raise ValueError(f"{name}: expected at least one column, got shape {tuple(x.shape)}")
 
 
 @_untraced
-def check_unary(mask_logits, value):
+def check_unary(mask_logits: torch.Tensor, value: torch.Tensor) -> None:
     check_tensor("value", value, "(..., Nk, Dv)")
     check_alike("mask_logits", mask_logits, "value", value, value.shape[:-1])
     if value.shape[-2] == 0:
@@ -80,7 +81,7 @@ def check_unary(mask_logits, value):
 
 
 @_untraced
-def check_query_key(query, key, scale, whiten):
+def check_query_key(query: torch.Tensor, key: torch.Tensor, scale: float, whiten: str | None) -> None:
     check_tensor("query", query, "(..., Nq, Dqk)")
     check_tensor("key", key, "(..., Nk, Dqk)")
     check_alike("key", key, "query", query, (*query.shape[:-2], key.shape[-2], query.shape[-1]))
@@ -94,7 +95,14 @@ def check_query_key(query, key, scale, whiten):
 
 
 @_untraced
-def check_pairwise(query, key, value, mask_logits, scale, whiten):
+def check_pairwise(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None,
+    scale: float,
+    whiten: str | None,
+) -> None:
     check_query_key(query, key, scale, whiten)
     check_tensor("value", value, "(..., Nk, Dv)")
     check_alike("value", value, "query", query, (*key.shape[:-1], value.shape[-1]))
@@ -102,7 +110,7 @@ def check_pairwise(query, key, value, mask_logits, scale, whiten):
         check_alike("mask_logits", mask_logits, "query", query, key.shape[:-1])
 
 
-def check_saved(name, x, like_name, like, shape):
+def check_saved(name: str, x: torch.Tensor, like_name: str, like: torch.Tensor, shape: Sequence[int]) -> None:
     """`x` is what a forward returned beside its output: of the accumulate type, on the device of `like`."""
     check_tensor(name, x, "(...)")
     expected = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -114,7 +122,7 @@ def check_saved(name, x, like_name, like, shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
-def parse_scale(query, scale):
+def parse_scale(query: torch.Tensor, scale: float | None) -> float:
     """A float; None means 1 / sqrt(Dqk)."""
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):

@@ -1,17 +1,20 @@
 """Layout, differentiation and batching rules shared by the operators' Python side."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch.autograd import Function
 
 ops = torch.ops.dnl_ext
 
 
-def accumulate_type(dtype):
+def accumulate_type(dtype: torch.dtype) -> torch.dtype:
     """Type of sums and softmax statistics: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def memory_order(x):
+def memory_order(x: torch.Tensor) -> list[int]:
     """The dimensions of `x` from the slowest in memory to the fastest; those of stride 0 keep their place."""
     order = list(range(x.dim()))
     for i in range(1, x.dim()):
@@ -28,7 +31,7 @@ def memory_order(x):
     return order
 
 
-def empty_like_layout(x, sizes, dtype=None):
+def empty_like_layout(x: torch.Tensor, sizes: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
     """A dense tensor of `sizes` whose dimensions are ordered in memory as those of `x` (same number of dimensions).
 
     The same rule as `empty_like_layout` in csrc/core/operator.h.
@@ -40,24 +43,24 @@ def empty_like_layout(x, sizes, dtype=None):
     return torch.empty_strided(sizes, strides, dtype=dtype or x.dtype, device=x.device)
 
 
-def without_autocast(x):
+def without_autocast(x: torch.Tensor) -> torch.autocast:
     """A context in which torch's products on the device of `x` keep the types they are given."""
     return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
 
 
-def save(ctx, *tensors):
+def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
     """Keep `tensors` for both modes of differentiation. (vmap wants one list; torch.compile knows no forward mode.)"""
     ctx.save_for_backward(*tensors)
     if not torch.compiler.is_compiling():
         ctx.save_for_forward(*tensors)
 
 
-def in_transform():
+def in_transform() -> bool:
     """Whether a transform of torch.func or forward mode is at work."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def mark_constant(ctx, *outputs):
+def mark_constant(ctx: Any, *outputs: torch.Tensor) -> None:
     """Mark `outputs` as what nobody differentiates; in transforms a jvp gives them zeros.
 
     (Marks are lost under vmap, and forward mode wants a tangent of an output exactly where there is no mark.)
@@ -66,14 +69,14 @@ def mark_constant(ctx, *outputs):
         ctx.mark_non_differentiable(*outputs)
 
 
-def add(first, second):
+def add(first: Sequence[torch.Tensor] | None, second: Sequence[torch.Tensor] | None) -> Sequence[torch.Tensor] | None:
     """The sum of two tuples of tensors, either of which may be None for zero."""
     if first is None or second is None:
         return second if first is None else first
     return tuple(x + y for x, y in zip(first, second, strict=True))
 
 
-def traceable(function):
+def traceable(function: type[Function]) -> type[Function]:
     """`function`, a Function, without its jvp: torch.compile traces none that has one."""
     return type(f"Traced{function.__name__}", (function,), {"jvp": staticmethod(Function.jvp)})
 
@@ -84,22 +87,22 @@ class Product(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(a, b):
+    def forward(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         with without_autocast(a):
             return a @ b
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
         save(ctx, *inputs)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         a, b = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad
         return product(grad, b.mT) if need_a else None, product(a.mT, grad) if need_b else None
 
     @staticmethod
-    def jvp(ctx, tangent_a, tangent_b):
+    def jvp(ctx: Any, tangent_a: torch.Tensor, tangent_b: torch.Tensor) -> torch.Tensor:
         a, b = ctx.saved_tensors
         return product(tangent_a, b) + product(a, tangent_b)
 
@@ -107,7 +110,7 @@ class Product(Function):
 TracedProduct = traceable(Product)
 
 
-def product(a, b):
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b of one dtype and the same leading dimensions; autocast changes neither it nor its derivatives.
 
     A context alone would not do for these: they run under the autocast of whoever calls backward.
@@ -117,7 +120,7 @@ def product(a, b):
     return (TracedProduct if torch.compiler.is_compiling() else Product).apply(a, b)
 
 
-def last_derivative(function, what):
+def last_derivative(function: Callable[..., Any], what: str) -> Callable[..., Any]:
     """The function that runs `function`; asking for a derivative of its result raises, naming `what` is missing.
 
     torch's ``once_differentiable`` cuts the graph behind the result, and then a caller who allows unused inputs gets
@@ -147,7 +150,7 @@ def last_derivative(function, what):
     return LastDerivative.apply
 
 
-def differentiable(name, function):
+def differentiable(name: str, function: type[Function]) -> Callable[..., Any]:
     """The function that runs operator `name` and is differentiated as `function`, an autograd Function around it.
 
     The derivative is registered with the operator, for exported programs and traced graphs hold operators alone, and it
@@ -158,7 +161,7 @@ def differentiable(name, function):
     torch.library.register_autograd(f"dnl_ext::{name}", function.backward, setup_context=function.setup_context)
     traced = traceable(function)
 
-    def run(*args):
+    def run(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return traced.apply(*args)
         if in_transform():
@@ -168,7 +171,7 @@ def differentiable(name, function):
     return run
 
 
-def register_batching(name):
+def register_batching(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register `function` as the vmap rule of operator `name`: the new dimension becomes the first leading one.
 
     Every tensor argument of the operators here has leading dimensions, so moving the mapped dimension to the front

@@ -10,6 +10,8 @@ for every device, bound by its twelve products of Nq x Nk, without 16-bit interm
 """
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -18,6 +20,9 @@ from ._common import accumulate_type, empty_like_layout, ops, product, register_
 
 #: Numbers in a block of the map. Up to six live at a time: 24 MB in float32 on a CPU; it takes more to fill a GPU.
 BLOCK = {"cpu": 2**20, "cuda": 2**24}
+
+#: A tensor, or None for zero or for what nobody wants. Flags say which, and a type checker does not follow them.
+_Optional = Any
 
 _library = torch.library.Library("dnl_ext", "FRAGMENT")
 _library.define(
@@ -28,12 +33,18 @@ _library.define(
 )
 
 
-def less_mean_under(p, x):
+def less_mean_under(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """x - <p, x> by row: the logarithmic derivative of p = softmax(s) where s moves along x."""
     return x - (p * x).sum(-1, keepdim=True)
 
 
-def unary_double_backward(grad, mask_logits, value, tangent_mask, tangent_value):
+def unary_double_backward(
+    grad: torch.Tensor | None,
+    mask_logits: torch.Tensor,
+    value: torch.Tensor,
+    tangent_mask: torch.Tensor | None,
+    tangent_value: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """Both halves for y = sum_j u_j v_j, u = softmax(m), in differentiable torch operators of O(Nk Dv).
 
     With e = tm - <u, tm>, a_j = <dy, v_j> and b_j = e_j (a_j - <u, a>) + <dy, tv_j>:
@@ -56,25 +67,41 @@ def unary_double_backward(grad, mask_logits, value, tangent_mask, tangent_value)
     def pooled(weights, values):
         return product(weights.to(wide).unsqueeze(-2), values).squeeze(-2)
 
-    def dots(values):
-        return product(grad.to(wide).unsqueeze(-2), values.mT).squeeze(-2).double()
-
     output = pooled(u * e, v)
     if tv is not None:
         output = output + pooled(u, tv)
     if grad is None:
         return output, None, None
+    dy = grad.to(wide).unsqueeze(-2)
+
+    def dots(values):
+        return product(dy, values.mT).squeeze(-2).double()
+
     b = e * less_mean_under(u, dots(v))
     if tv is not None:
         b = b + dots(tv)
     by_mask = (u * less_mean_under(u, b)).to(wide)
-    return output, by_mask, (u * e).to(wide).unsqueeze(-1) * grad.to(wide).unsqueeze(-2)
+    return output, by_mask, (u * e).to(wide).unsqueeze(-1) * dy
 
 
 def pairwise_double_backward(
-    grad_output, query, key, value, mask_logits, tangent_query, tangent_key, tangent_value, tangent_mask, scale, whiten,
-    need_output, need_query, need_key, need_value, need_mask,
-):  # fmt: skip
+    grad_output: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None,
+    tangent_query: torch.Tensor | None,
+    tangent_key: torch.Tensor | None,
+    tangent_value: torch.Tensor | None,
+    tangent_mask: torch.Tensor | None,
+    scale: float,
+    whiten: str | None,
+    need_output: bool,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_mask: bool,
+) -> tuple[torch.Tensor, ...]:
     """Both halves for y_i = sum_j (P_ij + u_j) v_j: the operator ``dnl_ext::pairwise_double_backward``.
 
     S = s q' k'^T and P = softmax(S), with q' and k' less their means where whitened. Along the tangents tq, tk, tv, tm
@@ -120,13 +147,20 @@ def pairwise_double_backward(
     return tuple(x.copy_(y) if need else x for x, y, need in zip(results, wide, needs, strict=True))
 
 
-def _empty_results(grad_output, inputs, tangents, scale, whiten, needs):
+def _empty_results(
+    grad_output: _Optional,
+    inputs: Sequence[_Optional],
+    tangents: Sequence[_Optional],
+    scale: float,
+    whiten: str | None,
+    needs: Sequence[bool],
+) -> list[torch.Tensor]:
     """Where the results go, after every check of a call."""
     query, _, value, _ = inputs
     check_pairwise(*inputs, scale, whiten)
     if whiten not in ("channel", None):
         raise ValueError(f"whiten: expected one of 'channel', None, got {whiten!r}")
-    shapes = ((*query.shape[:-1], value.shape[-1]), *(None if x is None else x.shape for x in inputs))
+    shapes: tuple[Any, ...] = ((*query.shape[:-1], value.shape[-1]), *(None if x is None else x.shape for x in inputs))
     if grad_output is not None:
         check_alike("grad_output", grad_output, "query", query, shapes[0])
     elif any(needs[1:]):
@@ -142,11 +176,18 @@ def _empty_results(grad_output, inputs, tangents, scale, whiten, needs):
     ]
 
 
-def _pairwise_terms(grad_output, inputs, tangents, scale, whiten, needs):
+def _pairwise_terms(
+    grad_output: _Optional,
+    inputs: Sequence[_Optional],
+    tangents: Sequence[_Optional],
+    scale: float,
+    whiten: str | None,
+    needs: Sequence[bool],
+) -> list[_Optional]:
     """The pairwise term's part of the results, in the accumulate type: [J t, d/dq, d/dk, d/dv], None if not wanted."""
     wide, lead = accumulate_type(inputs[0].dtype), inputs[0].shape[:-2]
 
-    def operand(x, centred, factor=1.0):
+    def operand(x: _Optional, centred: bool, factor: float = 1.0) -> _Optional:
         """`x` as (batches, N, C) in the accumulate type, times `factor`, less its mean over N where `centred`."""
         if x is None:
             return None
@@ -163,8 +204,8 @@ def _pairwise_terms(grad_output, inputs, tangents, scale, whiten, needs):
     results = [q.new_zeros((batches, *size)) if need else None for size, need in zip(sizes, needs, strict=False)]
     if any(needs[:4]) and any(x is not None for x in (tq, tk, tv)):
         for batch, rows in _blocks(batches, queries, keys, BLOCK.get(q.device.type, BLOCK["cpu"])):
-            by_query = [None if x is None else x[batch, rows] for x in (dy, q, tq, results[0], results[1])]
-            by_key = [None if x is None else x[batch] for x in (k, v, tk, tv, results[2], results[3])]
+            by_query: list[Any] = [None if x is None else x[batch, rows] for x in (dy, q, tq, results[0], results[1])]
+            by_key: list[Any] = [None if x is None else x[batch] for x in (k, v, tk, tv, results[2], results[3])]
             _add_block(*by_query, *by_key)
     dq = results[1]
     if dq is not None:
@@ -174,7 +215,7 @@ def _pairwise_terms(grad_output, inputs, tangents, scale, whiten, needs):
     return [None if x is None else x.view(*lead, *x.shape[1:]) for x in results]
 
 
-def _blocks(batches, queries, keys, elements):
+def _blocks(batches: int, queries: int, keys: int, elements: int) -> Iterator[tuple[slice, slice]]:
     """Slices of batches and of queries that cover the map, each of at most `elements` numbers or one row."""
     rows = max(1, elements // keys)
     step = max(1, rows // max(1, queries))
@@ -183,7 +224,19 @@ def _blocks(batches, queries, keys, elements):
             yield slice(batch, batch + step), slice(first, first + rows)
 
 
-def _add_block(dy, q, tq, output, dq, k, v, tk, tv, dk, dv):
+def _add_block(
+    dy: _Optional,
+    q: torch.Tensor,
+    tq: _Optional,
+    output: _Optional,
+    dq: _Optional,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tk: _Optional,
+    tv: _Optional,
+    dk: _Optional,
+    dv: _Optional,
+) -> None:
     """Adds what a block of queries gives to the results; all (batches, positions, channels), None if absent.
 
     q and tq are scaled here, so dq is without the factor s; the names are those of the formulas.
@@ -201,8 +254,8 @@ def _add_block(dy, q, tq, output, dq, k, v, tk, tv, dk, dv):
     if dq is None and dk is None:
         return
     del dot_p
-    b = None if tv is None else dy @ tv.mT
-    ds = None
+    b: _Optional = None if tv is None else dy @ tv.mT
+    ds: _Optional = None
     if e is not None:
         a = dy @ v.mT
         a -= (p * a).sum(-1, keepdim=True)
@@ -219,7 +272,7 @@ def _add_block(dy, q, tq, output, dq, k, v, tk, tv, dk, dv):
             dk.baddbmm_(ds.mT, tq)
 
 
-def _sum_of_products(*pairs):
+def _sum_of_products(*pairs: tuple[_Optional, _Optional]) -> _Optional:
     """sum of a @ b over the pairs that have both, in one buffer; None without any."""
     total = None
     for a, b in pairs:
@@ -232,7 +285,20 @@ _library.impl("pairwise_double_backward", pairwise_double_backward, "CompositeEx
 
 
 @torch.library.register_fake("dnl_ext::pairwise_double_backward")
-def _(grad_output, query, key, value, mask_logits, tq, tk, tv, tm, scale, whiten, *needs):
+def _(
+    grad_output: torch.Tensor | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None,
+    tq: torch.Tensor | None,
+    tk: torch.Tensor | None,
+    tv: torch.Tensor | None,
+    tm: torch.Tensor | None,
+    scale: float,
+    whiten: str | None,
+    *needs: bool,
+) -> tuple[torch.Tensor, ...]:
     inputs = (query, key, value, mask_logits)
     needs = (*needs[:4], needs[4] and mask_logits is not None)
     return tuple(_empty_results(grad_output, inputs, (tq, tk, tv, tm), scale, whiten, needs))

@@ -11,17 +11,30 @@ from ._checks import check_alike, check_pairwise, check_query_key, check_tensor
 from ._common import accumulate_type, product, without_autocast
 
 
-def shared_key_logits(query, key):
-    """m_j = <mean over i of q_i, k_j>: the unary logits of a block whose two terms share their keys.
+def shared_key_logits(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Unary logits of a block whose unary and pairwise terms share their keys: m_j = <mean over i of q_i, k_j>.
+
+    A standard non-local block holds this unary term without naming it: it is the part of the logits <q_i, k_j> that is
+    the same for every query. Give the result to :func:`disentangled_attention` as ``mask_logits``.
 
     Args:
-        query: tensor (..., Nq, Dqk). key: tensor (..., Nk, Dqk) of the same dtype, device and leading dimensions.
+        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16.
+        key: tensor (..., Nk, Dqk) of the same dtype, device and leading dimensions.
 
     Returns:
         Tensor (..., Nk) of the dtype of ``query``.
 
     Raises:
-        TypeError: not a tensor. ValueError: shape, dtype or device that does not fit.
+        TypeError: an argument is not a tensor.
+        ValueError: a shape, dtype or device that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import shared_key_logits
+        >>> query = torch.tensor([[1.0, 0.0], [3.0, 2.0]])  # two queries of two channels; their mean is (2, 1)
+        >>> key = torch.tensor([[1.0, 1.0], [0.0, 2.0], [2.0, 0.0]])
+        >>> shared_key_logits(query, key)
+        tensor([3., 2., 4.])
 
     Source: Yin et al., ECCV 2020, equation 5 (the unary term of the split non-local block), unscaled, as in the paper's
     code (``with_unary``).
@@ -31,18 +44,33 @@ def shared_key_logits(query, key):
     return product(key, mean.unsqueeze(-1)).squeeze(-1)
 
 
-def dot_product_attention(query, key, value):
-    """y_i = sum_j <q_i, k_j> v_j / Nk, as q (k^T v) / Nk: O(N Dqk Dv), and nothing of size N x N.
+def dot_product_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention without a softmax: y_i = sum_j <q_i, k_j> v_j / Nk.
+
+    It is computed as q (k^T v) / Nk, in O((Nq + Nk) Dqk Dv) operations and without an Nq x Nk map.
 
     Args:
-        query: tensor (..., Nq, Dqk). key: tensor (..., Nk, Dqk). value: tensor (..., Nk, Dv). One dtype and device;
-            bfloat16 and float16 are widened to float32, so that sums over positions neither round nor overflow.
+        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16. The 16-bit types are widened to float32, so
+            that sums over positions neither round nor overflow.
+        key: tensor (..., Nk, Dqk).
+        value: tensor (..., Nk, Dv). All three share dtype, device and leading dimensions.
 
     Returns:
         Tensor (..., Nq, Dv) of the dtype of ``query``.
 
     Raises:
-        TypeError: not a tensor. ValueError: shape, dtype or device that does not fit.
+        TypeError: an argument is not a tensor.
+        ValueError: a shape, dtype or device that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import dot_product_attention
+        >>> query, key, value = torch.randn(2, 100, 16), torch.randn(2, 80, 16), torch.randn(2, 80, 32)
+        >>> output = dot_product_attention(query, key, value)
+        >>> output.shape
+        torch.Size([2, 100, 32])
+        >>> torch.allclose(output, query @ key.mT @ value / 80, atol=1e-4)
+        True
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018, equation 4.
     """
@@ -52,23 +80,37 @@ def dot_product_attention(query, key, value):
     return product(query.to(wide), context).to(query.dtype)
 
 
-def concatenation_attention(query_logits, key_logits, value):
-    """y_i = sum_j relu(a_i + b_j) v_j / Nk, exact, in O(N log N + N Dv) time and O(N Dv) memory.
+def concatenation_attention(query_logits: torch.Tensor, key_logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention with rectified sums for weights: y_i = sum_j relu(a_i + b_j) v_j / Nk.
 
-    With the keys in descending order of b, those with a_i + b_j > 0 come first, r_i of them, and
-    y_i = (a_i V_r + W_r) / Nk with running sums V_r = sum of the first r v_j, W_r = sum of the first r b_j v_j. Its
-    derivatives are those of the sums; the order is piecewise constant.
+    A non-local block in the mode "concatenation" weighs a pair of positions by relu(w . [q_i, k_j]). That product is a
+    sum a_i + b_j of one number for each query and one for each key, which are the arguments here.
+
+    It takes O(N log N + N Dv) operations and O(N Dv) memory: with the keys in descending order of b, those with
+    a_i + b_j > 0 come first, r_i of them, and y_i = (a_i V_r + W_r) / Nk with the running sums V_r of the first r v_j
+    and W_r of the first r b_j v_j. Its derivatives are those of the sums; the order is piecewise constant.
 
     Args:
-        query_logits: a, tensor (..., Nq). key_logits: b, tensor (..., Nk). value: tensor (..., Nk, Dv). One dtype and
-            device, Nk at least 1. The projections of query and key by the two halves of the concatenation's weight.
+        query_logits: a, tensor (..., Nq), float64, float32, bfloat16 or float16.
+        key_logits: b, tensor (..., Nk) with Nk >= 1.
+        value: tensor (..., Nk, Dv). All three share dtype, device and leading dimensions.
 
     Returns:
         Tensor (..., Nq, Dv) of the dtype of ``value``. The running sums are float64 whatever the inputs: a_i V + W
         cancels where logits are large and their sums small.
 
     Raises:
-        TypeError: not a tensor. ValueError: shape, dtype or device that does not fit.
+        TypeError: an argument is not a tensor.
+        ValueError: a shape, dtype or device that does not fit.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import concatenation_attention
+        >>> query_logits, key_logits = torch.tensor([0.0, 2.0]), torch.tensor([1.0, -1.0])
+        >>> value = torch.tensor([[1.0], [10.0]])
+        >>> concatenation_attention(query_logits, key_logits, value)  # weights (1, 0) / 2 and (3, 1) / 2
+        tensor([[0.5000],
+                [6.5000]])
 
     Source: Wang et al., "Non-local Neural Networks", CVPR 2018, equation 5; as in mmcv, divided by Nk.
     """

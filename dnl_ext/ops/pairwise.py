@@ -1,8 +1,11 @@
 """Whitened pairwise attention, alone and with the unary term, in memory linear in the number of positions."""
 
+from typing import Any
+
 import torch
 from torch.autograd import Function
 
+from ..types import Whitening
 from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, parse_scale
 from ._common import (
     accumulate_type,
@@ -32,18 +35,26 @@ class DisentangledAttention(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query, key, value, mask_logits, scale, whiten, save_residual):
+    def forward(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask_logits: torch.Tensor | None,
+        scale: float,
+        whiten: str | None,
+        save_residual: bool,
+    ) -> tuple[torch.Tensor, ...]:
         return ops.pairwise_forward(query, key, value, mask_logits, scale, whiten, save_residual)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         query, key, value, mask_logits, ctx.scale, ctx.whiten, _ = inputs
         save(ctx, query, key, value, mask_logits, *output)
         mark_constant(ctx, *output[1:])  # softmax_stats, residual, pooled, mask_lse
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_output, *_):
+    def backward(ctx: Any, grad_output: torch.Tensor | None, *_: Any) -> tuple[torch.Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
         if grad_output is None or not any(needs):
             return (None,) * 7
@@ -55,7 +66,7 @@ class DisentangledAttention(Function):
         return *grads, None, None, None  # scale, whiten, save_residual
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         tangent = AttentionTangent.apply(*ctx.saved_tensors, *tangents[:4], ctx.scale, ctx.whiten)
         return tangent, *(torch.zeros_like(x) for x in ctx.saved_tensors[5:])
 
@@ -64,7 +75,15 @@ _attend = differentiable("pairwise_forward", DisentangledAttention)
 
 
 @torch.library.register_fake("dnl_ext::pairwise_forward")
-def _(query, key, value, mask_logits, scale, whiten, save_residual):
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None,
+    scale: float,
+    whiten: str | None,
+    save_residual: bool,
+) -> tuple[torch.Tensor, ...]:
     check_pairwise(query, key, value, mask_logits, scale, whiten)
     dtype, lead = accumulate_type(query.dtype), query.shape[:-2]
     output = empty_like_layout(query, (*query.shape[:-1], value.shape[-1]))
@@ -80,9 +99,23 @@ def _(query, key, value, mask_logits, scale, whiten, save_residual):
 
 @torch.library.register_fake("dnl_ext::pairwise_backward")
 def _(
-    grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse, scale, whiten,
-    need_query, need_key, need_value, need_mask,
-):  # fmt: skip
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None,
+    output: torch.Tensor,
+    softmax_stats: torch.Tensor,
+    residual: torch.Tensor,
+    pooled: torch.Tensor,
+    mask_lse: torch.Tensor,
+    scale: float,
+    whiten: str | None,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+    need_mask: bool,
+) -> tuple[torch.Tensor, ...]:
     check_pairwise(query, key, value, mask_logits, scale, whiten)
     lead, output_shape = query.shape[:-2], (*query.shape[:-1], value.shape[-1])
     check_alike("grad_output", grad_output, "query", query, output_shape)
@@ -92,9 +125,9 @@ def _(
     if mask_logits is not None:
         check_saved("pooled", pooled, "query", query, (*lead, value.shape[-1]))
         check_saved("mask_lse", mask_lse, "query", query, lead)
-    needs = (need_query, need_key, need_value, need_mask and mask_logits is not None)
+    needs = (need_query, need_key, need_value, need_mask)
     return tuple(
-        empty_like_layout(x, x.shape) if need else query.new_empty((*query.shape[:-2], 0))
+        empty_like_layout(x, x.shape) if need and x is not None else query.new_empty((*query.shape[:-2], 0))
         for x, need in zip((query, key, value, mask_logits), needs, strict=True)
     )
 
@@ -103,27 +136,44 @@ register_batching("dnl_ext::pairwise_forward")(ops.pairwise_forward)
 register_batching("dnl_ext::pairwise_backward")(ops.pairwise_backward)
 
 
-def _whitened(query, key, whiten):
+def _whitened(
+    query: torch.Tensor, key: torch.Tensor, whiten: Whitening | None
+) -> tuple[torch.Tensor, torch.Tensor, str | None]:
     """Query and key as the operator takes them, and its own `whiten`, which is "channel" or None."""
     if whiten is None or whiten in ("channel", "in_nostd"):
         return query, key, None if whiten is None else "channel"
     return _whiten(query, whiten), _whiten(key, whiten), None
 
 
-def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, whiten="channel"):
-    """Disentangled non-local attention, exact, in memory linear in Nq and Nk.
+def disentangled_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask_logits: torch.Tensor | None = None,
+    *,
+    scale: float | None = None,
+    whiten: Whitening | None = "channel",
+) -> torch.Tensor:
+    """Disentangled non-local attention, exact, in memory linear in the numbers of queries and keys.
 
-    y_i = sum_j (P_ij + u_j) v_j,  P_ij = softmax_j(scale <q_i - mean(q), k_j - mean(k)>),  u_j = softmax_j(m_j)
+    Every query i gets a weighted sum of the values. A weight is the sum of two attention weights: a pairwise one, from
+    the similarity of query and key after both have lost their mean over positions ("whitening"), and a unary one, which
+    is the same for every query::
+
+        y_i = sum_j (P_ij + u_j) v_j
+        P_ij = softmax_j(scale * <q_i - mean(q), k_j - mean(k)>)
+        u_j = softmax_j(m_j)
 
     Args:
-        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16. Any strides: the view
-            ``x.flatten(2).transpose(1, 2)`` of a convolution's output is read where it lies.
+        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16; "..." is batch and heads. Any strides: the
+            view ``x.flatten(2).transpose(1, 2)`` of a convolution's output is read where it lies.
         key: tensor (..., Nk, Dqk) with Nk >= 1.
         value: tensor (..., Nk, Dv).
-        mask_logits: tensor (..., Nk), the unary term's logits; None leaves the unary term out.
-        scale: factor of the logits; None means 1 / sqrt(Dqk). A temperature T is ``scale=1 / (sqrt(Dqk) * T)``.
-        whiten: ``"channel"`` (the paper's, per-channel mean over positions), None (a standard non-local block), or
-            another name of :func:`whiten`, which then is applied to query and key first. ``"channel"`` happens inside.
+        mask_logits: m, tensor (..., Nk), the logits of the unary term; None leaves that term out.
+        scale: factor of the pairwise logits; None is 1 / sqrt(Dqk). A temperature T is ``scale=1 / (sqrt(Dqk) * T)``.
+        whiten: ``"channel"`` (the paper's: each channel loses its mean over positions), None (a standard non-local
+            block), or another name of :func:`whiten`, which then is applied to query and key first. ``"channel"`` is
+            part of the operator.
 
     All tensors share dtype, device and leading dimensions. DTensors: see :mod:`dnl_ext.distributed`.
 
@@ -131,8 +181,20 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
         Tensor (..., Nq, Dv) of the dtype and dimension order of ``query``: channel-first in, channel-first out.
 
     Raises:
-        TypeError: a non-tensor. ValueError: a shape, dtype, device or option that does not fit.
+        TypeError: an argument is not a tensor, or ``scale`` not a number.
+        ValueError: a shape, dtype, device or option that does not fit.
         NotImplementedError: complex, sparse, nested or quantised input; third derivatives.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import disentangled_attention
+        >>> query, key, value = (torch.randn(2, 64, 12, 16, requires_grad=True) for _ in range(3))  # of convolutions
+        >>> mask_logits = torch.randn(2, 1, 12, 16)
+        >>> q, k, v = (x.flatten(2).transpose(1, 2) for x in (query, key, value))  # (2, 192, 64), views
+        >>> output = disentangled_attention(q, k, v, mask_logits.flatten(1))
+        >>> output.transpose(1, 2).unflatten(2, (12, 16)).shape
+        torch.Size([2, 64, 12, 16])
+        >>> output.sum().backward()
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 10.
     """
@@ -144,31 +206,78 @@ def disentangled_attention(query, key, value, mask_logits=None, *, scale=None, w
         output = handler.disentangled_attention(query, key, value, mask_logits, scale, whiten)
         if output is not None:
             return output
-    query, key, whiten = _whitened(query, key, whiten)
+    query, key, operator_whiten = _whitened(query, key, whiten)
     # A 16-bit output alone is too coarse for the backward; what its rounding lost is kept only if there may be one.
     # A trace is the same whoever requires grad, and for inference.
     inputs = [x for x in (query, key, value, mask_logits) if x is not None]
     differentiated = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     save_residual = differentiated and not torch.jit.is_tracing()
-    return _attend(query, key, value, mask_logits, scale, whiten, save_residual)[0]
+    return _attend(query, key, value, mask_logits, scale, operator_whiten, save_residual)[0]
 
 
-def pairwise_attention(query, key, value, *, scale=None, whiten="channel"):
-    """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``, same arguments and errors."""
-    return disentangled_attention(query, key, value, scale=scale, whiten=whiten)
-
-
-def pairwise_softmax(query, key, *, scale=None, whiten="channel"):
-    """The whitened pairwise map P itself, for looking at: it holds Nq * Nk values by definition.
+def pairwise_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float | None = None,
+    whiten: Whitening | None = "channel",
+) -> torch.Tensor:
+    """Whitened pairwise attention, y_i = sum_j P_ij v_j: :func:`disentangled_attention` without the unary term.
 
     Args:
-        query: tensor (..., Nq, Dqk). key: tensor (..., Nk, Dqk). scale, whiten: as in :func:`disentangled_attention`.
+        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16.
+        key: tensor (..., Nk, Dqk) with Nk >= 1.
+        value: tensor (..., Nk, Dv).
+        scale, whiten: as in :func:`disentangled_attention`. With ``whiten=None`` this is ordinary attention.
 
     Returns:
-        Tensor (..., Nq, Nk) of the dtype of ``query``. Logits are computed in float32 or wider.
+        Tensor (..., Nq, Dv) of the dtype and dimension order of ``query``.
 
     Raises:
         As :func:`disentangled_attention`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import pairwise_attention
+        >>> query, key, value = torch.randn(2, 100, 16), torch.randn(2, 80, 16), torch.randn(2, 80, 300)
+        >>> ours = pairwise_attention(query, key, value, whiten=None)
+        >>> torch.allclose(ours, torch.nn.functional.scaled_dot_product_attention(query, key, value), atol=1e-5)
+        True
+
+    Source: Yin et al., ECCV 2020, equation 10 (first term).
+    """
+    return disentangled_attention(query, key, value, scale=scale, whiten=whiten)
+
+
+def pairwise_softmax(
+    query: torch.Tensor, key: torch.Tensor, *, scale: float | None = None, whiten: Whitening | None = "channel"
+) -> torch.Tensor:
+    """The pairwise attention weights P themselves, Nq x Nk numbers: to be looked at, for nothing else here holds them.
+
+    P_ij = softmax_j(scale * <q_i - mean(q), k_j - mean(k)>)
+
+    Args:
+        query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16.
+        key: tensor (..., Nk, Dqk) with Nk >= 1.
+        scale, whiten: as in :func:`disentangled_attention`.
+
+    Returns:
+        Tensor (..., Nq, Nk) of the dtype of ``query``; each row sums to 1. Logits are computed in float32 or wider.
+
+    Raises:
+        As :func:`disentangled_attention`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import pairwise_softmax
+        >>> weights = pairwise_softmax(torch.randn(5, 16), torch.randn(7, 16))
+        >>> weights.shape
+        torch.Size([5, 7])
+        >>> torch.allclose(weights.sum(-1), torch.ones(5))
+        True
+
+    Source: Yin et al., ECCV 2020, equation 10 (first term).
     """
     check_tensor("query", query, "(..., Nq, Dqk)")
     scale = parse_scale(query, scale)

@@ -3,13 +3,17 @@
 Their derivatives are the gradient again and halves of one product with a Hessian: see `double_backward.py`.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+import torch
 from torch.autograd import Function
 
 from . import double_backward as _registers_the_operator  # noqa: F401
 from ._common import add, last_derivative, ops, save
 
 
-def _wanted(results, needs):
+def _wanted(results: Any, needs: Iterable[bool]) -> tuple[torch.Tensor | None, ...]:
     return tuple(x if need else None for x, need in zip(results, needs, strict=True))
 
 
@@ -28,18 +32,20 @@ class AttentionDoubleBackward(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
         """dy, q, k, v, m; what the forward returned, 5 tensors; tq, tk, tv, tm; scale, whiten; what is wanted, 5."""
         return ops.pairwise_double_backward(*inputs[:5], *inputs[10:])
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         save(ctx, *inputs[:14])
         ctx.options, ctx.wanted = inputs[14:16], inputs[16:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_tangent, *grads):
+    def backward(
+        ctx: Any, grad_tangent: torch.Tensor | None, *grads: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
         first = second = None
         if grad_tangent is not None:
@@ -52,11 +58,11 @@ class AttentionDoubleBackward(Function):
         return *zeros, *(None,) * 5, *by_tangents, *(None,) * 7  # scale, whiten, need_*
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         return _double_backward(*ctx.saved_tensors[:10], *tangents[10:14], *ctx.options, *ctx.wanted)
 
 
-def _double_backward(*inputs):
+def _double_backward(*inputs: Any) -> tuple[torch.Tensor, ...]:
     """AttentionDoubleBackward, which cannot be differentiated by dy, q, k, v and m."""
     held = iter(_no_third_derivative(*(x for x in inputs[:5] if x is not None)))
     return AttentionDoubleBackward.apply(*(None if x is None else next(held) for x in inputs[:5]), *inputs[5:])
@@ -71,18 +77,18 @@ class AttentionGradient(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):
+    def forward(*inputs: Any) -> tuple[torch.Tensor, ...]:
         """dy, q, k, v, m; what the forward returned, 5 tensors; scale, whiten; which of the results are wanted."""
         return ops.pairwise_backward(*inputs)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         save(ctx, *inputs[:10])
         ctx.options, ctx.wanted = inputs[10:12], inputs[12:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *tangents):
+    def backward(ctx: Any, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         needs = ctx.needs_input_grad[:5]
         if all(t is None for t in tangents) or not any(needs):
             return (None,) * 16
@@ -90,7 +96,9 @@ class AttentionGradient(Function):
         return *_wanted(grads, needs), *(None,) * 11  # what the forward saved, scale, whiten, need_*
 
     @staticmethod
-    def jvp(ctx, tangent_grad, *tangents):
+    def jvp(
+        ctx: Any, tangent_grad: torch.Tensor | None, *tangents: torch.Tensor | None
+    ) -> Sequence[torch.Tensor] | None:
         saved, tangents = ctx.saved_tensors, tangents[:4]
         first = second = None
         if tangent_grad is not None:
@@ -106,18 +114,18 @@ class AttentionTangent(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*inputs):
+    def forward(*inputs: Any) -> torch.Tensor:
         """q, k, v, m; what the forward returned, 5 tensors; tq, tk, tv, tm; scale, whiten."""
         needs = (True, False, False, False, False)
         return ops.pairwise_double_backward(None, *inputs[:4], *inputs[9:], *needs)[0]
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         save(ctx, *inputs[:13])
         ctx.options = inputs[13:]
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved, needs = ctx.saved_tensors, ctx.needs_input_grad
         of_inputs = of_tangents = (None,) * 4
         if any(needs[:4]):
@@ -129,7 +137,7 @@ class AttentionTangent(Function):
         return *of_inputs, *(None,) * 5, *of_tangents, None, None  # scale, whiten
 
     @staticmethod
-    def jvp(ctx, *tangents):
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> NoReturn:
         raise NotImplementedError(
             "dnl_ext: forward mode over forward mode is not implemented for attention; take jacfwd of jacrev"
         )

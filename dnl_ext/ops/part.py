@@ -15,7 +15,9 @@ from ._common import accumulate_type, empty_like_layout, ops, register_batching
 
 
 @torch.library.register_fake("dnl_ext::pairwise_part_forward")
-def _(query, key, value, scale, save_residual):
+def _(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, save_residual: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_pairwise(query, key, value, None, scale, None)
     output = empty_like_layout(query, (*query.shape[:-1], value.shape[-1]))
     stats = query.new_empty((*query.shape[:-1], 2), dtype=accumulate_type(query.dtype))
@@ -25,7 +27,18 @@ def _(query, key, value, scale, save_residual):
 
 
 @torch.library.register_fake("dnl_ext::pairwise_part_backward")
-def _(grad_output, query, key, value, softmax_stats, delta, scale, need_query, need_key, need_value):
+def _(
+    grad_output: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    softmax_stats: torch.Tensor,
+    delta: torch.Tensor,
+    scale: float,
+    need_query: bool,
+    need_key: bool,
+    need_value: bool,
+) -> tuple[torch.Tensor, ...]:
     check_pairwise(query, key, value, None, scale, None)
     check_alike("grad_output", grad_output, "query", query, (*query.shape[:-1], value.shape[-1]))
     check_saved("softmax_stats", softmax_stats, "query", query, (*query.shape[:-1], 2))

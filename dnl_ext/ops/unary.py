@@ -1,5 +1,8 @@
 """Unary softmax and pooling: the term of the attention that does not depend on the query."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch.autograd import Function
 
@@ -23,21 +26,21 @@ class Softmax(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x):
+    def forward(x: torch.Tensor) -> torch.Tensor:
         return ops.softmax(x)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         save(ctx, output)
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
         (output,) = ctx.saved_tensors
         gradient = ops.softmax_backward if torch.compiler.is_compiling() else SoftmaxGradient.apply
         return gradient(grad_output, output)
 
     @staticmethod
-    def jvp(ctx, tangent):
+    def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
         return SoftmaxGradient.apply(tangent, *ctx.saved_tensors)
 
 
@@ -50,15 +53,15 @@ class SoftmaxGradient(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_output, output):
+    def forward(grad_output: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         return ops.softmax_backward(grad_output, output)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         save(ctx, *inputs)
 
     @staticmethod
-    def backward(ctx, tangent):
+    def backward(ctx: Any, tangent: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         grad_output, output = ctx.saved_tensors
         by_output = None
         if ctx.needs_input_grad[1]:
@@ -67,14 +70,14 @@ class SoftmaxGradient(Function):
         return SoftmaxGradient.apply(tangent, output) if ctx.needs_input_grad[0] else None, by_output
 
     @staticmethod
-    def jvp(ctx, tangent_grad, tangent_output):
+    def jvp(ctx: Any, tangent_grad: torch.Tensor, tangent_output: torch.Tensor) -> torch.Tensor:
         grad_output, output = ctx.saved_tensors
         g, p, t = (x.to(accumulate_type(x.dtype)) for x in (grad_output, output, tangent_output))
         by_output = t * (g - (p * g).sum(-1, keepdim=True)) - p * (t * g).sum(-1, keepdim=True)
         return SoftmaxGradient.apply(tangent_grad, output) + by_output.to(output.dtype)
 
 
-softmax = differentiable("softmax", Softmax)
+softmax: Callable[..., torch.Tensor] = differentiable("softmax", Softmax)
 
 
 class UnaryAttention(Function):
@@ -83,17 +86,19 @@ class UnaryAttention(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(mask_logits, value):
+    def forward(mask_logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.unary_forward(mask_logits, value)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         save(ctx, *inputs, *output)
         mark_constant(ctx, output[1])  # lse
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_pooled, _grad_lse):
+    def backward(
+        ctx: Any, grad_pooled: torch.Tensor | None, _grad_lse: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if grad_pooled is None:
             return None, None
         gradient = ops.unary_backward if torch.compiler.is_compiling() else UnaryGradient.apply
@@ -102,7 +107,9 @@ class UnaryAttention(Function):
         return grad_mask if need_mask else None, grad_value if need_value else None
 
     @staticmethod
-    def jvp(ctx, tangent_mask, tangent_value):
+    def jvp(
+        ctx: Any, tangent_mask: torch.Tensor | None, tangent_value: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         mask_logits, value, _, lse = ctx.saved_tensors
         return unary_double_backward(None, mask_logits, value, tangent_mask, tangent_value)[0], torch.zeros_like(lse)
 
@@ -116,34 +123,50 @@ class UnaryGradient(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value):
+    def forward(
+        grad_pooled: torch.Tensor,
+        mask_logits: torch.Tensor,
+        value: torch.Tensor,
+        pooled: torch.Tensor,
+        lse: torch.Tensor,
+        need_mask: bool,
+        need_value: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.unary_backward(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         save(ctx, *inputs[:5])
         ctx.wanted = inputs[5:]
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, tangent_mask, tangent_value):
+    def backward(
+        ctx: Any, tangent_mask: torch.Tensor | None, tangent_value: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
         if tangent_mask is None and tangent_value is None:
             return (None,) * 7
         grad_pooled, mask_logits, value, *_ = ctx.saved_tensors
-        grads = unary_double_backward(grad_pooled, mask_logits, value, tangent_mask, tangent_value)
+        grads: Any = unary_double_backward(grad_pooled, mask_logits, value, tangent_mask, tangent_value)
         grads = [x.to(y.dtype) for x, y in zip(grads, (grad_pooled, mask_logits, value), strict=True)]
         return *(x if need else None for x, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 4
 
     @staticmethod
-    def jvp(ctx, tangent_grad, tangent_mask, tangent_value, *_):
+    def jvp(
+        ctx: Any,
+        tangent_grad: torch.Tensor | None,
+        tangent_mask: torch.Tensor | None,
+        tangent_value: torch.Tensor | None,
+        *_: Any,
+    ) -> Sequence[torch.Tensor] | None:
         saved = ctx.saved_tensors
         first = second = None
         if tangent_grad is not None:
             first = UnaryGradient.apply(tangent_grad, *saved[1:], *ctx.wanted)
         if first is None or tangent_mask is not None or tangent_value is not None:
-            value = saved[2]
+            grad_pooled, mask_logits, value = saved[:3]
             absent = value.new_zeros((*value.shape[:-2], 0))  # as the operator returns what is not wanted
-            second = unary_double_backward(*saved[:3], tangent_mask, tangent_value)[1:]
+            second: Any = unary_double_backward(grad_pooled, mask_logits, value, tangent_mask, tangent_value)[1:]
             second = tuple(
                 x.to(value.dtype) if wanted else absent for x, wanted in zip(second, ctx.wanted, strict=True)
             )
@@ -154,20 +177,20 @@ _pool = differentiable("unary_forward", UnaryAttention)
 
 
 @torch.library.register_fake("dnl_ext::softmax")
-def _(x):
+def _(x: torch.Tensor) -> torch.Tensor:
     check_softmax("x", x)
     return empty_like_layout(x, x.shape)
 
 
 @torch.library.register_fake("dnl_ext::softmax_backward")
-def _(grad_output, output):
+def _(grad_output: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     check_softmax("grad_output", grad_output)
     check_alike("output", output, "grad_output", grad_output, grad_output.shape)
     return empty_like_layout(output, output.shape)
 
 
 @torch.library.register_fake("dnl_ext::unary_forward")
-def _(mask_logits, value):
+def _(mask_logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     check_unary(mask_logits, value)
     dtype = accumulate_type(value.dtype)
     pooled = value.new_empty((*value.shape[:-2], value.shape[-1]), dtype=dtype)
@@ -175,7 +198,15 @@ def _(mask_logits, value):
 
 
 @torch.library.register_fake("dnl_ext::unary_backward")
-def _(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value):
+def _(
+    grad_pooled: torch.Tensor,
+    mask_logits: torch.Tensor,
+    value: torch.Tensor,
+    pooled: torch.Tensor,
+    lse: torch.Tensor,
+    need_mask: bool,
+    need_value: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
     check_unary(mask_logits, value)
     lead = value.shape[:-2]
     check_saved("grad_pooled", grad_pooled, "value", value, (*lead, value.shape[-1]))
@@ -193,18 +224,25 @@ register_batching("dnl_ext::unary_forward")(ops.unary_forward)
 register_batching("dnl_ext::unary_backward")(ops.unary_backward)
 
 
-def unary_softmax(mask_logits):
-    """u_j = softmax_j(m_j), the unary attention map, with statistics in float32 or wider.
+def unary_softmax(mask_logits: torch.Tensor) -> torch.Tensor:
+    """The unary attention weights u_j = softmax_j(m_j), with sums in float32 or wider.
 
     Args:
-        mask_logits: float tensor (..., Nk) with Nk >= 1.
+        mask_logits: m, tensor (..., Nk) with Nk >= 1, float64, float32, bfloat16 or float16.
 
     Returns:
         Tensor (..., Nk) of the dtype and dimension order of ``mask_logits``.
 
     Raises:
-        TypeError: not a tensor. ValueError: not a float tensor, or Nk = 0.
+        TypeError: the argument is not a tensor.
+        ValueError: it is not of a float type, or Nk is 0.
         NotImplementedError: complex, sparse, nested or quantised input.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import unary_softmax
+        >>> unary_softmax(torch.tensor([0.0, 0.0, 0.0, 0.0]))
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
 
     Source: Yin et al., ECCV 2020, equation 10 (second term).
     """
@@ -212,19 +250,30 @@ def unary_softmax(mask_logits):
     return softmax(mask_logits)
 
 
-def unary_attention(mask_logits, value):
-    """Pool the values with the unary map: sum_j softmax_j(m_j) v_j, one vector for all queries, in O(Nk Dv).
+def unary_attention(mask_logits: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Pool the values with the unary attention weights: sum_j softmax_j(m_j) v_j, one vector for all queries.
+
+    It takes O(Nk Dv) operations.
 
     Args:
-        mask_logits: float tensor (..., Nk) with Nk >= 1.
+        mask_logits: m, tensor (..., Nk) with Nk >= 1, float64, float32, bfloat16 or float16.
         value: tensor (..., Nk, Dv) of the same dtype, device and leading dimensions; any strides.
 
     Returns:
         Tensor (..., Dv) of the dtype of ``value``.
 
     Raises:
-        TypeError: not a tensor. ValueError: shape, dtype or device that does not fit.
+        TypeError: an argument is not a tensor.
+        ValueError: a shape, dtype or device that does not fit.
         NotImplementedError: complex, sparse, nested or quantised input.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import unary_attention
+        >>> features = torch.randn(2, 64, 12, 16)  # of a convolution, (B, C, H, W)
+        >>> mask_logits = torch.randn(2, 12, 16)
+        >>> unary_attention(mask_logits.flatten(1), features.flatten(2).transpose(1, 2)).shape
+        torch.Size([2, 64])
 
     Source: Yin et al., ECCV 2020, equation 10; the same pooling is GCNet's global context (Cao et al., 2019).
     """

@@ -1,11 +1,14 @@
 """Whitening of query and key. See :func:`mean_subtract`, the paper's, and :func:`whiten`, every one in use."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.autograd import Function
 
 from ..reference import check_whiten_name
+from ..types import Whitening
 from ._checks import check_alike, check_mean, check_saved, check_tensor
 from ._common import (
     accumulate_type,
@@ -26,20 +29,20 @@ class MeanSubtract(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, dim):
+    def forward(x: torch.Tensor, dim: int) -> torch.Tensor:
         return ops.mean_subtract(x, dim)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.dim = inputs[1]
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
         function = ops.mean_subtract if torch.compiler.is_compiling() else MeanSubtract.apply
         return function(grad_output, ctx.dim), None  # dim
 
     @staticmethod
-    def jvp(ctx, tangent, _):
+    def jvp(ctx: Any, tangent: torch.Tensor, _: Any) -> torch.Tensor:
         return MeanSubtract.apply(tangent, ctx.dim)
 
 
@@ -53,11 +56,11 @@ class Whiten(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, name, apart, eps):
+    def forward(x: torch.Tensor, name: str, apart: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
         return ops.whiten_forward(x, name, apart, eps)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
         ctx.options = inputs[1:]
         save(ctx, *output)
         if torch.compiler.is_compiling():  # elsewhere WhitenGradient differentiates rstd
@@ -65,7 +68,9 @@ class Whiten(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_output, grad_rstd):
+    def backward(
+        ctx: Any, grad_output: torch.Tensor | None, grad_rstd: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, None, None, None]:
         output, rstd = ctx.saved_tensors
         grad = None
         if grad_output is not None:
@@ -78,7 +83,7 @@ class Whiten(Function):
         return grad, None, None, None  # name, apart, eps
 
     @staticmethod
-    def jvp(ctx, tangent, *_):
+    def jvp(ctx: Any, tangent: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
         output, rstd = ctx.saved_tensors
         along = torch.zeros_like(rstd)
         if ctx.options[0] in DEVIATION:
@@ -100,16 +105,18 @@ class WhitenGradient(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad_output, output, rstd, name, apart, eps):
+    def forward(
+        grad_output: torch.Tensor, output: torch.Tensor, rstd: torch.Tensor, name: str, apart: int, eps: float
+    ) -> torch.Tensor:
         return ops.whiten_backward(grad_output, output, rstd, name, apart, eps)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         save(ctx, *inputs[:3])
         ctx.options = inputs[3:]
 
     @staticmethod
-    def backward(ctx, tangent):
+    def backward(ctx: Any, tangent: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_output, output, rstd = ctx.saved_tensors
         need_grad, *need_others = ctx.needs_input_grad[:3]
         by_grad = WhitenGradient.apply(tangent, output, rstd, *ctx.options) if need_grad else None
@@ -123,7 +130,9 @@ class WhitenGradient(Function):
         return by_grad, by_output, by_rstd, None, None, None  # name, apart, eps
 
     @staticmethod
-    def jvp(ctx, tangent_grad, tangent_output, tangent_rstd, *_):
+    def jvp(
+        ctx: Any, tangent_grad: torch.Tensor, tangent_output: torch.Tensor, tangent_rstd: torch.Tensor, *_: Any
+    ) -> torch.Tensor:
         grad_output, output, rstd = ctx.saved_tensors
         total = WhitenGradient.apply(tangent_grad, output, rstd, *ctx.options)
         if ctx.options[0] not in DEVIATION:
@@ -139,7 +148,7 @@ class WhitenGradient(Function):
 class _Group:
     """The elements of x (..., N, C) that share a mean under a name: sums over them, in the accumulate type."""
 
-    def __init__(self, x, name, apart):
+    def __init__(self, x: torch.Tensor, name: str, apart: int) -> None:
         everything = tuple(range(apart - x.dim(), 0))
         dims = {"spatial": (-1,), "ln_nostd": (-2, -1), "ln": (-2, -1), "fln_nostd": everything, "fln": everything}
         self.dims = dims.get(name, (-2,))
@@ -147,20 +156,20 @@ class _Group:
         self.shape = [1 if i - x.dim() in self.dims else n for i, n in enumerate(x.shape)]
 
     @staticmethod
-    def wide(x):
+    def wide(x: torch.Tensor) -> torch.Tensor:
         return x.to(accumulate_type(x.dtype))
 
-    def expand(self, rstd):
+    def expand(self, rstd: torch.Tensor) -> torch.Tensor:
         """rstd, one number a group, as it multiplies x."""
         return rstd.reshape(self.shape)
 
-    def sum(self, x):
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
         return self.wide(x).sum(self.dims, keepdim=True)
 
-    def centred(self, x):
+    def centred(self, x: torch.Tensor) -> torch.Tensor:
         return self.wide(x) - self.sum(x) / self.count
 
-    def covariance(self, x, y):
+    def covariance(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         """<x, y> / (n - 1) of two whose means are zero, as the unbiased variance divides."""
         return self.sum(self.wide(x) * self.wide(y)) / (self.count - 1)
 
@@ -168,7 +177,7 @@ class _Group:
 _standardise = differentiable("whiten_forward", Whiten)
 
 
-def _check_whiten(x, name, apart, eps):
+def _check_whiten(x: torch.Tensor, name: str | None, apart: int, eps: float) -> None:
     check_tensor("x", x, "(..., N, C)")
     check_whiten_name(name, "name")
     if not 0 <= apart <= x.dim() - 2:
@@ -177,26 +186,28 @@ def _check_whiten(x, name, apart, eps):
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
 
 
-def _rstd_shape(x, name, apart):
+def _rstd_shape(x: torch.Tensor, name: str, apart: int) -> Sequence[int]:
     if name not in DEVIATION:
         return (*x.shape[:-2], 0)
     return {"in": (*x.shape[:-2], x.shape[-1]), "ln": x.shape[:-2], "fln": x.shape[:apart]}[name]
 
 
 @torch.library.register_fake("dnl_ext::mean_subtract")
-def _(x, dim):
+def _(x: torch.Tensor, dim: int) -> torch.Tensor:
     check_mean(x, dim)
     return empty_like_layout(x, x.shape)
 
 
 @torch.library.register_fake("dnl_ext::whiten_forward")
-def _(x, name, apart, eps):
+def _(x: torch.Tensor, name: str, apart: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     _check_whiten(x, name, apart, eps)
     return empty_like_layout(x, x.shape), x.new_empty(_rstd_shape(x, name, apart), dtype=accumulate_type(x.dtype))
 
 
 @torch.library.register_fake("dnl_ext::whiten_backward")
-def _(grad_output, output, rstd, name, apart, eps):
+def _(
+    grad_output: torch.Tensor, output: torch.Tensor, rstd: torch.Tensor, name: str, apart: int, eps: float
+) -> torch.Tensor:
     check_tensor("grad_output", grad_output, "(..., N, C)")
     _check_whiten(grad_output, name, apart, eps)
     check_alike("output", output, "grad_output", grad_output, grad_output.shape)
@@ -205,25 +216,27 @@ def _(grad_output, output, rstd, name, apart, eps):
 
 
 @register_batching("dnl_ext::mean_subtract")
-def _(x, dim):
+def _(x: torch.Tensor, dim: int) -> torch.Tensor:
     return ops.mean_subtract(x, dim if dim < 0 else dim + 1)
 
 
 @register_batching("dnl_ext::whiten_forward")
-def _(x, name, apart, eps):
+def _(x: torch.Tensor, name: str, apart: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     return ops.whiten_forward(x, name, apart + 1, eps)
 
 
 @register_batching("dnl_ext::whiten_backward")
-def _(grad_output, output, rstd, name, apart, eps):
+def _(
+    grad_output: torch.Tensor, output: torch.Tensor, rstd: torch.Tensor, name: str, apart: int, eps: float
+) -> torch.Tensor:
     return ops.whiten_backward(grad_output, output, rstd, name, apart + 1, eps)
 
 
-def mean_subtract(x, dim=-2):
+def mean_subtract(x: torch.Tensor, dim: int = -2) -> torch.Tensor:
     """Subtract the mean over one dimension: ``x - x.mean(dim, keepdim=True)``, with sums in float32 or wider.
 
     Args:
-        x: float tensor of any shape and strides with at least one dimension.
+        x: float64, float32, bfloat16 or float16 tensor of any shape and strides with at least one dimension.
         dim: the dimension of the positions. -2 fits (..., N, C), the layout of the attention functions.
 
     Returns:
@@ -231,8 +244,15 @@ def mean_subtract(x, dim=-2):
 
     Raises:
         TypeError: ``x`` is not a tensor or ``dim`` not an int.
-        ValueError: ``x`` is not a float tensor or has no dimension ``dim``.
+        ValueError: ``x`` is not of a float type or has no dimension ``dim``.
         NotImplementedError: complex, sparse, nested or quantised ``x``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import mean_subtract
+        >>> mean_subtract(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))  # two positions of two channels
+        tensor([[ -1., -10.],
+                [  1.,  10.]])
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 8 (whitened pairwise term).
     """
@@ -240,8 +260,10 @@ def mean_subtract(x, dim=-2):
     return _centre(x, dim)
 
 
-def whiten(x, name="channel", *, eps=1e-5):
-    """Whiten query or key before their inner products, with sums in float64.
+def whiten(x: torch.Tensor, name: Whitening | None = "channel", *, eps: float = 1e-5) -> torch.Tensor:
+    """Whiten query or key before their inner products: subtract a mean and, for some names, divide by the deviation.
+
+    What a mean, and a variance, are taken over is in the name:
 
     ===================  =====================  ===========================
     mean over            ``x - mean``           and ``/ sqrt(var + eps)``
@@ -252,19 +274,33 @@ def whiten(x, name="channel", *, eps=1e-5):
     the whole tensor     fln_nostd              fln
     ===================  =====================  ===========================
 
+    Sums are float64.
+
     Args:
-        x: float tensor (..., N, C) of any strides.
-        name: one of the names above; the variance is unbiased, so a mean over one element gives NaN with a deviation.
-            None returns ``x`` itself. Under vmap a "whole tensor" is one of the mapped ones.
+        x: float64, float32, bfloat16 or float16 tensor (..., N, C) of N positions and C channels, any strides.
+        name: one of the names above; ``"channel"`` and ``"in_nostd"`` are the same. None returns ``x`` itself. The
+            variance is unbiased, so the three names that divide by a deviation give NaN over a single element. Under
+            torch.func.vmap "the whole tensor" is one of the mapped ones.
         eps: added to the variance.
 
     Returns:
         A tensor of the shape, dtype and dimension order of ``x``.
 
     Raises:
-        TypeError: ``x`` is not a tensor or ``name`` not a string.
+        TypeError: ``x`` is not a tensor, ``name`` not a string or ``eps`` not a number.
         ValueError: an unknown name, a dtype or shape that does not fit, a negative ``eps``.
         NotImplementedError: complex, sparse, nested or quantised ``x``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import whiten
+        >>> x = torch.tensor([[1.0, 10.0], [3.0, 30.0]])  # two positions of two channels
+        >>> whiten(x, "spatial")
+        tensor([[ -4.5000,   4.5000],
+                [-13.5000,  13.5000]])
+        >>> whiten(x, "in")
+        tensor([[-0.7071, -0.7071],
+                [ 0.7071,  0.7071]])
 
     Source: the names and formulae of the paper's segmentation code (NonLocal2d_bn and NonLocal2d_nowd).
     """

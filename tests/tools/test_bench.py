@@ -2,14 +2,14 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from dnl_ext import benchmark
-from dnl_ext.benchmark import Case, Options, check, methods, runner, timing
+from dnl_ext.benchmark import Case, Options, check, memory, methods, runner, timing
 from dnl_ext.benchmark.case import make_inputs
 from dnl_ext.benchmark.memory import CpuPeaks
 from dnl_ext.cli.app import app
@@ -218,6 +218,13 @@ class TestRun:
         monkeypatch.setitem(benchmark.METHODS, "eager", both)
         document = benchmark.run(replace(SMALL, peers=("eager",)))
         assert document["cases"][0]["results"][1]["status"] == "ok"
+
+    def test_memory_of_the_first_of_several_functions(self, monkeypatch):
+        """A method may build several to be tried in turn; the measuring process takes the first."""
+        case = Case(8, 8, 16, 16)
+        several = replace(benchmark.METHODS["eager"], build=lambda case: [lambda q, k, v, m: v, None])
+        monkeypatch.setitem(benchmark.METHODS, "eager", several)
+        assert "bytes" in memory._answer({"case": asdict(case), "method": "eager"})
 
     def test_memory_sees_the_map(self):
         """Plain PyTorch holds two N x N maps in the forward; a method without them holds far less."""
