@@ -68,7 +68,7 @@ def ablate(
         raise InputError(f"--pretext must not be negative, got {pretext}")
     ablation = Ablation(
         out, recipe, overrides, parse_list("--variants", variants, str),
-        parse_list("--temperatures", temperatures, float), parse_list("--seeds", seeds, int), pretext, images,
+        parse_list("--temperatures", temperatures, float), parse_list("--seeds", seeds, int) or (), pretext, images,
     )  # fmt: skip
 
     def listener(title: str, first: int, total: int) -> Any:

@@ -1,5 +1,7 @@
 """The one exception of the training tools that is the user's to fix: a message of one line, exit code 2."""
 
+from pathlib import Path
+
 
 class InputError(Exception):
     """A file, folder or option that cannot be used. The message is one line and names the thing and the remedy."""
@@ -14,6 +16,8 @@ class Interrupted(Exception):
         step: number of finished steps in it.
     """
 
-    def __init__(self, signum, checkpoint, step):
+    def __init__(self, signum: int, checkpoint: Path | None, step: int) -> None:
         super().__init__(f"stopped by signal {signum} after step {step}")
-        self.signum, self.checkpoint, self.step = signum, checkpoint, step
+        self.signum: int = signum
+        self.checkpoint: Path | None = checkpoint
+        self.step: int = step

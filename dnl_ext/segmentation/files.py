@@ -1,12 +1,15 @@
 """Reading one image or one label file, with errors of one line."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 
 from .errors import InputError
 
 
-def read_image(path):
+def read_image(path: str | Path) -> torch.Tensor:
     """An image as float32 tensor (3, H, W) in 0 .. 1. Raises InputError where it cannot be read."""
     from PIL import Image
 
@@ -18,7 +21,7 @@ def read_image(path):
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
-def read_label(path):
+def read_label(path: str | Path) -> np.ndarray[Any, Any]:
     """Raw label values: integer array (H, W). Raises InputError where it cannot be read or has several channels."""
     from PIL import Image
 
@@ -32,6 +35,6 @@ def read_label(path):
     return pixels.astype(np.int64)
 
 
-def error_line(error):
+def error_line(error: BaseException) -> str:
     """An exception's message on one line, the file name left out where pillow repeats it."""
     return (" ".join(str(error).split()).split(" '/")[0] or type(error).__name__) if error.args else "unreadable"
