@@ -38,7 +38,7 @@ help:
 	@echo "  make cuda-budget rewrite the budget of registers, spills and tensor-core instructions (tests/cuda_budget.json)"
 	@echo "  make gpu-check   on a machine with a GPU: build, test, sanitize and time, in 8 minutes"
 	@echo "  make dist        sdist and wheel, the wheel built from the sdist"
-	@echo "  make lint        formatting and lint;  make format  mends what it can"
+	@echo "  make lint        formatting, lint and types;  make format  mends what it can"
 	@echo "  make docs        the documentation site, build/docs/html/index.html"
 
 # torch comes first and alone: a package that depends on it would otherwise choose which build to fetch.
@@ -87,6 +87,10 @@ host-test: $(VENV)/.torch
 lint: $(VENV)/.built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	@mkdir -p build
+	PATH="$$(cd $(BIN) && pwd):$$PATH" PYTHONPATH=. basedpyright --verifytypes dnl_ext --ignoreexternal > build/types.txt \
+	  || { cat build/types.txt; exit 1; }
 	find csrc tests examples -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))

@@ -9,7 +9,7 @@ from .errors import fail, one_line_errors
 from .train import parse_size
 
 if TYPE_CHECKING:
-    from ..segmentation.ablation import Run
+    from ..segmentation.experiments.ablation import Run
 
 Value = TypeVar("Value")
 
@@ -68,7 +68,7 @@ def ablate(
         raise InputError(f"--pretext must not be negative, got {pretext}")
     ablation = Ablation(
         out, recipe, overrides, parse_list("--variants", variants, str),
-        parse_list("--temperatures", temperatures, float), parse_list("--seeds", seeds, int), pretext, images,
+        parse_list("--temperatures", temperatures, float), parse_list("--seeds", seeds, int) or (), pretext, images,
     )  # fmt: skip
 
     def listener(title: str, first: int, total: int) -> Any:

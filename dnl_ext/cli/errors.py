@@ -8,6 +8,7 @@ import functools
 import signal
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn, ParamSpec
 
 import typer
@@ -67,7 +68,11 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
         except InputError as error:
             fail(error)
         except Interrupted as stop:
-            where = f"; the state is saved, continue with\n  {options_to_resume(stop)}" if stop.checkpoint else ""
+            where = (
+                f"; the state is saved, continue with\n  {options_to_resume(stop.checkpoint)}"
+                if stop.checkpoint
+                else ""
+            )
             tell(f"stopped after step {stop.step}{where}")
             raise typer.Exit(128 + stop.signum) from None
         except KeyboardInterrupt:
@@ -90,8 +95,8 @@ def one_line_errors(command: Callable[P, None]) -> Callable[P, None]:
     return wrapped
 
 
-def options_to_resume(stop: Interrupted) -> str:
+def options_to_resume(checkpoint: Path) -> str:
     """The command that continues an interrupted training."""
     processes = distributed.world_size()
     launch = "python" if processes == 1 else f"torchrun --nproc-per-node {processes}"
-    return f"{launch} -m dnl_ext train --resume --out {stop.checkpoint.parent}"
+    return f"{launch} -m dnl_ext train --resume --out {checkpoint.parent}"

@@ -11,7 +11,7 @@ from ..segmentation.training import distributed
 from .errors import fail, one_line_errors
 
 if TYPE_CHECKING:
-    from ..segmentation.config import TrainConfig
+    from ..segmentation.training.config import TrainConfig
 
 RUN, DATA, NETWORK = "Run", "Data", "Network and optimizer"
 

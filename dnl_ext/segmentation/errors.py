@@ -1,5 +1,7 @@
 """What the training tools say of the user's files and options: an error, a warning, each of one line; and stopping."""
 
+from pathlib import Path
+
 
 class InputError(Exception):
     """A file, folder or option that cannot be used. The message is one line and names the thing and the remedy."""
@@ -8,11 +10,11 @@ class InputError(Exception):
 class InputWarning(UserWarning):
     """A file is read otherwise than it might be expected. ``what`` is the same for all files to which that happens."""
 
-    def __init__(self, message, what):
+    def __init__(self, message: str, what: str) -> None:
         super().__init__(message, what)
         self.what = what
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.args[0]
 
 
@@ -25,6 +27,8 @@ class Interrupted(Exception):
         step: number of finished steps in it.
     """
 
-    def __init__(self, signum, checkpoint, step):
+    def __init__(self, signum: int, checkpoint: Path | None, step: int) -> None:
         super().__init__(f"stopped by signal {signum} after step {step}")
-        self.signum, self.checkpoint, self.step = signum, checkpoint, step
+        self.signum: int = signum
+        self.checkpoint: Path | None = checkpoint
+        self.step: int = step

@@ -12,23 +12,23 @@ class Confusion:
         classes: number of classes.
     """
 
-    def __init__(self, classes):
+    def __init__(self, classes: int) -> None:
         self.classes = classes
-        self.counts = torch.zeros(classes, classes, dtype=torch.int64)
+        self.counts: torch.Tensor = torch.zeros(classes, classes, dtype=torch.int64)
 
-    def add(self, label, prediction):
+    def add(self, label: torch.Tensor, prediction: torch.Tensor) -> None:
         """Count the pixels of one image or batch: two int64 tensors of one shape; label ``IGNORE`` is left out."""
         keep = label != IGNORE
         pairs = label[keep] * self.classes + prediction[keep]
         self.counts += torch.bincount(pairs, minlength=self.classes**2).view(self.classes, self.classes).cpu()
 
-    def iou(self):
+    def iou(self) -> list[float | None]:
         """Intersection over union of each class: list of floats, None for a class neither present nor predicted."""
         hit = self.counts.diagonal()
         union = self.counts.sum(0) + self.counts.sum(1) - hit
         return [float(h) / float(u) if u else None for h, u in zip(hit, union, strict=True)]
 
-    def miou(self):
+    def miou(self) -> float | None:
         """Mean of the classes' IoU, 0 .. 1; None where nothing was counted."""
         values = [value for value in self.iou() if value is not None]
         return sum(values) / len(values) if values else None

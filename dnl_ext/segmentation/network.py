@@ -1,10 +1,16 @@
 """The segmentation network: a light convolutional encoder of stride 8, a non-local block, a 1x1 classifier."""
 
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..modules import DisentangledNonLocal2d
+from ..types import Backend, Variant
+
+Network = TypeVar("Network", bound=nn.Module)
 
 #: Pixels per token along each side.
 STRIDE = 8
@@ -15,7 +21,7 @@ CHANNELS = 256
 VARIANTS = ("dnl", "dnl_shared_key", "pairwise", "unary", "nl", "none")
 
 
-def conv_norm(inputs, outputs, stride=1, dilation=1):
+def conv_norm(inputs: int, outputs: int, stride: int = 1, dilation: int = 1) -> nn.Sequential:
     """3x3 convolution, BatchNorm."""
     conv = nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outputs))
@@ -24,11 +30,12 @@ def conv_norm(inputs, outputs, stride=1, dilation=1):
 class Residual(nn.Module):
     """x + two 3x3 convolutions of x, (B, C, h, w) to the same, then ReLU."""
 
-    def __init__(self, channels, dilation):
+    def __init__(self, channels: int, dilation: int) -> None:
         super().__init__()
-        self.first, self.second = conv_norm(channels, channels, dilation=dilation), conv_norm(channels, channels)
+        self.first: nn.Sequential = conv_norm(channels, channels, dilation=dilation)
+        self.second: nn.Sequential = conv_norm(channels, channels)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.relu(x + self.second(F.relu(self.first(x))))
 
 
@@ -46,10 +53,18 @@ class SegmentationNetwork(nn.Module):
             mmsegmentation; a short training then hardly reaches the attention, which gets its gradient through it.
     """
 
-    def __init__(self, classes, variant="dnl", backend="fused", width=24, temperature=None, block_gain=0.0):
+    def __init__(
+        self,
+        classes: int,
+        variant: Variant | Literal["none"] = "dnl",
+        backend: Backend = "fused",
+        width: int = 24,
+        temperature: float | None = None,
+        block_gain: float = 0.0,
+    ) -> None:
         super().__init__()
         w = width
-        self.encoder = nn.Sequential(
+        self.encoder: nn.Sequential = nn.Sequential(
             conv_norm(3, w, 2), nn.ReLU(),
             conv_norm(w, 2 * w, 2), nn.ReLU(),
             conv_norm(2 * w, 4 * w, 2), nn.ReLU(),
@@ -58,19 +73,19 @@ class SegmentationNetwork(nn.Module):
         )  # fmt: skip
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
-        self.block = None
+        self.block: Any = None
         if variant != "none":
             self.block = DisentangledNonLocal2d(
                 CHANNELS, CHANNELS // 2, variant=variant, temperature=temperature, style="mmseg", backend=backend
             )
             nn.init.constant_(self.block.conv_out.bn.weight, block_gain)
-        self.classifier = nn.Conv2d(CHANNELS, classes, 1)
+        self.classifier: nn.Conv2d = nn.Conv2d(CHANNELS, classes, 1)
 
-    def features(self, images):
+    def features(self, images: torch.Tensor) -> torch.Tensor:
         """What enters the block: (B, 3, H, W) to (B, CHANNELS, H / 8, W / 8), sides rounded up."""
         return self.encoder((images.to(self.classifier.weight.dtype) - 0.5) / 0.25)
 
-    def classify(self, features, size):
+    def classify(self, features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         """Block, classifier and upsampling: features (B, CHANNELS, h, w) to logits (B, classes, *size)."""
         if self.block is not None:
             features = self.block(features)
@@ -78,15 +93,15 @@ class SegmentationNetwork(nn.Module):
         logits = logits.float() if logits.dtype.itemsize < 4 else logits  # of autocast
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.classify(self.features(images), images.shape[-2:])
 
 
-def tokens(size):
+def tokens(size: Sequence[int]) -> int:
     """Number of positions that the block attends over for an image of ``size`` (height, width)."""
     return -(-size[0] // STRIDE) * -(-size[1] // STRIDE)
 
 
-def prepare(network, device):
+def prepare(network: Network, device: torch.device) -> Network:
     """Move to ``device`` in the memory format its convolutions are fastest in."""
-    return network.to(device=device, memory_format=torch.channels_last)
+    return network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]

@@ -9,13 +9,14 @@ tint (a pairwise relation) that favours clear cells (a unary one) sees the whole
 """
 
 import colorsys
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .mosaic import PHOTOGRAPHS, MosaicData, cells, smooth_noise, texture
+from .mosaic import PHOTOGRAPHS, MosaicData, Photograph, Size, cells, smooth_noise, texture
 
 #: Photographs whose texture a small cell shows.
 CLASSES = ("brick", "grass", "gravel", "coins", "stars", "tissue")
@@ -34,14 +35,14 @@ HUES = 6
 TINT = 0.16
 
 
-def tints(rng):
+def tints(rng: np.random.Generator) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Hues of the classes, 0 .. 1, and their colours: float64 array (GROUPS,), float32 array (GROUPS, 3)."""
     hues = (rng.uniform() + rng.permutation(GROUPS) / GROUPS) % 1
     colors = [colorsys.hsv_to_rgb(hue, 1, 1) for hue in hues]
     return hues, (2 * np.array(colors, dtype=np.float32) - 1) * TINT
 
 
-def noise(rng, size):
+def noise(rng: np.random.Generator, size: Size) -> torch.Tensor:
     """What a hidden cell shows: noise of deviation 1, slightly blurred, float32 tensor ``size``."""
     grain = torch.from_numpy(rng.standard_normal((1, 1, size[0] + 2, size[1] + 2), dtype=np.float32))
     blurred = F.avg_pool2d(grain, 3, 1)[0, 0]
@@ -60,7 +61,7 @@ class Mosaic(NamedTuple):
     pretext: torch.Tensor
 
 
-def compose(rng, sources, size, share=CLEAR):
+def compose(rng: np.random.Generator, sources: Sequence[torch.Tensor], size: Size, share: float = CLEAR) -> Mosaic:
     """One :class:`Mosaic`.
 
     Args:
@@ -107,21 +108,21 @@ class ContextData(MosaicData):
 
     name = "context"
     clear_share = CLEAR
-    photographs = tuple(photograph for photograph in PHOTOGRAPHS if photograph.name in CLASSES)
+    photographs: tuple[Photograph, ...] = tuple(photograph for photograph in PHOTOGRAPHS if photograph.name in CLASSES)
 
-    def training_mosaic(self, seed, index, crop):
+    def training_mosaic(self, seed: int, index: int, crop: Size) -> Mosaic:
         """Training :class:`Mosaic` number ``index``, a function of its arguments."""
         return compose(np.random.default_rng((seed, index, 4)), self.sources["train"], crop, self.clear_share)
 
-    def validation_mosaic(self, index):
+    def validation_mosaic(self, index: int) -> Mosaic:
         """Held-out :class:`Mosaic` number ``index``, the same for every seed."""
         return compose(np.random.default_rng((2020, index, 5)), self.sources["val"], self.size, self.clear_share)
 
-    def training_sample(self, seed, index, crop):
+    def training_sample(self, seed: int, index: int, crop: Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Training image number ``index``: image (3, h, w) in 0 .. 1, label (h, w)."""
         return self.training_mosaic(seed, index, crop)[:2]
 
-    def validation_sample(self, index):
+    def validation_sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Held-out mosaic number ``index``: image (3, H, W) in 0 .. 1, label (H, W)."""
         return self.validation_mosaic(index)[:2]
 
@@ -136,14 +137,14 @@ class PretextData(ContextData):
     name = "pretext"
     clear_share = PRETEXT_CLEAR
 
-    def __init__(self, size=(128, 256), validation_size=8):
+    def __init__(self, size: Size = (128, 256), validation_size: int = 8) -> None:
         super().__init__(size, validation_size)
-        self.classes += tuple(f"hue {number}" for number in range(HUES))
+        self.classes: tuple[str, ...] = (*self.classes, *(f"hue {number}" for number in range(HUES)))
 
-    def training_sample(self, seed, index, crop):
+    def training_sample(self, seed: int, index: int, crop: Size) -> tuple[torch.Tensor, torch.Tensor]:
         mosaic = self.training_mosaic(seed, index, crop)
         return mosaic.image, mosaic.pretext
 
-    def validation_sample(self, index):
+    def validation_sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         mosaic = self.validation_mosaic(index)
         return mosaic.image, mosaic.pretext

@@ -1,13 +1,19 @@
 """Reading one image or one label file: every kind that Pillow opens, with errors and warnings of one line."""
 
+from __future__ import annotations
+
 import re
 import warnings
-from typing import NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from ..errors import InputError, InputWarning
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 #: Values of one step where Pillow stretches few bits to 0 .. 255, by its name of the stored form.
 STRETCHED = {"L;2": 85, "L;4": 17}
@@ -39,17 +45,17 @@ class Stored(NamedTuple):
     format: str
 
 
-def open_file(path, kind):
+def open_file(path: str | Path, kind: str) -> tuple[Image, Stored]:
     """The decoded Pillow image, turned upright as its EXIF orientation says, and how it was :class:`Stored`.
 
     Raises:
         InputError: the file cannot be read. ``kind``, image or label, is what the message calls it.
     """
-    from PIL import Image
+    from PIL import Image as pillow
 
     try:
         # From a path Pillow maps uncompressed TIFFs into memory, and those with an orientation of 5 to 8 wrongly.
-        with open(path, "rb") as file, Image.open(file) as image:
+        with open(path, "rb") as file, pillow.open(file) as image:
             arguments = image.tile[0][3] if image.tile else ""  # empty once the pixels are loaded
             raw_mode = arguments if isinstance(arguments, str) else next(iter(arguments or ()), "")
             tags = getattr(image, "tag_v2", {})
@@ -61,7 +67,7 @@ def open_file(path, kind):
             # ImageOps.exif_transpose also writes the other tags anew, and fails where one of them is broken.
             turn = UPRIGHT.get(image.getexif().get(EXIF_ORIENTATION))
             if turn:
-                image = image.transpose(Image.Transpose[turn])
+                image = image.transpose(pillow.Transpose[turn])
     except MemoryError:
         raise
     except Exception as error:  # Pillow's decoders let any exception of their libraries through.
@@ -71,16 +77,16 @@ def open_file(path, kind):
     return image, stored
 
 
-def exif_turn(path):
+def exif_turn(path: str | Path) -> int | None:
     """The EXIF orientation, 2 .. 8, by which :func:`open_file` turns an image file, or None where it does not."""
-    from PIL import Image
+    from PIL import Image as pillow
 
-    with Image.open(path) as image:
+    with pillow.open(path) as image:
         orientation = image.getexif().get(EXIF_ORIENTATION)
     return orientation if orientation in UPRIGHT else None
 
 
-def read_image(path):
+def read_image(path: str | Path) -> torch.Tensor:
     """An image as float32 tensor (3, H, W) in 0 .. 1, upright.
 
     Grey of more than 8 bits keeps its levels: of 16 bits it is divided by the greatest value of its type, of 32 bits
@@ -102,7 +108,7 @@ def read_image(path):
         image = image.convert("LA")
     if image.mode in ("LA", "PA", "RGBA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             warn(path, "image", "its transparency is left out, the colours under it are read", "transparency")
     elif stored.channels > len(image.getbands()):
         warn(path, "image", f"the last of its {stored.channels} channels is left out", "channels")
@@ -110,7 +116,7 @@ def read_image(path):
     return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
-def unit_range(path, image, stored):
+def unit_range(path: str | Path, image: Image, stored: Stored) -> np.ndarray[Any, Any]:
     """Grey values of a Pillow image of integers above 8 bits or floats: float32 array (H, W) in 0 .. 1."""
     values = numbers(image, stored).astype(np.float64)
     if not np.isfinite(values).all():
@@ -129,7 +135,7 @@ def unit_range(path, image, stored):
     return (1 - scaled if stored.white_is_zero else scaled).astype(np.float32)
 
 
-def read_label(path):
+def read_label(path: str | Path) -> np.ndarray[Any, Any]:
     """Raw label values: integer array (H, W), upright, as the file stores them in 1 to 32 bits.
 
     Raises:
@@ -148,7 +154,7 @@ def read_label(path):
     return values // next((step for name, step in STRETCHED.items() if stored.raw_mode.startswith(name)), 1)
 
 
-def numbers(image, stored):
+def numbers(image: Image, stored: Stored) -> np.ndarray[Any, Any]:
     """Values of a Pillow image of one channel: array (H, W), int64, or float32 where the image is."""
     values = np.asarray(image)
     if stored.raw_mode == "I;32N":  # Pillow holds unsigned integers of 32 bits as signed ones.
@@ -156,12 +162,12 @@ def numbers(image, stored):
     return values if image.mode == "F" else values.astype(np.int64)
 
 
-def warn(path, kind, text, what):
+def warn(path: str | Path, kind: str, text: str, what: str) -> None:
     """Warn of how a file is read; ``what`` is the same for all files to which that happens."""
     warnings.warn(InputWarning(f"{kind} {path}: {text}", what), stacklevel=3)
 
 
-def error_line(error):
+def error_line(error: BaseException) -> str:
     """An exception's message on one line, the file name left out where Pillow repeats it."""
     text = re.sub(r"(image file) '.*'$", r"\1", " ".join(str(error).split()))
     return text or type(error).__name__

@@ -1,5 +1,9 @@
 """Training data from a folder of images and label PNGs: checks, random scale, crop and mirroring."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -7,13 +11,14 @@ import torch.nn.functional as F
 from ..errors import InputError
 from ..metrics import IGNORE
 from .files import exif_turn, read_image, read_label
-from .layouts import find_layout
+from .layouts import Sample, find_layout
+from .mosaic import Size
 
 #: Range of the random scale of training images.
 SCALES = (0.5, 2.0)
 
 
-def read_sample(sample):
+def read_sample(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
     """Image (3, H, W) in 0 .. 1 and label (H, W) int64 of class numbers and IGNORE.
 
     Raises:
@@ -33,7 +38,7 @@ def read_sample(sample):
     return image, torch.from_numpy(label.astype(np.int64))
 
 
-def spans(values):
+def spans(values: Sequence[int]) -> str:
     """Sorted integers as text: 0..18, 255."""
     parts, start = [], None
     for value, following in zip(values, [*values[1:], None], strict=True):
@@ -44,7 +49,9 @@ def spans(values):
     return ", ".join(parts)
 
 
-def augment(rng, image, label, crop):
+def augment(
+    rng: np.random.Generator, image: torch.Tensor, label: torch.Tensor, crop: Size
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Random scale, crop and mirroring, drawn from ``rng``: image (3, H, W), label (H, W) to (3, *crop), crop.
 
     Where the scaled image is smaller than the crop, grey and IGNORE fill it up.
@@ -77,20 +84,30 @@ class FolderData:
         InputError: see :func:`layouts.find_layout`. Files are read, and errors in them found, when their turn comes.
     """
 
-    def __init__(self, root, layout=None, classes=None, validation_size=None):
+    def __init__(
+        self,
+        root: str | Path,
+        layout: str | None = None,
+        classes: int | None = None,
+        validation_size: int | None = None,
+    ) -> None:
         found = find_layout(root, layout, classes)
-        self.name, self.classes, self.train, self.val, left_out = found
-        self.epoch = len(self.train)
+        self.name: str = found.name
+        self.classes: tuple[str, ...] = found.classes
+        self.train: list[Sample] = found.train
+        self.val: list[Sample] = found.val
+        self.epoch: int = len(self.train)
+        left_out = found.left_out
         if validation_size is not None and validation_size < len(self.val):
             left_out += (f"validation images above --val-images ({len(self.val) - validation_size})",)
             self.val = [self.val[int(i)] for i in np.linspace(0, len(self.val) - 1, validation_size)]
-        self.validation_size = len(self.val)
-        self.summary = f"{self.epoch} training and {self.validation_size} validation images"
+        self.validation_size: int = len(self.val)
+        self.summary: str = f"{self.epoch} training and {self.validation_size} validation images"
         if left_out:
             self.summary += f"; left out: {', '.join(left_out)}"
-        self._order = (None, None)
+        self._order: tuple[Any, Any] = (None, None)
 
-    def training_sample(self, seed, index, crop):
+    def training_sample(self, seed: int, index: int, crop: Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Training image number ``index``: every epoch goes through all images in an order drawn from the seed."""
         epoch, place = divmod(index, self.epoch)
         key, order = self._order
@@ -100,6 +117,6 @@ class FolderData:
         image, label = read_sample(self.train[order[place]])
         return augment(np.random.default_rng((seed, index, 3)), image, label, crop)
 
-    def validation_sample(self, index):
+    def validation_sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Validation image number ``index``, whole: image (3, H, W) in 0 .. 1, label (H, W)."""
         return read_sample(self.val[index])

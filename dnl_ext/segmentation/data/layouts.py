@@ -7,8 +7,9 @@ held out.
 import glob
 import os
 from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -26,7 +27,7 @@ CITYSCAPES_CLASSES = (
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
-def table(pairs, ignored):
+def table(pairs: Iterable[tuple[int, int]], ignored: Iterable[int]) -> np.ndarray[Any, Any]:
     """Lookup of raw label values: int16 array (256,) of class numbers, IGNORE for ``ignored``, -1 for invalid."""
     lookup = np.full(256, -1, dtype=np.int16)
     lookup[list(ignored)] = IGNORE
@@ -40,7 +41,7 @@ class Sample(NamedTuple):
 
     image: Path
     label: Path
-    lookup: np.ndarray
+    lookup: np.ndarray[Any, Any]
 
 
 class Layout(NamedTuple):
@@ -50,26 +51,32 @@ class Layout(NamedTuple):
     """
 
     name: str
-    classes: tuple
-    train: list
-    val: list
-    left_out: tuple
+    classes: tuple[str, ...]
+    train: list[Sample]
+    val: list[Sample]
+    left_out: tuple[str, ...]
+
+
+#: What a reader of a layout finds: class names, training samples, validation samples.
+Found: TypeAlias = tuple[tuple[str, ...], list[Sample], list[Sample]]
 
 
 class Files(NamedTuple):
     """Files below a folder, and how many of what else there is that is not looked into."""
 
-    paths: list
-    left_out: Counter
+    paths: list[Path]
+    left_out: Counter[str]
 
 
-def files_below(folder):
+def files_below(folder: str | Path) -> Files:
     """Sorted files below a folder as :class:`Files`, hidden ones left out.
 
     Symbolic links are followed, and each folder is read once, by its own path where it has one below ``folder``: images
     that were found twice could end up in training and in validation.
     """
-    folder, paths, left_out = Path(folder), [], Counter()
+    folder = Path(folder)
+    paths: list[Path] = []
+    left_out: Counter[str] = Counter()
     read, waiting = set(folder.resolve().parents), deque([folder] if folder.is_dir() else [])
     while waiting:
         current = waiting.popleft()
@@ -96,16 +103,16 @@ def files_below(folder):
     return Files(sorted(paths), left_out)
 
 
-def images_in(folder):
+def images_in(folder: str | Path) -> list[Path]:
     """Sorted image files below a folder; see :func:`files_below`."""
     return [path for path in files_below(folder).paths if is_image(path)]
 
 
-def is_image(path):
+def is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_ENDINGS
 
 
-def samples_of(entries, lookup):
+def samples_of(entries: Iterable[tuple[Path, Path]], lookup: np.ndarray[Any, Any]) -> list[Sample]:
     """Samples of (image, label) paths; a label that does not exist raises InputError."""
     for image, label in entries:
         if not label.is_file():
@@ -115,18 +122,18 @@ def samples_of(entries, lookup):
     return [Sample(image, label, lookup) for image, label in entries]
 
 
-def hold_out(samples):
+def hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
     """Split sorted samples: every fifth, at least one, is for validation."""
     val = samples[4::5] or samples[-1:]
     held = {sample.image for sample in val}
     return [sample for sample in samples if sample.image not in held], val
 
 
-def class_names(count):
+def class_names(count: int) -> tuple[str, ...]:
     return tuple(f"class {number}" for number in range(count))
 
 
-def cityscapes(root, _classes):
+def cityscapes(root: Path, _classes: int | None) -> Found:
     """leftImg8bit/{train,val}/CITY/*_leftImg8bit.png with gtFine/.../*_gtFine_labelTrainIds.png or _labelIds.png."""
     train_ids = table([(number, number) for number in range(19)], ignored=(255,))
     label_ids = table(zip(CITYSCAPES_IDS, range(19), strict=True), ignored=[*range(34), 255])
@@ -148,7 +155,7 @@ def cityscapes(root, _classes):
     return CITYSCAPES_CLASSES, samples("train"), samples("val")
 
 
-def ade20k(root, classes):
+def ade20k(root: Path, classes: int | None) -> Found:
     """images/{training,validation}/*.jpg with annotations/.../*.png: 0 is ignored, label n is class n - 1."""
     count = classes or 150
     lookup = table([(number + 1, number) for number in range(count)], ignored=(0, 255))
@@ -159,7 +166,7 @@ def ade20k(root, classes):
     return class_names(count), samples("training"), samples("validation")
 
 
-def pascal_context(root, classes):
+def pascal_context(root: Path, classes: int | None) -> Found:
     """JPEGImages/*.jpg with SegmentationClassContext/*.png; lists in ImageSets/SegmentationContext/{train,val}.txt.
 
     60 classes, of which 0 is the background; see :func:`pascal_context_59`.
@@ -169,14 +176,14 @@ def pascal_context(root, classes):
     return class_names(count), *pascal_samples(root, lookup)
 
 
-def pascal_context_59(root, classes):
+def pascal_context_59(root: Path, classes: int | None) -> Found:
     """The files of :func:`pascal_context` with the background ignored: label n is class n - 1 of 59."""
     count = classes or 59
     lookup = table([(number + 1, number) for number in range(count)], ignored=(0, 255))
     return class_names(count), *pascal_samples(root, lookup)
 
 
-def pascal_samples(root, lookup):
+def pascal_samples(root: Path, lookup: np.ndarray[Any, Any]) -> tuple[list[Sample], list[Sample]]:
     images, labels = root / "JPEGImages", root / "SegmentationClassContext"
     lists = [root / "ImageSets" / "SegmentationContext" / f"{part}.txt" for part in ("train", "val")]
 
@@ -184,11 +191,12 @@ def pascal_samples(root, lookup):
         return samples_of([(images / f"{name}.jpg", labels / f"{name}.png") for name in names], lookup)
 
     if all(file.is_file() for file in lists):
-        return tuple(samples(file.read_text().split()) for file in lists)
+        train, val = (samples(file.read_text().split()) for file in lists)
+        return train, val
     return hold_out(samples([path.stem for path in sorted(labels.glob("[!.]*.png")) if path.is_file()]))
 
 
-def plain(root, classes):
+def plain(root: Path, classes: int | None) -> Found:
     """images/ with labels/ of the same names (.png); both with train/ and val/ below them, or one split here.
 
     Label values are class numbers, 255 is ignored. Without ``classes`` all labels are read once to count them.
@@ -207,10 +215,11 @@ def plain(root, classes):
             raise InputError(f"{labels}: expected label values 0 .. 254 and 255, got {classes - 1} as the greatest"
                              if classes else f"{labels} holds no labelled pixel")  # fmt: skip
         lookup[classes:IGNORE] = -1
-    return class_names(classes), *(samples if split else hold_out(samples[0]))
+    train, val = samples if split else hold_out(samples[0])
+    return class_names(classes), train, val
 
 
-def same_names(images, labels):
+def same_names(images: Path, labels: Path) -> list[tuple[Path, Path]]:
     """(image, label) paths: for every image below one folder, the PNG of that name below the other."""
 
     def label(path):
@@ -220,7 +229,7 @@ def same_names(images, labels):
     return [(path, label(labels / path.relative_to(images))) for path in images_in(images)]
 
 
-def unused(images, labels, samples):
+def unused(images: Path, labels: Path, samples: list[Sample]) -> tuple[str, ...]:
     """What two folders hold besides the samples: texts such as ``labels without image (2)``."""
     (image_files, left_out), (label_files, of_labels) = files_below(images), files_below(labels)
     left_out.update(of_labels)
@@ -244,12 +253,12 @@ def unused(images, labels, samples):
     return tuple(f"{what} ({count})" for what, count in sorted(left_out.items()))
 
 
-def kind_of(path):
+def kind_of(path: Path) -> str:
     return f"{path.suffix} files" if path.suffix else "files without ending"
 
 
 #: Layout name -> the folders it is known by, and its reader (root, classes or None) -> class names, train, val.
-LAYOUTS = {
+LAYOUTS: dict[str, tuple[tuple[str, str], Callable[[Path, int | None], Found]]] = {
     "cityscapes": (("leftImg8bit", "gtFine"), cityscapes),
     "ade20k": (("images", "annotations"), ade20k),
     "pascal-context": (("JPEGImages", "SegmentationClassContext"), pascal_context),
@@ -258,7 +267,7 @@ LAYOUTS = {
 }
 
 
-def find_layout(root, layout=None, classes=None):
+def find_layout(root: str | Path, layout: str | None = None, classes: int | None = None) -> Layout:
     """Read the file lists of a data folder.
 
     Args:
@@ -286,7 +295,7 @@ def find_layout(root, layout=None, classes=None):
             if not all((base / folder).is_dir() for folder in folders):
                 continue
             class_names, train, val = reader(base, classes)
-            left_out = unused(*(base / folder for folder in folders), [*train, *val])
+            left_out = unused(base / folders[0], base / folders[1], [*train, *val])
             if not train or not val:
                 counts = f"{len(train)} training and {len(val)} validation images"
                 found = f", left out: {', '.join(left_out)}" if left_out else ""

@@ -9,13 +9,17 @@ A class occurs in several cells that do not touch: that is what a non-local bloc
 
 import importlib.util
 import os
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..errors import InputError
+
+#: (height, width) in pixels.
+Size: TypeAlias = tuple[int, ...]
 
 #: Side of a Voronoi cell in pixels, on average, where the mosaic is large enough for the least number of cells.
 CELL = 190
@@ -32,7 +36,7 @@ class Photograph(NamedTuple):
 
     name: str
     file: str
-    box: tuple | None = None
+    box: tuple[int, int, int, int] | None = None
     factor: float = 1.0
 
 
@@ -48,7 +52,7 @@ PHOTOGRAPHS = (
 )
 
 
-def photograph_folder():
+def photograph_folder() -> str:
     """Folder of scikit-image's photographs. Raises InputError where the package is missing."""
     spec = importlib.util.find_spec("skimage")
     if spec is None or not spec.submodule_search_locations:
@@ -56,7 +60,7 @@ def photograph_folder():
     return os.path.join(spec.submodule_search_locations[0], "data")
 
 
-def load_photograph(photograph, part):
+def load_photograph(photograph: Photograph, part: str) -> torch.Tensor:
     """One part of a photograph.
 
     Args:
@@ -87,7 +91,7 @@ def load_photograph(photograph, part):
     return torch.from_numpy(pixels[:, :cut].copy() if part == "train" else pixels[:, cut + GAP :].copy())
 
 
-def smooth_noise(rng, size, cell, channels):
+def smooth_noise(rng: np.random.Generator, size: Size, cell: int, channels: int) -> torch.Tensor:
     """Noise that varies over about ``cell`` pixels: float32 tensor (channels, h, w), roughly in -1 .. 1."""
     height, width = size
     cell = max(1, cell)
@@ -95,7 +99,7 @@ def smooth_noise(rng, size, cell, channels):
     return F.interpolate(torch.from_numpy(grid), size=size, mode="bicubic", align_corners=True)[0]
 
 
-def cells(rng, size):
+def cells(rng: np.random.Generator, size: Size) -> tuple[torch.Tensor, int]:
     """Voronoi cells with curved borders: int64 tensor (h, w) of cell numbers 0 .. n-1, and n."""
     height, width = size
     count = max(LEAST_CELLS, round(height * width / CELL**2))
@@ -116,7 +120,7 @@ def cells(rng, size):
     return index, count
 
 
-def texture(rng, source, size, zoom):
+def texture(rng: np.random.Generator, source: torch.Tensor, size: Size, zoom: float) -> torch.Tensor:
     """A view of a photograph, mirrored where it ends: source (h, w) to float32 tensor ``size``.
 
     The zoom is 1 at the photograph's own resolution; angle, place and mirroring are drawn from ``rng``.
@@ -133,7 +137,7 @@ def texture(rng, source, size, zoom):
     return F.grid_sample(source[None, None], grid[None], padding_mode="reflection", align_corners=False)[0, 0]
 
 
-def compose(rng, sources, size):
+def compose(rng: np.random.Generator, sources: Sequence[torch.Tensor], size: Size) -> tuple[torch.Tensor, torch.Tensor]:
     """One mosaic.
 
     Args:
@@ -183,20 +187,23 @@ class MosaicData:
 
     epoch = 256
     name = "mosaic"
-    photographs = PHOTOGRAPHS
+    photographs: tuple[Photograph, ...] = PHOTOGRAPHS
 
-    def __init__(self, size=(512, 1024), validation_size=8):
-        self.classes = tuple(photograph.name for photograph in self.photographs)
-        self.size, self.validation_size = tuple(size), validation_size
-        self.summary = f"training images without end, {self.epoch} an epoch, and {validation_size} validation images"
-        self.sources = {
+    def __init__(self, size: Size = (512, 1024), validation_size: int = 8) -> None:
+        self.classes: tuple[str, ...] = tuple(photograph.name for photograph in self.photographs)
+        self.size: Size = tuple(size)
+        self.validation_size: int = validation_size
+        self.summary: str = (
+            f"training images without end, {self.epoch} an epoch, and {validation_size} validation images"
+        )
+        self.sources: dict[str, list[torch.Tensor]] = {
             part: [load_photograph(photograph, part) for photograph in self.photographs] for part in ("train", "val")
         }
 
-    def training_sample(self, seed, index, crop):
+    def training_sample(self, seed: int, index: int, crop: Size) -> tuple[torch.Tensor, torch.Tensor]:
         """Training image number ``index``: image (3, h, w) in 0 .. 1, label (h, w); a function of its arguments."""
         return compose(np.random.default_rng((seed, index, 0)), self.sources["train"], crop)
 
-    def validation_sample(self, index):
+    def validation_sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Held-out mosaic number ``index``, the same for every seed: image (3, H, W) in 0 .. 1, label (H, W)."""
         return compose(np.random.default_rng((2020, index, 1)), self.sources["val"], self.size)

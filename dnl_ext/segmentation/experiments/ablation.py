@@ -9,7 +9,10 @@ import contextlib
 import dataclasses
 import json
 import statistics
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 
@@ -20,8 +23,13 @@ from ..errors import InputError
 from ..looking.diagnosis import Samples
 from ..training import checkpoint
 from ..training.config import FREE, TrainConfig
-from ..training.trainer import CHECKPOINT, Listener, Trainer, open_data
-from .recipes import RECIPES, VARIANTS
+from ..training.trainer import CHECKPOINT, Data, Listener, Trainer, open_data
+from .recipes import RECIPES, VARIANTS, Recipe
+
+#: (mean, deviation over seeds, number of seeds) of a figure.
+Spread: TypeAlias = tuple[float, float, int]
+#: Takes a title, the first step and the number of steps; gives a context in which a Listener listens.
+ListenerFactory: TypeAlias = Callable[[str, int, int], AbstractContextManager[Listener]]
 
 RESULT = "result.json"
 #: Queries per image whose rows are measured.
@@ -39,13 +47,13 @@ class Run:
     seed: int
 
     @property
-    def name(self):
+    def name(self) -> str:
         """Of its folder."""
         temperature = "" if self.temperature is None else f"-T{self.temperature:g}"
         return f"{self.variant}{temperature}-seed{self.seed}"
 
 
-def plan(variants, temperatures, seeds):
+def plan(variants: Sequence[str], temperatures: Sequence[float], seeds: Sequence[int]) -> list[Run]:
     """All runs, seed by seed; the unary term alone has no temperature and is trained once per seed."""
     return [
         Run(variant, temperature, seed)
@@ -69,12 +77,24 @@ class Ablation:
         InputError: settings that cannot be used, or a folder that cannot be written.
     """
 
-    def __init__(self, out, recipe="context", overrides=None, variants=None, temperatures=None, seeds=(0, 1, 2),
-                 pretext=None, images=None):  # fmt: skip
+    def __init__(
+        self,
+        out: str | Path,
+        recipe: str = "context",
+        overrides: dict[str, Any] | None = None,
+        variants: Sequence[str] | None = None,
+        temperatures: Sequence[float] | None = None,
+        seeds: Sequence[int] = (0, 1, 2),
+        pretext: int | None = None,
+        images: int | None = None,
+    ) -> None:
         if recipe not in RECIPES:
             raise InputError(f"--recipe must be one of {', '.join(RECIPES)}, got {recipe}")
-        self.out, self.recipe_name, self.recipe = Path(out), recipe, RECIPES[recipe]
-        self.base = TrainConfig(**{**self.recipe.settings, "layout": self.recipe.layout, **(overrides or {})})
+        self.out: Path = Path(out)
+        self.recipe_name: str = recipe
+        self.recipe: Recipe = RECIPES[recipe]
+        settings = {**self.recipe.settings, "layout": self.recipe.layout, **(overrides or {})}
+        self.base: TrainConfig = TrainConfig(**settings)
         if self.recipe.layout is not None and self.base.data is None:
             raise InputError(f"--recipe {recipe} needs --data DIR in the {self.recipe.layout} layout")
         if self.recipe.layout is None and self.base.data is not None:
@@ -83,22 +103,24 @@ class Ablation:
         for variant in variants or ():
             if variant not in VARIANTS:
                 raise InputError(f"--variants must be among {', '.join(VARIANTS)}, got {variant}")
-        self.runs = plan(variants or VARIANTS, temperatures or self.recipe.temperatures, seeds)
+        self.runs: list[Run] = plan(variants or VARIANTS, temperatures or self.recipe.temperatures, seeds)
         if not self.runs:
             raise InputError("--seeds: expected at least one")
-        self.pretext = self.recipe.pretext if pretext is None else pretext
-        self.images = self.recipe.images if images is None else images
-        self.results = {}
+        self.pretext: int = self.recipe.pretext if pretext is None else pretext
+        self.images: int = self.recipe.images if images is None else images
+        self.results: dict[Run, dict[str, Any]] = {}
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to {self.out}: {error.strerror}") from None
 
-    def config(self, run):
+    def config(self, run: Run) -> TrainConfig:
         """The :class:`TrainConfig` of a run."""
         return dataclasses.replace(self.base, variant=run.variant, temperature=run.temperature, seed=run.seed)
 
-    def run(self, listener=None, on_result=None):
+    def run(
+        self, listener: ListenerFactory | None = None, on_result: Callable[[Run, dict[str, Any]], object] | None = None
+    ) -> dict[Run, dict[str, Any]]:
         """Train and measure what has no result yet.
 
         Args:
@@ -126,13 +148,13 @@ class Ablation:
                 on_result(run, self.results[run])
         return self.results
 
-    def fingerprint(self, config):
+    def fingerprint(self, config: TrainConfig) -> dict[str, Any]:
         """What must be equal for a result to count: the settings that make the run, the pretext, the measuring."""
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
         settings |= {"crop": list(config.crop), "pretext": self.pretext, "images": self.images}
         return settings
 
-    def read(self, run):
+    def read(self, run: Run) -> dict[str, Any] | None:
         """A run's result where it is done, else None. Raises InputError for another run's."""
         path = self.out / run.name / RESULT
         if not path.is_file():
@@ -150,7 +172,7 @@ class Ablation:
                 )
         return found
 
-    def trainer(self, config, folder, data):
+    def trainer(self, config: TrainConfig, folder: Path, data: Data) -> Trainer:
         """A :class:`Trainer` in a folder, which goes on where a checkpoint of the same settings lies there."""
         path = folder / CHECKPOINT
         state = checkpoint.load(path) if path.is_file() else None
@@ -163,7 +185,7 @@ class Ablation:
                 raise InputError(f"{path} was made with {key} {saved[key]}, not {wanted[key]}: choose another --out")
         return Trainer(config, folder, state=state, state_path=path, data=data)
 
-    def encoder(self, seed, listener):
+    def encoder(self, seed: int, listener: ListenerFactory) -> dict[str, torch.Tensor] | None:
         """Weights of the encoder that all runs of a seed begin with, None without a pretext."""
         if not self.pretext:
             return None
@@ -177,7 +199,7 @@ class Ablation:
                 trainer.run(progress)
         return trainer.network.encoder.state_dict()
 
-    def train(self, run, title, data, listener):
+    def train(self, run: Run, title: str, data: Data, listener: ListenerFactory) -> Trainer:
         """The finished :class:`Trainer` of a run."""
         weights = self.encoder(run.seed, listener)
         trainer = self.trainer(self.config(run), self.out / run.name, data)
@@ -187,7 +209,7 @@ class Ablation:
             trainer.run(progress)
         return trainer
 
-    def measure(self, run, trainer, data):
+    def measure(self, run: Run, trainer: Trainer, data: Data) -> dict[str, Any]:
         """A run's result: mIoU, and the attention's figures over the first validation images."""
         with AttentionProbe(trainer.network, QUERIES, seed=0) as probe:
             probe.run(Samples(data, min(self.images, data.validation_size)), progress=False)
@@ -202,12 +224,12 @@ class Ablation:
         }
 
 
-def quiet(*_):
+def quiet(*_: object) -> AbstractContextManager[Listener]:
     """A listener that says nothing."""
     return contextlib.nullcontext(Listener())
 
 
-def write_json(path, content):
+def write_json(path: Path, content: object) -> None:
     """Write a whole file or none."""
     temporary = path.with_suffix(".tmp")
     try:
@@ -217,7 +239,7 @@ def write_json(path, content):
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
 
 
-def over_seeds(results):
+def over_seeds(results: Mapping[Run, dict[str, Any]]) -> dict[tuple[str, float | None], dict[str, Spread]]:
     """Mean and spread of every figure over the seeds of each (variant, temperature).
 
     Args:
@@ -239,7 +261,7 @@ def over_seeds(results):
     }
 
 
-def spread(values):
+def spread(values: Sequence[float]) -> Spread:
     """(mean, deviation, number) of a list; nan for what it is too short for."""
     mean = statistics.fmean(values) if values else float("nan")
     return mean, statistics.stdev(values) if len(values) > 1 else float("nan"), len(values)

@@ -1,6 +1,9 @@
 """The ablation's table and figure, from its results alone."""
 
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -10,7 +13,7 @@ import matplotlib.pyplot as plt
 
 from ...analysis.results import to_dict
 from ..errors import InputError
-from .ablation import over_seeds, write_json
+from .ablation import Ablation, Run, Spread, over_seeds, write_json
 from .recipes import VARIANT_NAMES, VARIANTS
 
 #: Columns of the talk's table: key of a figure, head, factor, and the figure of uniform attention.
@@ -29,7 +32,7 @@ SHOWN = ("miou", "pairwise.own_class.mass", "unary.boundaries.mass", "total.jsd"
 COLORS = ("#2e6f9e", "#d1495b", "#3c8d40", "#8d6a9f")
 
 
-def cell(value, factor):
+def cell(value: Spread | None, factor: int) -> str:
     """Mean ± deviation."""
     if value is None or math.isnan(value[0]):
         return "-"
@@ -39,12 +42,12 @@ def cell(value, factor):
     return text if math.isnan(deviation) else f"{text} ± {factor * deviation:.{digits}f}"
 
 
-def ordered(groups):
+def ordered(groups: Mapping[tuple[str, float | None], dict[str, Spread]]) -> list[tuple[str, float | None]]:
     """(variant, temperature) in the order of the table."""
     return sorted(groups, key=lambda key: (-(key[1] or 0), VARIANTS.index(key[0])) if key[1] else (1, 0))
 
 
-def table(groups):
+def table(groups: Mapping[tuple[str, float | None], dict[str, Spread]]) -> list[str]:
     """Lines of the Markdown table."""
     head = ["variant", "T", "seeds", *(title.replace(", r", ", r x 100") for _, title, _, _ in COLUMNS)]
     lines = [head, ["---"] * len(head)]
@@ -61,7 +64,7 @@ def table(groups):
     return [f"| {' | '.join(line)} |" for line in [*lines, uniform]]
 
 
-def write_report(ablation):
+def write_report(ablation: Ablation) -> None:
     """Write ``table.md``, ``results.json`` and ``ablation.png`` into the ablation's folder.
 
     Args:
@@ -107,7 +110,9 @@ def write_report(ablation):
     draw(ablation.out / "ablation.png", ablation.results, groups)
 
 
-def draw(path, results, groups):
+def draw(
+    path: Path, results: Mapping[Run, dict[str, Any]], groups: Mapping[tuple[str, float | None], dict[str, Spread]]
+) -> None:
     """Write the figure: one panel per shown column, a dot per seed, a bar at the mean, a line at uniform attention."""
     temperatures = sorted({key[1] for key in groups if key[1]}, reverse=True)
     variants = [variant for variant in VARIANTS if any(key[0] == variant for key in groups)]
@@ -136,7 +141,9 @@ def draw(path, results, groups):
         axis.set_xticks(range(len(variants)), [variant.replace("dnl_", "dnl\n") for variant in variants])
         axis.set_xlim(-0.6, len(variants) - 0.4)
         axis.spines[["top", "right"]].set_visible(False)
-    handles = [plt.Rectangle((0, 0), 1, 1, color=COLORS[n % len(COLORS)], alpha=0.5) for n in range(len(temperatures))]
+    handles: list[Any] = [
+        plt.Rectangle((0, 0), 1, 1, color=COLORS[n % len(COLORS)], alpha=0.5) for n in range(len(temperatures))
+    ]
     labels = [f"temperature {temperature:g}" for temperature in temperatures]
     handles.append(plt.Line2D([], [], color="black", linewidth=1, linestyle="--"))
     figure.legend(handles, [*labels, "uniform attention"], loc="outside lower center", ncols=4, frameon=False)

@@ -10,7 +10,9 @@ import json
 import os
 import platform
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,9 +43,9 @@ class DemoSettings:
 
     encoder_steps: int = 300
     steps: int = 70
-    crop: tuple = (256, 512)
+    crop: tuple[int, ...] = (256, 512)
     batch_size: int = 4
-    full: tuple = (512, 1024)
+    full: tuple[int, ...] = (512, 1024)
     val_images: int = 12
     encoder_peak_lr: float = 3e-3
     lr: float = 5e-4
@@ -56,7 +58,7 @@ class DemoSettings:
     memory: bool = True
 
 
-def run_demo(out, settings=None):
+def run_demo(out: str | Path, settings: DemoSettings | None = None) -> dict[str, Any]:
     """Run everything and write ``metrics.json``, ``attention.png`` and ``report.md`` into ``out``.
 
     Args:
@@ -117,21 +119,23 @@ def run_demo(out, settings=None):
 class Clock:
     """Wall seconds of the phases, in ``laps``."""
 
-    def __init__(self):
-        self.laps, self.last = {}, time.perf_counter()
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.last: float = time.perf_counter()
 
-    def lap(self, name):
+    def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self.last = round(now - self.last, 1), now
 
 
-def train(trainer, title):
+def train(trainer: Trainer, title: str) -> None:
     with TerminalProgress(title, 0, trainer.config.steps, lines=5) as progress:
         trainer.run(progress)
 
 
-def results(trainer):
+def results(trainer: Trainer) -> dict[str, Any]:
     """What a training came to; ``iou`` per class, None where a class was neither present nor predicted."""
+    assert trainer.confusion is not None  # a finished run has been validated
     iou = dict(zip(trainer.data.classes, trainer.confusion.iou(), strict=True))
     return {
         "miou": trainer.miou,
@@ -141,7 +145,7 @@ def results(trainer):
     }
 
 
-def describe(settings, trainer):
+def describe(settings: DemoSettings, trainer: Trainer) -> dict[str, Any]:
     """Versions, machine, shapes and seeds."""
     cuda = trainer.device.type == "cuda"
     return {
@@ -167,7 +171,7 @@ def describe(settings, trainer):
     }  # fmt: skip
 
 
-def add_memory(metrics, config):
+def add_memory(metrics: dict[str, Any], config: TrainConfig) -> None:
     """Measure a full-size step of the encoder alone, and of each variant with each backend."""
     plain = measure_step(dataclasses.replace(config, variant="none"))
     metrics["encoder_alone"]["full_step"] = plain
@@ -180,16 +184,18 @@ def add_memory(metrics, config):
         entry["peak_step_bytes"] = {backend: step.get("peak_bytes") for backend, step in steps.items()}
 
 
-def draw_attention(path, settings, trainers):
+def draw_attention(path: Path, settings: DemoSettings, trainers: Mapping[str, Trainer]) -> dict[str, Any]:
     """Draw the picture and return what it shows in numbers."""
     any_trainer = trainers["dnl"]
     image, label = any_trainer.data.validation_sample(settings.picture)
     labels, queries = token_labels(label), choose_queries(label)
     classes, rows = any_trainer.data.classes, []
     for variant, trainer in trainers.items():
+        trainer.network.eval()
         with torch.no_grad():
-            features = trainer.network.eval().features(image[None].to(trainer.device))
+            features = trainer.network.features(image[None].to(trainer.device))
         maps = attention_rows(trainer.network.block, features, [(query.row, query.column) for query in queries])
+        assert maps.own is not None  # a block without a learned gain
         shares = [class_share(m, labels, query.kind) for m, query in zip(maps.own, queries, strict=True)]
         rows.append(Rows(variant, maps, shares))
     draw(path, image, label, any_trainer.predict(image), classes, queries, rows)

@@ -1,40 +1,44 @@
 """The demonstration's report: every number in it comes from ``metrics.json``."""
 
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-def percent(value, digits=1):
+
+def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def seconds(value):
+def seconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f} s"
 
 
-def megabytes(count):
+def megabytes(count: float) -> str:
     return f"{count / 1e6:,.0f} MB"
 
 
-def peak(step):
+def peak(step: dict[str, Any]) -> str:
     """Peak memory of a measured step, or why there is none."""
     return megabytes(step["peak_bytes"]) if "peak_bytes" in step else f"did not run ({step['error']})"
 
 
-def shape(entry):
+def shape(entry: dict[str, Any]) -> str:
     """Image size and tokens."""
     height, width = entry["crop"]
     return f"{height} x {width} pixels, {entry['tokens']:,} tokens"
 
 
-def text(paragraph):
+def text(paragraph: str) -> str:
     """A paragraph on one line, as Markdown wants it."""
     return " ".join(paragraph.split())
 
 
-def table(head, rows):
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
-def picture_section(metrics):
+def picture_section(metrics: dict[str, Any]) -> list[str]:
     picture, lines = metrics["picture"], []
     for query in picture["queries"]:
         kind, area = query["class"], percent(query["class_area"], 0)
@@ -55,7 +59,7 @@ def picture_section(metrics):
     ]
 
 
-def training_section(metrics):
+def training_section(metrics: dict[str, Any]) -> list[str]:
     def row(name, entry):
         focus = entry.get("attention")
         shares = (percent(focus["same_class"]), f"{focus['variety']:.2f}") if focus else ("", "")
@@ -83,7 +87,7 @@ def training_section(metrics):
     ]
 
 
-def memory_section(metrics):
+def memory_section(metrics: dict[str, Any]) -> list[str]:
     """Empty where memory was not measured."""
     variants, alone = metrics["variants"], metrics["encoder_alone"].get("full_step")
     if alone is None:
@@ -116,7 +120,7 @@ def memory_section(metrics):
     return [*lines, ""]
 
 
-def limits_section(metrics):
+def limits_section(metrics: dict[str, Any]) -> list[str]:
     training, data = metrics["training"], metrics["data"]
     classes = len(data["classes"])
     return [
@@ -135,7 +139,7 @@ def limits_section(metrics):
     ]
 
 
-def settings_section(metrics):
+def settings_section(metrics: dict[str, Any]) -> list[str]:
     training, shapes, versions = metrics["training"], metrics["shapes"], metrics["versions"]
     train, full = shapes["training"], shapes["full"]
     phases = ", ".join(f"{name} {value:g}" for name, value in metrics["phases_seconds"].items())
@@ -156,7 +160,7 @@ def settings_section(metrics):
     return ["## How it was run", "", *(f"- {text(item)}" for item in items), ""]
 
 
-def report(metrics):
+def report(metrics: dict[str, Any]) -> str:
     """The report as Markdown text, from the content of ``metrics.json``."""
     classes = metrics["data"]["classes"]
     return "\n".join([
@@ -175,6 +179,6 @@ def report(metrics):
     ])  # fmt: skip
 
 
-def write_report(path, metrics):
+def write_report(path: Path, metrics: dict[str, Any]) -> None:
     """Write the report to ``path``."""
     path.write_text(report(metrics), encoding="utf-8")

@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ from ..training.config import TrainConfig
 FIRST = (64, 128)
 
 
-def measure_step(config, timeout=600):
+def measure_step(config: TrainConfig, timeout: float = 600) -> dict[str, Any]:
     """Run one training step of ``config`` on the built-in data in a new process.
 
     Args:
@@ -47,8 +48,10 @@ def measure_step(config, timeout=600):
 class HostPeak:
     """Peak resident memory between construction and :meth:`read`, above the resident memory at construction."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         gc.collect()
+        self.method: str
+        self.before: int
         try:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")  # sets VmHWM back to VmRSS
@@ -56,13 +59,13 @@ class HostPeak:
         except OSError:
             self.method, self.before = "ru_maxrss", largest_resident()
 
-    def read(self):
+    def read(self) -> int:
         """Bytes."""
         after = status_bytes("VmHWM") if self.method == "VmHWM" else largest_resident()
         return max(0, after - self.before)
 
 
-def status_bytes(key):
+def status_bytes(key: str) -> int:
     """A memory figure of this process from /proc/self/status, in bytes. Raises OSError where there is none."""
     with open("/proc/self/status") as file:
         for line in file:
@@ -71,7 +74,7 @@ def status_bytes(key):
     raise OSError(f"/proc/self/status has no {key}")
 
 
-def largest_resident():
+def largest_resident() -> int:
     """The largest resident size so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -81,17 +84,17 @@ class DevicePeak:
 
     method = "torch.cuda.max_memory_allocated"
 
-    def __init__(self, device):
+    def __init__(self, device: torch.device) -> None:
         self.device = device
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        self.before = torch.cuda.memory_allocated(device)
+        self.before: int = torch.cuda.memory_allocated(device)
 
-    def read(self):
+    def read(self) -> int:
         return torch.cuda.max_memory_allocated(self.device) - self.before
 
 
-def measure_here(config):
+def measure_here(config: TrainConfig) -> dict[str, Any]:
     """What :func:`measure_step` returns, in this process."""
     from ..training.trainer import Trainer
 

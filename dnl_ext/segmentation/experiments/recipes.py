@@ -1,6 +1,6 @@
 """Settings of the ablation: the built-in one, and the published ones of three data sets."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: The terms and how they are joined, in the order of the talk's table.
 VARIANTS = ("nl", "pairwise", "unary", "dnl_shared_key", "dnl")
@@ -21,8 +21,8 @@ class Recipe(NamedTuple):
     source: where the settings are from.
     """
 
-    temperatures: tuple
-    settings: dict
+    temperatures: tuple[float, ...]
+    settings: dict[str, Any]
     pretext: int
     layout: str | None
     images: int

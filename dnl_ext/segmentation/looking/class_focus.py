@@ -1,6 +1,6 @@
 """How well a trained block's maps keep to the query's class; the maps themselves are :mod:`dnl_ext.analysis`'s."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -8,8 +8,11 @@ from ...analysis import attention_rows
 from ..metrics import IGNORE
 from ..network import STRIDE
 
+if TYPE_CHECKING:
+    from ..training.trainer import Trainer
 
-def token_labels(label):
+
+def token_labels(label: torch.Tensor) -> torch.Tensor:
     """Class of the pixel in the middle of each token: label (H, W) to (H / 8, W / 8), sides rounded up."""
     rows, columns = (
         (torch.arange(-(-side // STRIDE)) * STRIDE + STRIDE // 2).clamp(max=side - 1) for side in label.shape
@@ -33,7 +36,7 @@ class Focus(NamedTuple):
     images: int
 
 
-def focus(trainer, queries=128, images=4):
+def focus(trainer: "Trainer", queries: int = 128, images: int = 4) -> Focus:
     """How a trained block's maps (:attr:`AttentionMaps.own`) relate to the classes, over the first validation images.
 
     This is a measure of ours, not the paper's (whose definition is not public).
@@ -46,7 +49,8 @@ def focus(trainer, queries=128, images=4):
     Returns:
         A :class:`Focus`.
     """
-    network, totals, count = trainer.network.eval(), torch.zeros(3, dtype=torch.float64), 0
+    network: Any = trainer.network.eval()
+    totals, count = torch.zeros(3, dtype=torch.float64), 0
     for index in range(min(images, trainer.data.validation_size)):
         image, label = trainer.data.validation_sample(index)
         labels = token_labels(label)
@@ -55,7 +59,9 @@ def focus(trainer, queries=128, images=4):
         places = places[torch.randint(len(places), (queries,), generator=generator)].tolist()
         with torch.no_grad():
             features = network.features(image[None].to(trainer.device))
-        maps = attention_rows(network.block, features, places).own.flatten(1)
+        own_maps = attention_rows(network.block, features, places).own
+        assert own_maps is not None  # a block without a learned gain
+        maps = own_maps.flatten(1)
         own = torch.tensor([labels[row, column] for row, column in places])
         same = (own[:, None] == labels.flatten()[None]).float()
         variety = (maps - maps.mean(0)).abs().sum(1).mean() / 2

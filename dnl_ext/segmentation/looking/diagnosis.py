@@ -4,15 +4,19 @@ import base64
 import dataclasses
 import html
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..._version import __version__
 from ...analysis import AttentionProbe
-from ...analysis.tables import as_markdown, sections
+from ...analysis.tables import Section, as_markdown, sections
 from ..errors import InputError
-from ..training.trainer import open_data
+from ..training.config import TrainConfig
+from ..training.restore import Trained
+from ..training.trainer import Data, open_data
 from .figure import choose_queries, place_of
 from .maps import draw_maps, look
 
@@ -34,7 +38,7 @@ class DiagnoseSettings:
     seed: int = 0
 
 
-def diagnosis_data(config, settings):
+def diagnosis_data(config: TrainConfig, settings: DiagnoseSettings) -> Data:
     """The data set to measure on. Raises InputError."""
     if settings.data is not None:
         given = {"data": settings.data, "layout": settings.layout, "classes": settings.classes}
@@ -45,7 +49,9 @@ def diagnosis_data(config, settings):
     return open_data(dataclasses.replace(config, val_images=settings.images, **given))
 
 
-def diagnose(networks, settings, out, progress=True):
+def diagnose(
+    networks: Mapping[str, Trained], settings: DiagnoseSettings, out: str | Path, progress: bool = True
+) -> list[Section]:
     """Measure and write ``report.md``, ``report.json``, ``report.html`` and the pictures into ``out``.
 
     Args:
@@ -92,7 +98,7 @@ def diagnose(networks, settings, out, progress=True):
     return tables
 
 
-def measure(trained, data, count, settings, progress):
+def measure(trained: Trained, data: Data, count: int, settings: DiagnoseSettings, progress: bool) -> AttentionProbe:
     """The :class:`AttentionProbe` of one network after ``count`` validation images."""
     with AttentionProbe(trained.network, settings.queries, settings.seed) as probe:
         probe.run(Samples(data, count), progress=progress)
@@ -104,19 +110,20 @@ def measure(trained, data, count, settings, progress):
 class Samples:
     """The first validation images of a data set as batches of one: images (1, 3, H, W), labels (1, H, W)."""
 
-    def __init__(self, data, count):
-        self.data, self.count = data, count
+    def __init__(self, data: Data, count: int) -> None:
+        self.data: Data = data
+        self.count: int = count
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.count
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for number in range(self.count):
             image, label = self.data.validation_sample(number)
             yield image[None], label[None]
 
 
-def draw(out, networks, data, number):
+def draw(out: Path, networks: Mapping[str, Trained], data: Data, number: int) -> str:
     """Draw a validation image with all networks; returns the file's name."""
     image, label = data.validation_sample(number)
     queries = [tuple(int(x) for x in place_of(query)) for query in choose_queries(label)]
@@ -128,7 +135,7 @@ def draw(out, networks, data, number):
     return name
 
 
-def intro(facts, entries):
+def intro(facts: dict[str, Any], entries: dict[str, dict[str, Any]]) -> list[str]:
     """What was measured, in sentences."""
     lines = [
         f"{facts['images']} validation images of {facts['data']}, {facts['queries_per_image']} random queries each "
@@ -140,7 +147,9 @@ def intro(facts, entries):
     return lines
 
 
-def as_report(tables, facts, entries, pictures):
+def as_report(
+    tables: Sequence[Section], facts: dict[str, Any], entries: dict[str, dict[str, Any]], pictures: Sequence[str]
+) -> str:
     """The report as Markdown text."""
     parts = ["# Attention of trained networks", "", *(f"- {line}" for line in intro(facts, entries)), ""]
     parts += [as_markdown(table) for table in tables]
@@ -159,7 +168,9 @@ img { width: 100%; margin: 0.5em 0; }
 """
 
 
-def as_html(tables, facts, entries, pictures):
+def as_html(
+    tables: Sequence[Section], facts: dict[str, Any], entries: dict[str, dict[str, Any]], pictures: Sequence[Path]
+) -> str:
     """The report as one HTML page that needs no other file."""
 
     def row(cells, tag):

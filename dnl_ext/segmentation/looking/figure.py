@@ -1,9 +1,13 @@
 """The attention picture: a held-out mosaic, two query pixels, where each block looks from them, and the unary map."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import torch
+from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.patches import Patch
 from scipy import ndimage
@@ -30,10 +34,10 @@ class Rows(NamedTuple):
 
     variant: str
     maps: AttentionMaps
-    shares: list
+    shares: list[float]
 
 
-def choose_queries(label, count=2):
+def choose_queries(label: torch.Tensor, count: int = 2) -> list[Query]:
     """Tokens to look from: centres of the largest cells of classes that also have other cells, far from any border.
 
     Args:
@@ -46,11 +50,13 @@ def choose_queries(label, count=2):
     labels = token_labels(label).numpy()
     found = []
     for kind in np.unique(labels):
-        cells, number = ndimage.label(labels == kind)
+        labelled: Any = ndimage.label(labels == kind)
+        cells, number = labelled
         sizes = ndimage.sum_labels(np.ones_like(cells), cells, range(1, number + 1))
         largest = int(np.argmax(sizes)) + 1
         # Distance to the cell's border; the image's edge counts as a border.
-        depth = ndimage.distance_transform_edt(np.pad(cells == largest, 1))[1:-1, 1:-1]
+        padded: Any = ndimage.distance_transform_edt(np.pad(cells == largest, 1))
+        depth = padded[1:-1, 1:-1]
         row, column = np.unravel_index(np.argmax(depth), depth.shape)
         elsewhere = float((labels == kind).sum() - sizes[largest - 1])
         found.append((min(elsewhere, 0.02 * labels.size), sizes[largest - 1], Query(int(row), int(column), int(kind))))
@@ -58,17 +64,25 @@ def choose_queries(label, count=2):
     return [query for _, _, query in found[:count]]
 
 
-def place_of(query):
+def place_of(query: Query) -> tuple[float, float]:
     """Pixel (x, y) in the middle of a query's token."""
     return STRIDE * (query.column + 0.5), STRIDE * (query.row + 0.5)
 
 
-def class_share(weights, labels, kind):
+def class_share(weights: torch.Tensor, labels: torch.Tensor, kind: int) -> float:
     """Share of an attention map (h, w) that lies on tokens (h, w) of one class."""
     return float((weights * (labels == kind)).sum())
 
 
-def draw(path, image, label, prediction, classes, queries, rows):
+def draw(
+    path: Path,
+    image: torch.Tensor,
+    label: torch.Tensor,
+    prediction: torch.Tensor,
+    classes: Sequence[str],
+    queries: Sequence[Query],
+    rows: Sequence[Rows],
+) -> None:
     """Write the picture.
 
     Args:
@@ -82,7 +96,8 @@ def draw(path, image, label, prediction, classes, queries, rows):
     labels = token_labels(label)
     area = [float((labels == query.kind).float().mean()) for query in queries]
     figure, axes = plt.subplots(1 + len(rows), 3, figsize=(17, 3.1 * (1 + len(rows)) + 0.3), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.05, hspace=0.02, wspace=0.02)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.06, h_pad=0.05, hspace=0.02, wspace=0.02)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -99,6 +114,7 @@ def draw(path, image, label, prediction, classes, queries, rows):
     for line, (variant, maps, shares) in enumerate(rows, 1):
         for column, query in enumerate(queries):
             axis, name, kind = axes[line, column], "AB"[column], classes[query.kind]
+            assert maps.own is not None
             heat(figure, axis, image, maps.own[column])
             mark(axis, *place_of(query), name, QUERY_COLORS[column])
             share = f"{100 * shares[column]:.0f} % of it on {kind}"
@@ -109,6 +125,7 @@ def draw(path, image, label, prediction, classes, queries, rows):
             text = "This block has no unary term.\n\nAll its attention is in the maps on the left."
             axes[line, 2].text(0.5, 0.5, text, ha="center", va="center", fontsize=12, transform=axes[line, 2].transAxes)
         else:
+            assert maps.unary is not None
             heat(figure, axes[line, 2], image, maps.unary)
             axes[line, 2].set_title("Unary term: where every pixel looks, whatever it is")
     figure.supxlabel(
@@ -119,7 +136,7 @@ def draw(path, image, label, prediction, classes, queries, rows):
     plt.close(figure)
 
 
-def class_map(axis, label, classes, title):
+def class_map(axis: Axes, label: torch.Tensor, classes: Sequence[str], title: str) -> None:
     """Classes as colours, with the names of those present."""
     colors = [CLASS_COLORS[number % len(CLASS_COLORS)] for number in range(len(classes))]
     axis.imshow(label.numpy(), cmap=ListedColormap(colors), norm=BoundaryNorm(np.arange(len(classes) + 1) - 0.5,

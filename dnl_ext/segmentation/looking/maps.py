@@ -4,17 +4,20 @@ One row per checkpoint. Columns: the image with the queries on it, the predictio
 the unary map, and the total of every query, which is what the block applies. What a block lacks is said in its place.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from ...analysis import AttentionMaps, attention_rows
 from ..errors import InputError
 from ..network import STRIDE
+from ..training.restore import Trained
 from .figure import CLASS_COLORS
 from .overlay import QUERY_COLORS, heat, mark
 
@@ -36,7 +39,7 @@ class MapRow(NamedTuple):
     maps: AttentionMaps
 
 
-def row_titles(paths, variants):
+def row_titles(paths: Sequence[str], variants: Sequence[str]) -> list[str]:
     """A short name for each checkpoint: the variant, with the folder where two would be called the same."""
     return [
         variant if variants.count(variant) == 1 else f"{variant} ({Path(path).resolve().parent.name})"
@@ -44,7 +47,7 @@ def row_titles(paths, variants):
     ]
 
 
-def check_queries(queries, size, path):
+def check_queries(queries: Sequence[tuple[int, int]], size: Sequence[int], path: str | Path) -> None:
     """Raise InputError unless there are some pixels, at most as many as colours, and all inside the image."""
     height, width = size
     if not 0 < len(queries) <= len(QUERY_COLORS):
@@ -55,7 +58,7 @@ def check_queries(queries, size, path):
 
 
 @torch.inference_mode()
-def look(trained, title, image, queries):
+def look(trained: Trained, title: str, image: torch.Tensor, queries: Sequence[tuple[int, int]]) -> MapRow:
     """The :class:`MapRow` of a network for an image (3, H, W) in 0 .. 1 and query pixels (x, y)."""
     network = trained.network
     features = network.features(image[None])
@@ -64,7 +67,13 @@ def look(trained, title, image, queries):
     return MapRow(title, prediction, maps)
 
 
-def draw_maps(path, image, queries, rows, classes):
+def draw_maps(
+    path: str | Path,
+    image: torch.Tensor,
+    queries: Sequence[tuple[int, int]],
+    rows: Sequence[MapRow],
+    classes: Sequence[str],
+) -> None:
     """Write the picture.
 
     Args:
@@ -89,7 +98,8 @@ def draw_maps(path, image, queries, rows, classes):
         len(rows), len(titles), squeeze=False, layout="constrained",
         figsize=(panel[0] * len(titles) + 0.4, panel[1] * len(rows) + 0.95),
     )  # fmt: skip
-    figure.get_layout_engine().set(w_pad=0.04, h_pad=0.04, hspace=0.03, wspace=0.02)
+    engine: Any = figure.get_layout_engine()
+    engine.set(w_pad=0.04, h_pad=0.04, hspace=0.03, wspace=0.02)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=13)
     for line, row in zip(axes, rows, strict=True):
@@ -110,7 +120,16 @@ def draw_maps(path, image, queries, rows, classes):
         plt.close(figure)
 
 
-def draw_row(figure, line, image, queries, names, row, unary, total):
+def draw_row(
+    figure: Figure,
+    line: Any,
+    image: torch.Tensor,
+    queries: Sequence[tuple[int, int]],
+    names: str,
+    row: MapRow,
+    unary: bool,
+    total: bool,
+) -> None:
     """Fill one row of axes."""
     for axis in line:
         axis.set_xticks([])
@@ -122,7 +141,9 @@ def draw_row(figure, line, image, queries, names, row, unary, total):
         mark(line[0], x, y, name, color, size + 1)
 
     count, maps = len(queries), row.maps
-    columns = [(axis, number, maps.pairwise, "no pairwise term") for number, axis in enumerate(line[2 : count + 2])]
+    columns: list[Any] = [
+        (axis, number, maps.pairwise, "no pairwise term") for number, axis in enumerate(line[2 : count + 2])
+    ]
     if unary:
         columns.append((line[count + 2], None, None if maps.unary is None else maps.unary[None], "no unary term"))
     if total:
@@ -137,10 +158,11 @@ def draw_row(figure, line, image, queries, names, row, unary, total):
             continue
         heat(figure, axis, image, weights[number or 0])
         if number is not None:
-            mark(axis, *queries[number], names[number], QUERY_COLORS[number], size)
+            x, y = queries[number]
+            mark(axis, x, y, names[number], QUERY_COLORS[number], size)
 
 
-def tinted(image, prediction, strength=0.45):
+def tinted(image: torch.Tensor, prediction: torch.Tensor, strength: float = 0.45) -> torch.Tensor:
     """The image (3, H, W) in grey, under the colours of the predicted classes (H, W)."""
     colors = torch.tensor([to_rgb(color) for color in CLASS_COLORS])[prediction % len(CLASS_COLORS)]
     return (1 - strength) * image.mean(0, keepdim=True) + strength * colors.permute(2, 0, 1)

@@ -8,7 +8,9 @@ import matplotlib.patheffects as effects
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
+from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 HEAT = "inferno"
@@ -16,7 +18,7 @@ HEAT = "inferno"
 QUERY_COLORS = ("#00e5ff", "#7cff00", "#ff5fd2", "#ffd400", "#ffffff", "#b388ff")
 
 
-def mark(axis, x, y, name, color, size=13):
+def mark(axis: Axes, x: float, y: float, name: str, color: str, size: float = 13) -> None:
     """A ring and a letter at a pixel; ``size`` is the ring's diameter in points."""
     for edge, width in (("black", size / 2.6), (color, size / 5.2)):
         axis.plot(x, y, "o", markersize=size, markerfacecolor="none", markeredgecolor=edge, markeredgewidth=width)
@@ -27,7 +29,15 @@ def mark(axis, x, y, name, color, size=13):
     )  # fmt: skip
 
 
-def heat(figure, axis, image, weights, *, fontsize=9, label="x uniform"):
+def heat(
+    figure: Figure,
+    axis: Axes,
+    image: torch.Tensor,
+    weights: torch.Tensor,
+    *,
+    fontsize: int = 9,
+    label: str = "x uniform",
+) -> None:
     """An attention map over the darkened photograph, in multiples of uniform attention, with a colour bar.
 
     Args:

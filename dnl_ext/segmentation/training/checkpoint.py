@@ -2,15 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from ..errors import InputError
 
 FORMAT = 1
 
 
-def save(state, path):
+def save(state: dict[str, Any], path: str | Path) -> None:
     """Write ``state`` to a temporary file beside ``path``, then move it there in one step."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -26,7 +28,7 @@ def save(state, path):
         temporary.unlink(missing_ok=True)
 
 
-def load(path):
+def load(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU. Raises InputError where it is missing, damaged or something else."""
     path = Path(path)
     if not path.is_file():
@@ -40,7 +42,7 @@ def load(path):
     return state
 
 
-def load_weights(network, state, path, partial=False):
+def load_weights(network: nn.Module, state: dict[str, Any], path: str | Path | None, partial: bool = False) -> None:
     """Copy a checkpoint's weights into ``network``.
 
     Args:

@@ -1,7 +1,10 @@
 """What defines a training run, and how a resumed run finds its settings again."""
 
 import dataclasses
+from pathlib import Path
+from typing import Any, Literal
 
+from ...types import Backend, Variant
 from ..data.layouts import LAYOUTS
 from ..errors import InputError
 from ..network import STRIDE, VARIANTS
@@ -29,8 +32,8 @@ class TrainConfig:
     :class:`network.SegmentationNetwork`.
     """
 
-    variant: str = "dnl"
-    backend: str = "fused"
+    variant: Variant | Literal["none"] = "dnl"
+    backend: Backend = "fused"
     amp: str = "none"
     dtype: str = "float32"
     data: str | None = None
@@ -38,7 +41,7 @@ class TrainConfig:
     layout: str | None = None
     classes: int | None = None
     steps: int = 400
-    crop: tuple = (512, 1024)
+    crop: tuple[int, ...] = (512, 1024)
     batch_size: int = 2
     optimizer: str = "adamw"
     lr: float = 2e-3
@@ -55,7 +58,7 @@ class TrainConfig:
     workers: int = 1
     device: str = "auto"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.crop = tuple(self.crop)
         for name, choices in (
             ("variant", VARIANTS), ("backend", BACKENDS), ("amp", AMP), ("dtype", DTYPES), ("task", TASKS),
@@ -78,17 +81,17 @@ class TrainConfig:
             raise InputError(f"--crop must be HEIGHTxWIDTH, each at least {4 * STRIDE}, got {show(self.crop)}")
 
 
-def option(name):
+def option(name: str) -> str:
     """The command line's name of a setting."""
     return "--" + name.replace("_", "-")
 
 
-def show(value):
+def show(value: object) -> str:
     """A setting as one would type it."""
     return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)
 
 
-def resolve(given, saved=None, path=None):
+def resolve(given: dict[str, Any], saved: dict[str, Any] | None = None, path: str | Path | None = None) -> TrainConfig:
     """The settings of a run.
 
     Args:
@@ -104,11 +107,11 @@ def resolve(given, saved=None, path=None):
     typed = TrainConfig(**given)
     if saved is None:
         return typed
-    saved = TrainConfig(**saved)
+    before = TrainConfig(**saved)
     for name in given:
-        want, have = getattr(typed, name), getattr(saved, name)
+        want, have = getattr(typed, name), getattr(before, name)
         if name not in FREE and want != have:
             raise InputError(
                 f"checkpoint {path} was made with {option(name)} {show(have)}, this run asks for {show(want)}"
             )
-    return dataclasses.replace(saved, **given)
+    return dataclasses.replace(before, **given)

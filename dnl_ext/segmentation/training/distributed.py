@@ -10,35 +10,40 @@ for it. `together` and `largest` are how they agree, and after each of them all 
 
 import atexit
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
 
+Result = TypeVar("Result")
 
-def is_distributed():
+
+def is_distributed() -> bool:
     """Whether there is a group of processes."""
     return dist.is_available() and dist.is_initialized()
 
 
-def rank():
+def rank() -> int:
     """Number of this process in the group, from 0."""
     return dist.get_rank() if is_distributed() else 0
 
 
-def world_size():
+def world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if is_distributed() else 1
 
 
-def is_main():
+def is_main() -> bool:
     """Whether this is the process that writes files and talks to the user."""
     return rank() == 0
 
 
-def launched():
+def launched() -> tuple[int, int]:
     """(rank, number of processes) as a launcher has set them in the environment; (0, 1) where there was none.
 
     Raises:
@@ -47,10 +52,11 @@ def launched():
     given = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
     if given["RANK"] is None and given["WORLD_SIZE"] is None:
         return 0, 1
+    number, size = 0, 1
     try:
-        number, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+        number, size = int(given["RANK"] or ""), int(given["WORLD_SIZE"] or "")
         sound = 0 <= number < size and (size == 1 or None not in given.values())
-    except (TypeError, ValueError):
+    except ValueError:
         sound = False
     if not sound:
         listed = ", ".join(f"{name} {'is not set' if value is None else value}" for name, value in given.items())
@@ -58,7 +64,7 @@ def launched():
     return number, size
 
 
-def start():
+def start() -> None:
     """Join the other processes, where a launcher has started several. Raises InputError where they cannot be joined.
 
     Tensors on the CPU are exchanged by gloo, those on a GPU by NCCL.
@@ -75,25 +81,25 @@ def start():
     atexit.register(dist.destroy_process_group)
 
 
-def local_rank():
+def local_rank() -> int:
     """Number of this process on this machine, from 0: of the GPU it takes."""
     return int(os.environ.get("LOCAL_RANK", rank()))
 
 
-def share(size):
+def share(size: int) -> range:
     """What this process takes of ``size`` items that are cut into equal runs: a range."""
     each = size // world_size()
     return range(rank() * each, (rank() + 1) * each)
 
 
-def total(tensor):
+def total(tensor: torch.Tensor) -> torch.Tensor:
     """Sum of a tensor over all processes, in place."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
-def largest(number):
+def largest(number: int) -> int:
     """Largest of an integer over all processes."""
     if not is_distributed():
         return number
@@ -102,9 +108,10 @@ def largest(number):
     return int(value)
 
 
-def together(function, *arguments):
+def together(function: Callable[..., Result], *arguments: Any) -> Result:
     """``function(*arguments)``; an InputError in one process is raised in all. Every process must come here."""
-    result, message = None, None
+    result: Any = None
+    message = None
     try:
         result = function(*arguments)
     except InputError as error:
@@ -118,17 +125,17 @@ def together(function, *arguments):
     return result
 
 
-def wait():
+def wait() -> None:
     """Return when every process has come here."""
     largest(0)
 
 
-def is_lost(error):
+def is_lost(error: BaseException) -> bool:
     """Whether an exception says that another process has ended."""
     return is_distributed() and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
 
-def parallel(network, device):
+def parallel(network: nn.Module, device: torch.device) -> nn.Module:
     """The network as DistributedDataParallel, which averages gradients over the processes; itself where it is alone."""
     if not is_distributed():
         return network

@@ -4,7 +4,7 @@ import csv
 import os
 from pathlib import Path
 
-COLUMNS = ("step", "epoch", "lr", "loss", "seconds", "miou")
+COLUMNS: tuple[str, ...] = ("step", "epoch", "lr", "loss", "seconds", "miou")
 
 
 class CsvLog:
@@ -15,8 +15,8 @@ class CsvLog:
         last_step: 0 starts an empty log.
     """
 
-    def __init__(self, path, last_step=0):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, last_step: int = 0) -> None:
+        self.path: Path = Path(path)
         rows = []
         if last_step and self.path.is_file():
             with open(self.path, newline="") as file:
@@ -28,7 +28,7 @@ class CsvLog:
             writer.writerows(row for row in rows if int(row["step"]) <= last_step)
         os.replace(temporary, self.path)
 
-    def write(self, **values):
+    def write(self, **values: object) -> None:
         """Append one row; columns not given stay empty."""
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, COLUMNS).writerow(values)

@@ -3,7 +3,8 @@
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from typing_extensions import Self
 
 from .trainer import Listener
 
@@ -17,30 +18,34 @@ class TerminalProgress(Listener):
         lines: about how many lines to print where stdout is no terminal.
     """
 
-    def __init__(self, title, first, steps, lines=20):
-        self.console = Console()
-        self.title, self.first, self.steps = title, first, steps
-        self.every = max(1, steps // lines)
-        self.started, self.last_loss, self.last_miou = time.perf_counter(), None, None
-        self.bar = Progress(
+    def __init__(self, title: str, first: int, steps: int, lines: int = 20) -> None:
+        self.console: Console = Console()
+        self.title: str = title
+        self.first: int = first
+        self.steps: int = steps
+        self.every: int = max(1, steps // lines)
+        self.started: float = time.perf_counter()
+        self.last_loss: float | None = None
+        self.last_miou: float | None = None
+        self.bar: Progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"),
             TextColumn("ETA"), TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal,
         )  # fmt: skip
-        self.task = self.bar.add_task(title, total=steps, completed=first, note="")
+        self.task: TaskID = self.bar.add_task(title, total=steps, completed=first, note="")
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self.bar.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def _note(self, extra=""):
+    def _note(self, extra: str = "") -> str:
         loss = "" if self.last_loss is None else f"loss {self.last_loss:.3f}"
         miou = "" if self.last_miou is None else f"mIoU {100 * self.last_miou:.1f} %"
         return "  ".join(part for part in (loss, miou, extra) if part)
 
-    def step(self, step, loss, rate, seconds):
+    def step(self, step: int, loss: float, rate: float, seconds: float) -> None:
         # Smoothed, so that one odd batch does not catch the eye.
         self.last_loss = loss if self.last_loss is None else 0.9 * self.last_loss + 0.1 * loss
         self.bar.update(self.task, completed=step, note=self._note())
@@ -49,7 +54,7 @@ class TerminalProgress(Listener):
             pace = f"{seconds:.2f} s/step  ETA {left:.0f} s"
             self.print(f"{self.title}: step {step}/{self.steps}  {self._note()}  {pace}")
 
-    def validation(self, step, done, total, miou):
+    def validation(self, step: int, done: int, total: int, miou: float | None) -> None:
         if miou is None and done < total:
             self.bar.update(self.task, note=self._note(f"validating {done}/{total}"))
         elif miou is not None:
@@ -57,6 +62,6 @@ class TerminalProgress(Listener):
             self.bar.update(self.task, note=self._note())
             self.print(f"{self.title}: step {step}/{self.steps}  held-out mIoU {100 * miou:.1f} %")
 
-    def print(self, text):
+    def print(self, text: str) -> None:
         """A line above the bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """A trained network back from its checkpoint, for looking at."""
 
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import InputError
@@ -13,12 +14,12 @@ class Trained(NamedTuple):
 
     network: SegmentationNetwork
     config: TrainConfig
-    classes: tuple
+    classes: tuple[str, ...]
     step: int
     miou: float | None
 
 
-def restore(path, with_block=True):
+def restore(path: str | Path, with_block: bool = True) -> Trained:
     """Open a checkpoint of ``dnl-ext train``.
 
     Args:

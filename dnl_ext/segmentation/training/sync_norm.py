@@ -5,6 +5,9 @@ Here it is in tensor operations, with one exchange of 2 C + 1 numbers in the for
 keeps the normalised input, as large as the input, where torch's kernels keep the input itself.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -20,11 +23,11 @@ class SyncBatchNorm(_BatchNorm):
 
     process_group = None
 
-    def _check_input_dim(self, x):
+    def _check_input_dim(self, x: torch.Tensor) -> None:
         if x.dim() < 2:
             raise ValueError(f"input: expected at least 2 dimensions (B, C), got shape {tuple(x.shape)}")
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x (B, C, *spatial) to the same; in training, mean and variance are over B and positions of all processes."""
         if not self.training:
             return super().forward(x)
@@ -42,16 +45,19 @@ class SyncBatchNorm(_BatchNorm):
         return y.to(x.dtype)
 
     @torch.no_grad()
-    def _track(self, mean, variance):
+    def _track(self, mean: torch.Tensor, variance: torch.Tensor) -> None:
         """Running statistics, from the mean (C,) and the unbiased variance (C,) of a batch."""
-        self.num_batches_tracked += 1
+        assert self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None
+        self.num_batches_tracked.add_(1)
         step = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), step)
         self.running_var.lerp_(variance.to(self.running_var.dtype), step)
 
 
 @torch.no_grad()
-def _moments(x, axes, group):
+def _moments(
+    x: torch.Tensor, axes: list[int], group: dist.ProcessGroup | None
+) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Mean (C,), variance (C,) and number of values per channel over all processes.
 
     Those of a process first, then theirs merged: sums of raw squares would cancel where the mean is large.
@@ -74,7 +80,15 @@ class _Normalise(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, mean, inverse_deviation, axes, count, group):
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        mean: torch.Tensor,
+        inverse_deviation: torch.Tensor,
+        axes: Sequence[int],
+        count: int,
+        group: dist.ProcessGroup | None,
+    ) -> torch.Tensor:
         """x (B, C, *spatial); mean, inverse_deviation (1, C, 1, ...)."""
         y = (x - mean) * inverse_deviation
         ctx.save_for_backward(y, inverse_deviation)
@@ -83,14 +97,14 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         y, inverse_deviation = ctx.saved_tensors
         means = torch.stack([grad.sum(ctx.axes, keepdim=True), (grad * y).sum(ctx.axes, keepdim=True)]) / ctx.count
         dist.all_reduce(means, group=ctx.group)
         return inverse_deviation * (grad - means[0] - y * means[1]), None, None, None, None, None
 
 
-def sync_norms(network, device):
+def sync_norms(network: nn.Module, device: torch.device) -> nn.Module:
     """Make every batch norm of a network one over all processes, with the same parameters and state dict.
 
     Args:

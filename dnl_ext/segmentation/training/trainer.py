@@ -13,10 +13,14 @@ import statistics
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+from typing_extensions import Self
 
 from ..data.context import ContextData
 from ..data.folders import FolderData
@@ -25,15 +29,19 @@ from ..errors import InputError, Interrupted
 from ..metrics import IGNORE, Confusion
 from ..network import SegmentationNetwork, prepare
 from . import checkpoint, distributed
+from .config import TrainConfig
 from .log import CsvLog
 from .sync_norm import sync_norms
+
+#: The data sets have one interface.
+Data: TypeAlias = MosaicData | FolderData
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
 WARM_UP = 10
 
 
-def pick_device(name):
+def pick_device(name: str) -> torch.device:
     """The device for ``auto``, ``cpu``, ``cuda`` or ``cuda:1``. Raises InputError where there is none.
 
     Of several processes each takes the GPU of its number on the machine.
@@ -57,7 +65,7 @@ def pick_device(name):
     return device
 
 
-def open_data(config):
+def open_data(config: TrainConfig) -> Data:
     """The data set that the settings name. Raises InputError."""
     if config.data is None:
         if config.layout is not None or config.classes is not None:
@@ -67,7 +75,7 @@ def open_data(config):
     return FolderData(config.data, config.layout, config.classes, config.val_images)
 
 
-def learning_rate(config, step):
+def learning_rate(config: TrainConfig, step: int) -> float:
     """Polynomial decay with power 0.9 after a linear warm-up; ``step`` counts from 0."""
     warm = min(1.0, (step + 1) / min(WARM_UP, config.steps))
     return config.lr * warm * max(0.0, 1 - step / config.steps) ** 0.9
@@ -79,20 +87,20 @@ class StopFlag:
     The loop stops at the next end of a step, where the state is whole. Outside the main thread it does nothing.
     """
 
-    signum = None
+    signum: int | None = None
 
-    def __enter__(self):
-        self.previous = {}
+    def __enter__(self) -> Self:
+        self.previous: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for signum in (signal.SIGINT, signal.SIGTERM):
                 self.previous[signum] = signal.signal(signum, self._handle)
         return self
 
-    def _handle(self, signum, _frame):
+    def _handle(self, signum: int, _frame: object) -> None:
         self.signum = signum
         signal.signal(signum, self.previous[signum])
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
 
@@ -100,10 +108,10 @@ class StopFlag:
 class Listener:
     """What a run reports to; this one is silent. See :mod:`progress`."""
 
-    def step(self, step, loss, rate, seconds):
+    def step(self, step: int, loss: float, rate: float, seconds: float) -> None:
         """After each step: its number from 1, loss, learning rate, wall seconds."""
 
-    def validation(self, step, done, total, miou):
+    def validation(self, step: int, done: int, total: int, miou: float | None) -> None:
         """During validation: images done so far; ``miou`` is None until all are."""
 
 
@@ -125,13 +133,32 @@ class Trainer:
         InputError: settings, data or checkpoint that cannot be used.
     """
 
-    def __init__(self, config, out=None, *, state=None, state_path=None, init=None, init_path=None, data=None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: str | Path | None = None,
+        *,
+        state: dict[str, Any] | None = None,
+        state_path: str | Path | None = None,
+        init: dict[str, Any] | None = None,
+        init_path: str | Path | None = None,
+        data: Data | None = None,
+    ) -> None:
         distributed.together(self._open, config, out, state, state_path, init, init_path, data)
-        self.model = distributed.parallel(self.network, self.device)
+        self.model: nn.Module = distributed.parallel(self.network, self.device)
 
-    def _open(self, config, out, state, state_path, init, init_path, data):
+    def _open(
+        self,
+        config: TrainConfig,
+        out: str | Path | None,
+        state: dict[str, Any] | None,
+        state_path: str | Path | None,
+        init: dict[str, Any] | None,
+        init_path: str | Path | None,
+        data: Data | None,
+    ) -> None:
         """All of the constructor that can fail in one process alone."""
-        self.device = pick_device(config.device)
+        self.device: torch.device = pick_device(config.device)
         if config.batch_size % distributed.world_size():
             raise InputError(
                 f"--batch-size must be a multiple of the {distributed.world_size()} processes that share it, "
@@ -141,8 +168,9 @@ class Trainer:
             torch.cuda.set_device(self.device)  # where NCCL and SyncBatchNorm look
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.config = config = dataclasses.replace(config, threads=torch.get_num_threads())
-        self.data = open_data(config) if data is None else data
+        config = dataclasses.replace(config, threads=torch.get_num_threads())
+        self.config: TrainConfig = config
+        self.data: Data = open_data(config) if data is None else data
         if state is not None and tuple(state["classes"]) != tuple(self.data.classes):
             raise InputError(
                 f"checkpoint {state_path} has {len(state['classes'])} classes, the data {len(self.data.classes)}"
@@ -150,7 +178,7 @@ class Trainer:
                 else f"checkpoint {state_path} has other classes than the data"
             )
         torch.manual_seed(config.seed)
-        self.network = SegmentationNetwork(
+        self.network: Any = SegmentationNetwork(
             len(self.data.classes), config.variant, config.backend, config.width, config.temperature, config.block_gain
         )
         if init is not None:
@@ -162,15 +190,20 @@ class Trainer:
             {"params": list(self.network.encoder.parameters()), "factor": config.encoder_lr},
             {"params": [p for n, p in self.network.named_parameters() if not n.startswith("encoder.")], "factor": 1.0},
         ]
+        self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(groups, config.lr, momentum=0.9, weight_decay=config.weight_decay)
         else:
             self.optimizer = torch.optim.AdamW(groups, lr=config.lr, weight_decay=config.weight_decay)
-        self.step, self.validated, self.miou, self.confusion, self.step_seconds = 0, 0, None, None, []
+        self.step: int = 0
+        self.validated: int = 0
+        self.miou: float | None = None
+        self.confusion: Confusion | None = None
+        self.step_seconds: list[float] = []
         if state is not None:
             self._restore(state, state_path)
-        self.out = None if out is None else Path(out)
-        self.log = None
+        self.out: Path | None = None if out is None else Path(out)
+        self.log: CsvLog | None = None
         if self.out is not None and distributed.is_main():
             try:
                 self.out.mkdir(parents=True, exist_ok=True)
@@ -178,7 +211,7 @@ class Trainer:
             except OSError as error:
                 raise InputError(f"cannot write to {self.out}: {error.strerror}") from None
 
-    def _restore(self, state, path):
+    def _restore(self, state: dict[str, Any], path: str | Path | None) -> None:
         checkpoint.load_weights(self.network, state, path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.validated, self.miou = state["step"], state["validated"], state["miou"]
@@ -186,7 +219,7 @@ class Trainer:
         if self.device.type == "cuda" and state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
 
-    def state(self):
+    def state(self) -> dict[str, Any]:
         """All that a run needs to continue: what :func:`checkpoint.save` writes."""
         on_cuda = self.device.type == "cuda"
         return {
@@ -204,19 +237,19 @@ class Trainer:
         }
 
     @property
-    def checkpoint_path(self):
+    def checkpoint_path(self) -> Path | None:
         return None if self.out is None else self.out / CHECKPOINT
 
-    def save(self):
+    def save(self) -> None:
         """Write the checkpoint, where there is an ``out`` folder: the main process does, and all wait for it."""
         if self.out is not None:
             distributed.together(self._save)
 
-    def _save(self):
-        if distributed.is_main():
+    def _save(self) -> None:
+        if distributed.is_main() and self.checkpoint_path is not None:
             checkpoint.save(self.state(), self.checkpoint_path)
 
-    def batch(self, step):
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Training batch of a step: images (B, 3, *crop) float32 and labels (B, *crop) int64, on the CPU.
 
         Of P processes, each has its B = batch_size / P crops.
@@ -227,13 +260,13 @@ class Trainer:
         images, labels = zip(*samples, strict=True)
         return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.stack(labels)
 
-    def autocast(self):
+    def autocast(self) -> AbstractContextManager[Any]:
         """Context of the forward computation."""
         if self.config.amp == "none":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
-    def train_step(self, images, labels):
+    def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """One update of the weights; returns the loss over the batch of all processes."""
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:
@@ -252,13 +285,13 @@ class Trainer:
         return float(distributed.total(loss.detach()))
 
     @torch.inference_mode()
-    def predict(self, image):
+    def predict(self, image: torch.Tensor) -> torch.Tensor:
         """Predicted classes (H, W) int64, on the CPU, of an image (3, H, W) in 0 .. 1."""
         self.network.eval()
         with self.autocast():
             return self.network(image[None].to(self.device)).argmax(1)[0].cpu()
 
-    def _confusion(self, listener, stop):
+    def _confusion(self, listener: Listener, stop: StopFlag) -> Confusion:
         """Counts over this process's part of the validation images, and fewer of them where ``stop`` is set."""
         confusion, size = Confusion(len(self.data.classes)), self.data.validation_size
         for index in range(distributed.rank(), size, distributed.world_size()):
@@ -269,7 +302,7 @@ class Trainer:
             listener.validation(self.step, min(index + distributed.world_size(), size), size, None)
         return confusion
 
-    def validate(self, listener, stop):
+    def validate(self, listener: Listener, stop: StopFlag) -> None:
         """mIoU over the validation images, kept in ``miou``; left undone where ``stop`` is set."""
         confusion = distributed.together(self._confusion, listener, stop)
         if distributed.largest(stop.signum or 0):
@@ -281,11 +314,11 @@ class Trainer:
             self.log.write(step=self.step, epoch=self.epoch, miou=None if self.miou is None else round(self.miou, 5))
 
     @property
-    def epoch(self):
+    def epoch(self) -> float:
         """Finished part of the first, second, ... pass over the data, as in 1.25."""
         return round(self.step * self.config.batch_size / self.data.epoch, 4)
 
-    def run(self, listener=None, stop_after=None):
+    def run(self, listener: Listener | None = None, stop_after: int | None = None) -> None:
         """Train to the last step, validating and saving on the way.
 
         Args:
@@ -340,12 +373,12 @@ class Trainer:
                 if loss != loss or abs(loss) == float("inf"):
                     raise InputError(f"the loss is {loss} at step {self.step}: try a lower --lr than {config.lr:g}")
 
-    def seconds_per_step(self):
+    def seconds_per_step(self) -> float | None:
         """Median wall time of a step, the first left out; None before the first."""
         return statistics.median(self.step_seconds[1:] or self.step_seconds) if self.step_seconds else None
 
 
-def segmentation_loss(logits, labels, counted=None):
+def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
     """Mean cross-entropy over pixels that are not IGNORE; 0 where all are.
 
     Args:

@@ -46,10 +46,10 @@ __global__ void __launch_bounds__(kThreads) pairwise_row_backward_kernel(Softmax
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
       Quad<A> dp{}, out;
-      logits.exponentials(quad, off, x);
+      logits.load_less(quad, off, x);
       if (grad) dp = load_quad(grad, quad);
       for (int u = 0; u < kQuad; ++u) {
-        out.value[u] = x[u];
+        out.value[u] = exp_of(x[u]);
         sum += out.value[u];
         if (quad * kQuad + u < step.columns) dot += out.value[u] * dp.value[u];
       }
@@ -94,8 +94,8 @@ __global__ void __launch_bounds__(kThreads) pairwise_part_row_backward_kernel(Pa
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
       Quad<A> p;
-      logits.exponentials(quad, shift, x);
-      for (int u = 0; u < kQuad; ++u) p.value[u] = x[u] * factor;
+      logits.load_less(quad, shift, x);
+      for (int u = 0; u < kQuad; ++u) p.value[u] = exp_of(not_positive(x[u])) * factor;
       store_quad(map, quad, p);
       if (!grad) continue;
       Quad<A> ds = load_quad(grad, quad);

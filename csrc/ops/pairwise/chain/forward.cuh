@@ -45,10 +45,11 @@ __global__ void __launch_bounds__(kThreads) pairwise_softmax_kernel(SoftmaxStep<
     for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) {
       A x[kQuad];
       Quad<T> out;
-      logits.exponentials(quad, off, x);
+      logits.load_less(quad, off, x);
       for (int u = 0; u < kQuad; ++u) {
-        sum += x[u];
-        out.value[u] = rounded<T>(x[u]);
+        const A value = exp_of(x[u]);
+        sum += value;
+        out.value[u] = rounded<T>(value);
         stored += wide(out.value[u]);
       }
       store_quad(p, quad, out);

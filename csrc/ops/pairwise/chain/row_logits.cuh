@@ -23,10 +23,10 @@ struct RowLogits {
     for (int u = 0; u < kQuad; ++u) x[u] = quad * kQuad + u < columns ? in.value[u] * sign + more.value[u] : kLowest;
   }
 
-  // e to the logits of a quad less `off`, which is their maximum or one found in another sum of the same products.
-  DNL_DEVICE void exponentials(int64_t quad, A off, A (&x)[kQuad]) const {
+  // Logits of a quad less `off`, which is in units of what load() gives.
+  DNL_DEVICE void load_less(int64_t quad, A off, A (&x)[kQuad]) const {
     load(quad, x);
-    for (int u = 0; u < kQuad; ++u) x[u] = exp_of(not_positive((x[u] - off) * magnitude));
+    for (int u = 0; u < kQuad; ++u) x[u] = (x[u] - off) * magnitude;
   }
 
   // The largest logit that is a number, -inf if there is none, in every thread of the block. `scratch` as for

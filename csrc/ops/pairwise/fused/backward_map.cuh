@@ -74,6 +74,7 @@ DNL_DEVICE void fused_backward_map_finish(const FusedMap<T>& op, const float (&s
         delta[n][half][u] = inside && step.grad_logits ? step.delta.element(b)[i] : 0.0f;
       }
 
+#pragma unroll  // or `s` and `dp` are indexed, and leave the registers
   for (int m = 0; m < kRowTiles; ++m)
     for (int h = 0; h < 2; ++h) {
       const int r = row + m * kFragmentRows + fragment_row(h);
