@@ -21,6 +21,7 @@ import build_backend
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "dnl_ext.libdnl_ext"
+MACOS = sys.platform == "darwin"
 DEFAULT_ARCHS = "8.0;9.0+PTX"
 # The stable ABI version the operators are written for; a binary built with a later torch runs with this one too.
 TORCH_TARGET = "0x020a000000000000"
@@ -48,10 +49,11 @@ def extensions(torch, cpp_extension, toolkit, left_out):
     extension = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
     operators = extension(LIBRARY, sources, library_dirs=libraries, **copy.deepcopy(common))
     operators.libraries.remove("torch_python")
-    operators.extra_link_args.append(f"-Wl,-soname,{LIBRARY.split('.')[-1]}.so")
+    name = f"{LIBRARY.split('.')[-1]}.so"
+    operators.extra_link_args.append(f"-Wl,-install_name,@rpath/{name}" if MACOS else f"-Wl,-soname,{name}")
     module = cpp_extension.CppExtension("dnl_ext._C", [bindings], **common)
     module.define_macros.append(("DNL_EXT_CUDA_LEFT_OUT", json.dumps(left_out)))
-    module.runtime_library_dirs.append("$ORIGIN")  # beside it, wherever that is
+    module.runtime_library_dirs.append("@loader_path" if MACOS else "$ORIGIN")  # beside it, wherever that is
     return [operators, module]
 
 
@@ -65,8 +67,14 @@ def build_command(cpp_extension):
             return super().get_ext_filename(fullname)
 
         def build_extension(self, ext):
-            if ext.name != LIBRARY:
+            is_library = ext.name == LIBRARY
+            if not is_library:
                 ext.extra_link_args.append(self.get_ext_fullpath(LIBRARY))
+            if MACOS:  # Python modules are bundles there, which nothing can link to
+                ext.extra_link_args.append("-dynamiclib" if is_library else "-bundle")
+                for linker in ("linker_so", "linker_so_cxx"):
+                    words = getattr(self.compiler, linker, [])
+                    words[:] = [word for word in words if word != "-bundle"]
             super().build_extension(ext)
 
     return Build
