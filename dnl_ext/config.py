@@ -43,7 +43,7 @@ INSTRUCTION_SETS = {
 
 
 class Config(dict[str, Any]):
-    """What :func:`show_config` returns: a dict that prints as text. Its values are plain, so ``json.dumps`` takes it.
+    """What :func:`.show_config` returns: a dict that prints as text. Its values are plain, so ``json.dumps`` takes it.
 
     Example:
         >>> import json
@@ -80,8 +80,11 @@ def show_config(
     """Describe the build, the machine and, given tensors or a shape, the path that an attention call takes.
 
     Args:
-        query, key, value, mask_logits: the tensors of a :func:`dnl_ext.disentangled_attention` call, or nothing.
-            They are looked at, not computed with; ``device="meta"`` tensors will do.
+        query: the query of a :func:`dnl_ext.disentangled_attention` call, or None. The tensors are looked at, not
+            computed with; those of ``device="meta"`` will do.
+        key: its key, needed with ``query``.
+        value: its value, needed with ``query``.
+        mask_logits: its logits of the unary term, or None.
         shape: in their place, (N, Dqk, Dv), or (batch, Nq, Nk, Dqk, Dv) where batch counts images times heads.
         dtype: with ``shape``: a torch.dtype or its name ("float32", "fp32", ...). Default float32.
         device: with ``shape``: "cpu", "cuda" or "meta". Default "cpu".

@@ -39,7 +39,7 @@ SubSample: TypeAlias = Literal["before", "after"]
 PoolingType: TypeAlias = Literal["att", "avg"]
 #: How :class:`dnl_ext.GlobalContext2d` puts the pooled vector into its input.
 FusionType: TypeAlias = Literal["channel_add", "channel_mul"]
-#: How a block joins its pairwise and unary terms, see :mod:`dnl_ext.analysis.terms`.
+#: How a block joins its pairwise and unary terms, see ``dnl_ext.analysis.terms``.
 Joint: TypeAlias = Literal["product", "sum", "pairwise", "unary"]
 #: What becomes the norm behind a block's out-projection: a batch norm, what a callable makes of the number of channels,
 #: such as ``functools.partial(nn.GroupNorm, 32)``, or none.

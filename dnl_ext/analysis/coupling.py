@@ -52,11 +52,11 @@ class Slope:
 class Coupling:
     """How much the gradient of one term depends on the value of the other: about 1 in a product, 0 in a sum.
 
-    See the module :mod:`dnl_ext.analysis.coupling` for the definition.
+    The module ``dnl_ext.analysis.coupling`` has the definition.
 
     Attributes:
-        pairwise_by_unary: :class:`Slope` of the pairwise term's gradient on the unary weights.
-        unary_by_pairwise: :class:`Slope` of the unary term's gradient on the pairwise weights.
+        pairwise_by_unary: :class:`.Slope` of the pairwise term's gradient on the unary weights.
+        unary_by_pairwise: :class:`.Slope` of the unary term's gradient on the pairwise weights.
 
     Example:
         >>> import torch

@@ -31,10 +31,11 @@ class TermStatistics:
     Attributes:
         entropy: mean of H = -sum_j p_j log p_j over queries, in nats.
         entropy_share: the mean divided by log Nk, 0 .. 1; 1 is uniform attention.
-        cosine_distance, jsd: degeneration, means over pairs of queries, see :mod:`dnl_ext.analysis.degeneration`; None
-            for the unary map, which all queries share.
-        own_class: how well queries attend to their own class, see :mod:`dnl_ext.analysis.consistency`; None without
-            labels and for the unary map.
+        cosine_distance: of the rows of two queries, mean over pairs of different queries, 0 .. 1; 0 says that all
+            queries have the same map. None for the unary map, which all queries share.
+        jsd: Jensen-Shannon divergence of the rows of two queries, mean over disjoint pairs of queries, 0 .. log 2; None
+            for the unary map.
+        own_class: how well queries attend to their own class; None without labels and for the unary map.
         boundaries: how well the unary map keeps to class boundaries; None without labels and for the other maps.
 
     Example:
@@ -59,13 +60,16 @@ class AttentionStatistics:
 
     Attributes:
         joint: how the block joins its terms: "product", "sum", "pairwise" or "unary".
-        queries, keys: numbers of positions.
+        queries: number of query positions.
+        keys: number of key positions.
         sampled: number of queries whose attention weights were looked at.
-        pairwise, unary, total: :class:`TermStatistics` of each map; None where the block has none.
-        decomposition, coupling: :class:`Decomposition` and :class:`Coupling`; None for a block without query and key,
-            the latter also for one with a single term.
-        input_cosine_distance, output_cosine_distance: mean cosine distance of the block's input and output between
-            positions; None if they were not given.
+        pairwise: :class:`TermStatistics` of the pairwise map; None where the block has none.
+        unary: the same of the unary map.
+        total: the same of what the block applies; None also where a learned gain is negative.
+        decomposition: :class:`Decomposition`; None for a block without query and key.
+        coupling: :class:`Coupling`; None for a block with a single term.
+        input_cosine_distance: mean cosine distance of the block's input between positions; None if it was not given.
+        output_cosine_distance: the same of its output.
 
     Example:
         >>> import torch
@@ -123,12 +127,13 @@ def measure_terms(
     """All statistics of one image's attention.
 
     Args:
-        terms: a :class:`terms.Terms`.
+        terms: a :class:`Terms`.
         queries: how many random queries to take rows of (None: all), or an int64 tensor of query numbers, whose order
             decides which are compared in pairs.
         labels: (query labels, key labels), int64 tensors of the queries' and the keys' spatial shapes; None: none.
         grad_output: dL/dy at the attention's output, tensor (Nq, Dv), for the coupling; None draws it.
-        inputs, outputs: the block's input and output, tensors (N, C); None leaves their distances out.
+        inputs: the block's input, tensor (N, C); None leaves its distance out.
+        outputs: the block's output, likewise.
         generator: torch.Generator on the CPU of everything random; None: one with seed 0.
         progress: called as ``progress(done, total)`` in rows, after every chunk.
 

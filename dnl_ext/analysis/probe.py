@@ -39,8 +39,7 @@ class BlockReport:
 
     @property
     def joint(self) -> Joint | None:
-        """How the block joins its terms: "product", "sum", "pairwise" or "unary"; None before the first image."""
-
+        """How the block joins its terms, "product", "sum", "pairwise" or "unary"; None before the first image."""
         return self.images[0].joint if self.images else None
 
     def summary(self) -> dict[str, Estimate]:
@@ -69,7 +68,7 @@ class AttentionProbe:
 
     Attributes:
         blocks: {name: :class:`BlockReport`}.
-        labels: class numbers of the next forward's pixels, int64 tensor (B, *image shape), or None; 255 is no class.
+        labels: class numbers of the next forward's pixels, int64 tensor ``(B, *shape)``, or None; 255 is no class.
         skipped: {name: why} of blocks that have no softmax over positions.
 
     Raises:

@@ -50,18 +50,21 @@ class Terms:
         key: tensor (Nk, Dqk) or None, whitened as the block does it.
         value: tensor (Nk, Dv).
         mask_logits: tensor (Nk,) or None.
-        scale, gain: as in :class:`dnl_ext.modules.AttentionInputs`.
+        scale: as in :class:`dnl_ext.modules.AttentionInputs`.
         whitened: whether the block whitens.
+        gain: as in :class:`dnl_ext.modules.AttentionInputs`.
         queries: their number, needed where there is no ``query``; None: as many as keys.
 
     Attributes:
-        joint: how the block joins its terms: "product", "sum", "pairwise" or "unary", see
-            :mod:`dnl_ext.analysis.terms`.
-        query, key: the query times ``scale``, the key: logits are ``query @ key.T``.
+        joint: how the block joins its terms: "product", "sum", "pairwise" or "unary"; docs/analysis.md says what the
+            terms then are.
+        query: the query times ``scale``, or None.
+        key: the key, or None; logits are ``query @ key.T``.
         pair_query: the query of the pairwise term: less its mean where the joint is the product.
         unary_logits: tensor (Nk,) or None.
         gain: float.
-        queries, positions: Nq, Nk.
+        queries: Nq.
+        positions: Nk.
 
     Raises:
         ValueError: one of query and key without the other, or neither and no ``mask_logits``.
@@ -113,7 +116,7 @@ class Terms:
             self.unary = self.log_unary.exp()
 
     def rows(self, queries: torch.Tensor) -> Rows:
-        """The :class:`Rows` of the queries with these numbers (n,); the caller keeps n small."""
+        """The :class:`.Rows` of the queries with these numbers (n,); the caller keeps n small."""
         if self.pair_query is None or self.key is None:
             assert self.unary is not None
             return Rows(None, None, self.unary, self.unary.expand(len(queries), -1))

@@ -42,7 +42,8 @@ def process_group(group: Any, name: str = "group") -> dist.ProcessGroup:
     `name` is what messages call it.
 
     Raises:
-        TypeError: anything else. ValueError: a mesh of several dimensions, or a group that this process is not in.
+        TypeError: anything else.
+        ValueError: a mesh of several dimensions, or a group that this process is not in.
         RuntimeError: no default group.
     """
     if not dist.is_initialized():
@@ -137,7 +138,8 @@ def agree(
         list of (Nq, Nk).
 
     Raises:
-        ValueError: ranks differ. RuntimeError: another rank's checks failed. `error`, where there is one.
+        ValueError: ranks differ.
+        RuntimeError: another rank's checks failed. Where there is an `error`, it is raised instead.
     """
     checksum = zlib.crc32(repr(sorted(common.items())).encode())
     mine = torch.tensor([error is None, *sizes, checksum], dtype=torch.int64, device=device)

@@ -82,8 +82,8 @@ def disentangled_attention(
     """:func:`dnl_ext.disentangled_attention` of DTensors of which one is sharded over positions; None if none is.
 
     Raises:
-        TypeError: a plain tensor beside a DTensor. ValueError: different meshes, or positions over several dimensions
-            of one.
+        TypeError: a plain tensor beside a DTensor.
+        ValueError: different meshes, or positions over several dimensions of one.
     """
     inputs = [("query", query, -2), ("key", key, -2), ("value", value, -2), ("mask_logits", mask_logits, -1)]
     inputs = [(name, x, dim % x.dim()) for name, x, dim in inputs if x is not None]

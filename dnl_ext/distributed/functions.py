@@ -158,7 +158,9 @@ def pairwise_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     """The pairwise term alone: :func:`disentangled_attention` without ``mask_logits``, same options and errors.
 
     Args:
-        query, key, value: tensors (..., Nq, Dqk), (..., Nk, Dqk) and (..., Nk, Dv), this rank's.
+        query: tensor (..., Nq, Dqk), this rank's.
+        key: tensor (..., Nk, Dqk), this rank's.
+        value: tensor (..., Nk, Dv), this rank's.
         options: ``group``, ``scale``, ``whiten``, ``exchange`` and ``block``.
 
     Returns:
@@ -186,8 +188,7 @@ def unary_attention(mask_logits: torch.Tensor, value: torch.Tensor, *, group: Me
     Returns:
         Tensor (..., Dv) of the dtype of ``value``.
 
-    Raises:
-        As :func:`disentangled_attention`.
+    Errors are those of :func:`disentangled_attention`.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -226,8 +227,7 @@ def shared_key_logits(query: torch.Tensor, key: torch.Tensor, *, group: Mesh | N
     Returns:
         Tensor (..., Nk) of the dtype of ``key``.
 
-    Raises:
-        As :func:`disentangled_attention`.
+    Errors are those of :func:`disentangled_attention`.
 
     Example:
         >>> import torch, torch.distributed as dist

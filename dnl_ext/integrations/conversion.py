@@ -108,11 +108,12 @@ def convert(model: nn.Module, *, multihead: bool = False, backend: Backend = "fu
         backend: of the new blocks, ``"fused"`` or ``"reference"``.
 
     Returns:
-        A :class:`Report`: ``.model``, ``.converted`` and ``.skipped``.
+        A :class:`Report`: ``.model``, ``.converted`` and ``.skipped``. A block that is known but cannot be converted
+        is in ``.skipped``, with the reason; it raises nothing.
 
     Raises:
-        TypeError: `model` is not an nn.Module. ValueError: an option that does not fit. A block that is known but
-        cannot be converted does not raise: it is in ``.skipped``, with the reason.
+        TypeError: `model` is not an nn.Module.
+        ValueError: an option that does not fit.
 
     Example:
         >>> import torch

@@ -23,10 +23,14 @@ class DNLHead(_heads.DNLHead):
     """mmsegmentation's DNLHead on :meth:`dnl_ext.DisentangledNonLocal2d.mmseg`.
 
     Args:
-        reduction, use_scale, mode, temperature: as there, like all of FCNHead's.
+        reduction: as there, like all of FCNHead's arguments.
+        use_scale: as there.
+        mode: as there.
+        temperature: as there.
         sub_sample: max-pool keys, values and the mask by 2 in H and W.
-        variant, whiten, backend: of the block, as in :class:`dnl_ext.DisentangledNonLocal2d`; the defaults are what
-            mmsegmentation's block does.
+        variant: of the block, as in :class:`dnl_ext.DisentangledNonLocal2d`; the default is what mmsegmentation's does.
+        whiten: of the block, likewise.
+        backend: of the block.
 
     Raises:
         ValueError: an option of the block that does not fit.
@@ -62,7 +66,9 @@ class NLHead(_heads.NLHead):
     """mmsegmentation's NLHead on :class:`dnl_ext.NonLocal2d`.
 
     Args:
-        reduction, use_scale, mode: as there, like all of FCNHead's.
+        reduction: as there, like all of FCNHead's arguments.
+        use_scale: as there.
+        mode: as there.
         sub_sample: max-pool keys and values by 2 in H and W.
         backend: of the block.
 

@@ -76,7 +76,10 @@ class _DisentangledNonLocal(AttentionBlock):
             norm: after ``conv_out``: ``"batch"``, a callable ``channels -> nn.Module``, or None.
             mode: as in the class. In mmsegmentation ``"gaussian"`` overwrites its input, and the backward of
                 ``"concatenation"`` raises.
-            variant, whiten, backend, mesh: as in the class; the defaults of the first two are what mmsegmentation has.
+            variant: as in the class; the default is what mmsegmentation has.
+            whiten: likewise.
+            backend: as in the class.
+            mesh: as in the class.
 
         Raises:
             ValueError: an option or width that does not fit.
@@ -144,7 +147,9 @@ class _DisentangledNonLocal(AttentionBlock):
                 ``with_gc``.
             with_nl: whether there is a pairwise term. Without it there are no ``gamma``, ``conv_query`` and
                 ``conv_key`` either.
-            use_scale, backend, mesh: as in the class.
+            use_scale: as in the class.
+            backend: as in the class.
+            mesh: as in the class.
 
         In 1-d and 3-d the original works without the unary term only; here it means the same as in 2-d. With
         ``with_unary`` its logits are those of ``"channel"`` whitening, whatever ``whiten_type`` is.
@@ -232,8 +237,10 @@ class DisentangledNonLocal2d(_DisentangledNonLocal):
             ``functools.partial(nn.GroupNorm, 32)``, or None.
         learn_gamma: whether the pairwise term (not the unary one) is multiplied by a learned scalar ``gamma`` that
             starts at 0. Without it gamma is the constant 1, and both terms are one call of the fused operator.
-        qk_bias, value_bias, mask_bias: biases of the convolutions. That of the mask changes nothing, and neither do
-            those of query and key where these are whitened: their gradients are zero. Checkpoints have them.
+        qk_bias: whether the convolutions of query and key have biases. Where these are whitened, they change nothing
+            and their gradients are zero. Checkpoints have them.
+        value_bias: whether the convolution of the value has a bias.
+        mask_bias: whether that of the mask has one, which changes nothing: its gradient is zero. Checkpoints have it.
         out_bias: bias of ``conv_out``; None means: where no norm follows.
         use_scale: whether the logits are divided by ``sqrt(inter_channels)``.
         temperature: divides the logits, above 0; None is the paper's 0.05, and 1 for ``"nl"``.

@@ -167,9 +167,18 @@ class DisentangledMultiheadAttention(Block):
     every head is built, in plain PyTorch: ``need_weights=True`` (the default, as in torch) returns it anyway.
 
     Args:
-        embed_dim, num_heads, bias, kdim, vdim, batch_first, device, dtype: as in ``nn.MultiheadAttention``.
+        embed_dim: width of query and output. This and the arguments down to ``dtype`` are those of
+            ``nn.MultiheadAttention``.
+        num_heads: number of heads.
         dropout: 0; anything else raises, since the fused attention has none.
-        add_bias_kv, add_zero_attn: False; anything else raises.
+        bias: whether the projections have biases.
+        add_bias_kv: False; anything else raises.
+        add_zero_attn: False; anything else raises.
+        kdim: width of the key; None is ``embed_dim``.
+        vdim: width of the value; None is ``embed_dim``.
+        batch_first: whether tensors are (B, L, channels), not (L, B, channels).
+        device: of the parameters.
+        dtype: of the parameters.
         unary: whether there is a unary term, and with it ``mask_proj``, a linear layer of ``kdim`` inputs.
         whiten: a name of :func:`dnl_ext.whiten` or None, for each head; means are over all positions of a sequence.
         temperature: divides the pairwise logits, above 0.
@@ -301,7 +310,8 @@ class DisentangledMultiheadAttention(Block):
             query: tensor (L, B, embed_dim), with ``batch_first`` (B, L, embed_dim), unbatched (L, embed_dim). Or, with
                 ``batch_first`` and for query, key and value alike, one nested tensor of B sequences, without masks and
                 with ``need_weights=False``: what ``nn.TransformerEncoder`` makes of padding in evaluation mode.
-            key, value: the same with S in place of L and kdim, vdim in place of embed_dim.
+            key: the same with S in place of L and kdim in place of embed_dim.
+            value: the same with S in place of L and vdim in place of embed_dim.
             key_padding_mask: bool (B, S), True where a key is left out of both terms, or floats added to the logits;
                 None. Queries at padded positions still count in the mean that whitening subtracts; names of
                 ``whiten`` that would count padded keys (all but "channel", "spatial" and None) refuse it.
@@ -317,7 +327,8 @@ class DisentangledMultiheadAttention(Block):
             its weights, its output and their gradients are NaN.
 
         Raises:
-            TypeError: not a tensor. ValueError: a shape or mask that does not fit.
+            TypeError: not a tensor.
+            ValueError: a shape or mask that does not fit.
         """
         if any(isinstance(x, torch.Tensor) and x.is_nested for x in (query, key, value)):
             return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask)

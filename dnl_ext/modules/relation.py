@@ -126,7 +126,8 @@ class RelationModule(Block):
             Tensor of the shape of ``features``.
 
         Raises:
-            TypeError: not a tensor. ValueError: shapes that do not fit.
+            TypeError: not a tensor.
+            ValueError: shapes that do not fit.
         """
         features = check_objects(features, boxes, self.in_channels)
 

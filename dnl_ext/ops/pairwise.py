@@ -229,13 +229,13 @@ def pairwise_attention(
         query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16.
         key: tensor (..., Nk, Dqk) with Nk >= 1.
         value: tensor (..., Nk, Dv).
-        scale, whiten: as in :func:`disentangled_attention`. With ``whiten=None`` this is ordinary attention.
+        scale: as in :func:`disentangled_attention`.
+        whiten: likewise. With None this is ordinary attention.
 
     Returns:
         Tensor (..., Nq, Dv) of the dtype and dimension order of ``query``.
 
-    Raises:
-        As :func:`disentangled_attention`.
+    Errors are those of :func:`disentangled_attention`.
 
     Example:
         >>> import torch
@@ -260,13 +260,13 @@ def pairwise_softmax(
     Args:
         query: tensor (..., Nq, Dqk), float64, float32, bfloat16 or float16.
         key: tensor (..., Nk, Dqk) with Nk >= 1.
-        scale, whiten: as in :func:`disentangled_attention`.
+        scale: as in :func:`disentangled_attention`.
+        whiten: likewise.
 
     Returns:
         Tensor (..., Nq, Nk) of the dtype of ``query``; each row sums to 1. Logits are computed in float32 or wider.
 
-    Raises:
-        As :func:`disentangled_attention`.
+    Errors are those of :func:`disentangled_attention`.
 
     Example:
         >>> import torch
