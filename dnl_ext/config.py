@@ -43,7 +43,7 @@ INSTRUCTION_SETS = {
 
 
 class Config(dict[str, Any]):
-    """What :func:`show_config` returns: a dict that prints as text. Its values are plain, so ``json.dumps`` takes it.
+    """What :func:`dnl_ext.show_config` returns: a dict that prints as text, of plain values that ``json.dumps`` takes.
 
     Example:
         >>> import json

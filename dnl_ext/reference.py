@@ -40,7 +40,8 @@ def check_whiten_name(name: object, argument: str = "whiten") -> None:
     """Raise unless `name` is one of WHITEN_NAMES; `argument` is what messages call it.
 
     Raises:
-        TypeError: neither a string nor None. ValueError: an unknown name.
+        TypeError: neither a string nor None.
+        ValueError: an unknown name.
     """
     if name is not None and not isinstance(name, str):
         raise TypeError(f"{argument}: expected a string or None, got {type(name).__name__}")

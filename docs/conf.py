@@ -46,6 +46,7 @@ python_maximum_signature_line_length = 88
 toc_object_entries_show_parents = "hide"
 # The inventories of torch and Python are not at hand: the site is built without a network.
 nitpick_ignore_regex = [(r"py:.*", r"(torch|nn|collections|dataclasses|pathlib|typing)\..*")]
+nitpick_ignore = [("py:class", "dnl_ext.distributed.blocks.Module")]  # a type variable
 
 html_theme = "furo"
 html_title = f"dnl_ext {release}"

@@ -121,7 +121,7 @@ def block_inputs(block: nn.Module, x: torch.Tensor) -> AttentionInputs:
     Args:
         block: a block of this library, any module with a method ``attention_inputs``, or one whose convolutions have
             the names of mmcv's, mmsegmentation's or the paper's blocks (``KINDS``).
-        x: the input of the block, tensor (B, C, *spatial).
+        x: the input of the block, tensor ``(B, C, *spatial)``.
 
     Returns:
         :class:`dnl_ext.modules.AttentionInputs`.

@@ -41,6 +41,12 @@ class Slope:
         slope: of the logarithm of one term's gradient on the logarithm of the other term's weights.
         correlation: of the two within queries, -1 .. 1.
         values: the part of the slope that comes from the gradient by the attention weights, dL/dw, itself.
+
+    Example:
+        >>> from dnl_ext.analysis import Slope
+        >>> line = Slope(slope=1.1, correlation=0.9, values=0.1)
+        >>> round(line.slope - line.values, 6)  # what the product of the two terms makes of it
+        1.0
     """
 
     slope: float
@@ -52,7 +58,7 @@ class Slope:
 class Coupling:
     """How much the gradient of one term depends on the value of the other: about 1 in a product, 0 in a sum.
 
-    See the module :mod:`dnl_ext.analysis.coupling` for the definition.
+    ``dnl_ext/analysis/coupling.py`` has the definition.
 
     Attributes:
         pairwise_by_unary: :class:`Slope` of the pairwise term's gradient on the unary weights.

@@ -24,8 +24,10 @@ class Decomposition:
 
     Attributes:
         variance: of the logits.
-        pairwise, unary, row: shares of the whitened pairwise part, the unary part and the part that is constant per
-            query, 0 .. 1. They add up to 1; nan where all logits are equal.
+        pairwise: share of the whitened pairwise part, 0 .. 1. The three shares add up to 1; nan where all logits are
+            equal.
+        unary: share of the unary part.
+        row: share of the part that is constant per query.
         unary_of_map: unary / (unary + pairwise), the share among the parts that the softmax sees. 1 means that all
             queries have the same map.
         mask_variance: of the unary term's own logits over the keys, in a block that has them; else None.

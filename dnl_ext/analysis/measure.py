@@ -31,10 +31,9 @@ class TermStatistics:
     Attributes:
         entropy: mean of H = -sum_j p_j log p_j over queries, in nats.
         entropy_share: the mean divided by log Nk, 0 .. 1; 1 is uniform attention.
-        cosine_distance, jsd: degeneration, means over pairs of queries, see :mod:`dnl_ext.analysis.degeneration`; None
-            for the unary map, which all queries share.
-        own_class: how well queries attend to their own class, see :mod:`dnl_ext.analysis.consistency`; None without
-            labels and for the unary map.
+        cosine_distance: of the weights of two queries, mean over pairs; None for the unary map, which all share.
+        jsd: their Jensen-Shannon divergence, likewise.
+        own_class: how well queries attend to their own class; None without labels and for the unary map.
         boundaries: how well the unary map keeps to class boundaries; None without labels and for the other maps.
 
     Example:
@@ -59,13 +58,16 @@ class AttentionStatistics:
 
     Attributes:
         joint: how the block joins its terms: "product", "sum", "pairwise" or "unary".
-        queries, keys: numbers of positions.
+        queries: number of queries.
+        keys: number of keys.
         sampled: number of queries whose attention weights were looked at.
-        pairwise, unary, total: :class:`TermStatistics` of each map; None where the block has none.
-        decomposition, coupling: :class:`Decomposition` and :class:`Coupling`; None for a block without query and key,
-            the latter also for one with a single term.
-        input_cosine_distance, output_cosine_distance: mean cosine distance of the block's input and output between
-            positions; None if they were not given.
+        pairwise: statistics of the pairwise map; None where the block has none.
+        unary: of the unary map; None where the block has none.
+        total: of the map that the block applies; None where a learned gain is negative.
+        decomposition: what share of the logits' variance each term has; None for a block without query and key.
+        coupling: whether the gradient of one term depends on the other; None for a block with a single term.
+        input_cosine_distance: mean cosine distance of the block's input between positions; None if it was not given.
+        output_cosine_distance: of the block's output, likewise.
 
     Example:
         >>> import torch

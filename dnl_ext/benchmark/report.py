@@ -21,7 +21,8 @@ def load(path: str | Path) -> dict[str, Any]:
     """Read a document that :func:`save_json` wrote, and check its layout.
 
     Raises:
-        ValueError: not such a document; the message says what is wrong with the file. OSError: it cannot be read.
+        ValueError: not such a document; the message says what is wrong with the file.
+        OSError: it cannot be read.
 
     Example:
         >>> import pathlib, tempfile

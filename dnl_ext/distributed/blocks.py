@@ -85,9 +85,9 @@ def shard_positions(module: Module, group: Mesh | None = None) -> Module:
         ``module``.
 
     Raises:
-        ValueError: there is no block in it. NotImplementedError: a block that mixes positions in a way that does not
-        shard: modes without a softmax, ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None,
-            norms.
+        ValueError: there is no block in it.
+        NotImplementedError: a block that mixes positions in a way that does not shard: modes without a softmax,
+            ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None, norms.
 
     Example:
         >>> import torch, torch.distributed as dist

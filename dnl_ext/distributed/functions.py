@@ -186,8 +186,7 @@ def unary_attention(mask_logits: torch.Tensor, value: torch.Tensor, *, group: Me
     Returns:
         Tensor (..., Dv) of the dtype of ``value``.
 
-    Raises:
-        As :func:`disentangled_attention`.
+    Errors are those of :func:`disentangled_attention`.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -226,8 +225,7 @@ def shared_key_logits(query: torch.Tensor, key: torch.Tensor, *, group: Mesh | N
     Returns:
         Tensor (..., Nk) of the dtype of ``key``.
 
-    Raises:
-        As :func:`disentangled_attention`.
+    Errors are those of :func:`disentangled_attention`.
 
     Example:
         >>> import torch, torch.distributed as dist

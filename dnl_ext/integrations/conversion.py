@@ -111,8 +111,10 @@ def convert(model: nn.Module, *, multihead: bool = False, backend: Backend = "fu
         A :class:`Report`: ``.model``, ``.converted`` and ``.skipped``.
 
     Raises:
-        TypeError: `model` is not an nn.Module. ValueError: an option that does not fit. A block that is known but
-        cannot be converted does not raise: it is in ``.skipped``, with the reason.
+        TypeError: `model` is not an nn.Module.
+        ValueError: an option that does not fit.
+
+    A block that is known but cannot be converted does not raise: it is in ``.skipped``, with the reason.
 
     Example:
         >>> import torch

@@ -104,7 +104,8 @@ class _GlobalContext(_Pooling):
             Tensor of the shape and memory format of ``x``.
 
         Raises:
-            TypeError: ``x`` is not a tensor. ValueError: its dimensions or channels do not fit.
+            TypeError: ``x`` is not a tensor.
+            ValueError: its dimensions or channels do not fit.
         """
         context, y = self._pool(x), x
         if self.channel_mul_conv is not None:

@@ -317,7 +317,8 @@ class DisentangledMultiheadAttention(Block):
             its weights, its output and their gradients are NaN.
 
         Raises:
-            TypeError: not a tensor. ValueError: a shape or mask that does not fit.
+            TypeError: not a tensor.
+            ValueError: a shape or mask that does not fit.
         """
         if any(isinstance(x, torch.Tensor) and x.is_nested for x in (query, key, value)):
             return self._nested(query, key, value, key_padding_mask, need_weights, attn_mask)

@@ -120,13 +120,15 @@ class RelationModule(Block):
         """Relate the objects of each image.
 
         Args:
-            features: tensor (..., N, in_channels). boxes: tensor (..., N, 4), (x1, y1, x2, y2) in pixels.
+            features: tensor (..., N, in_channels).
+            boxes: tensor (..., N, 4), (x1, y1, x2, y2) in pixels.
 
         Returns:
             Tensor of the shape of ``features``.
 
         Raises:
-            TypeError: not a tensor. ValueError: shapes that do not fit.
+            TypeError: not a tensor.
+            ValueError: shapes that do not fit.
         """
         features = check_objects(features, boxes, self.in_channels)
 

@@ -234,8 +234,7 @@ def pairwise_attention(
     Returns:
         Tensor (..., Nq, Dv) of the dtype and dimension order of ``query``.
 
-    Raises:
-        As :func:`disentangled_attention`.
+    Errors are those of :func:`disentangled_attention`.
 
     Example:
         >>> import torch
@@ -265,8 +264,7 @@ def pairwise_softmax(
     Returns:
         Tensor (..., Nq, Nk) of the dtype of ``query``; each row sums to 1. Logits are computed in float32 or wider.
 
-    Raises:
-        As :func:`disentangled_attention`.
+    Errors are those of :func:`disentangled_attention`.
 
     Example:
         >>> import torch
