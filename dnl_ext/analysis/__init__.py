@@ -19,7 +19,7 @@ No N x N map is held. docs/analysis.md has the formulae and a worked example.
 
 from .blocks import NotAttention, block_inputs
 from .consistency import Consistency, boundaries, labels_on_grid
-from .coupling import Coupling
+from .coupling import Coupling, Slope
 from .decomposition import Decomposition, decompose
 from .degeneration import mean_cosine_distance
 from .maps import AttentionMaps, attention_rows
@@ -38,6 +38,7 @@ __all__ = [
     "Decomposition",
     "Estimate",
     "NotAttention",
+    "Slope",
     "TermStatistics",
     "Terms",
     "attention_rows",

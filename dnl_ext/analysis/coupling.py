@@ -41,6 +41,12 @@ class Slope:
         slope: of the logarithm of one term's gradient on the logarithm of the other term's weights.
         correlation: of the two within queries, -1 .. 1.
         values: the part of the slope that comes from the gradient by the attention weights, dL/dw, itself.
+
+    Example:
+        >>> from dnl_ext.analysis import Slope
+        >>> line = Slope(slope=1.1, correlation=0.9, values=0.1)
+        >>> round(line.slope - line.values, 6)  # what the product of the two terms makes of it
+        1.0
     """
 
     slope: float

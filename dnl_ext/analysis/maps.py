@@ -16,8 +16,8 @@ class AttentionMaps(NamedTuple):
     """Attention weights of chosen queries over the key positions, each map of sum 1, float32 or float64 on the CPU.
 
     Attributes:
-        joint: how the block joins its terms, "product", "sum", "pairwise" or "unary"; docs/analysis.md says what the
-            maps then are.
+        joint: how the block joins its terms, "product", "sum", "pairwise" or "unary"; :class:`Terms` says what the maps
+            then are.
         pairwise: tensor ``(queries, *key_shape)``; None where the block has no such map.
         unary: tensor ``(*key_shape)``, which all queries share; None where the block has no such map.
         total: tensor ``(queries, *key_shape)``, what the block applies; None where a learned gain is negative.
@@ -45,7 +45,7 @@ class AttentionMaps(NamedTuple):
 
     @property
     def own(self) -> torch.Tensor | None:
-        """Where a query looks by itself, which is the pairwise map of a sum and the total map of any other block."""
+        """Where a query looks by itself, which is the pairwise map of a sum and all there is of any other block."""
         return self.pairwise if self.joint == "sum" else self.total
 
 

@@ -40,6 +40,7 @@ class BlockReport:
     @property
     def joint(self) -> Joint | None:
         """How the block joins its terms, "product", "sum", "pairwise" or "unary"; None before the first image."""
+
         return self.images[0].joint if self.images else None
 
     def summary(self) -> dict[str, Estimate]:
@@ -67,9 +68,10 @@ class AttentionProbe:
         seed: of everything random.
 
     Attributes:
-        blocks: {name: :class:`BlockReport`}.
-        labels: class numbers of the next forward's pixels, int64 tensor ``(B, *shape)``, or None; 255 is no class.
-        skipped: {name: why} of blocks that have no softmax over positions.
+        blocks: dict of a :class:`BlockReport` for each block, by its name in the network.
+        labels: class numbers of the next forward's pixels, int64 tensor ``(B, *image_shape)``, or None; 255 is no
+            class.
+        skipped: dict of the reasons why blocks are left out, such as no softmax over positions, by name.
 
     Raises:
         ValueError: the network has no block.

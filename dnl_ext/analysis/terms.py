@@ -56,13 +56,14 @@ class Terms:
         queries: their number, needed where there is no ``query``; None: as many as keys.
 
     Attributes:
-        joint: how the block joins its terms: "product", "sum", "pairwise" or "unary"; docs/analysis.md says what the
-            terms then are.
-        query: the query times ``scale``, or None.
-        key: the key, or None; logits are ``query @ key.T``.
-        pair_query: the query of the pairwise term: less its mean where the joint is the product.
-        unary_logits: tensor (Nk,) or None.
-        gain: float.
+        joint: how the block joins its terms. "product": it computes softmax(q.k) unwhitened, which is the product of a
+            pairwise map, of the query less its mean, and a unary one, of the mean query. "sum": a whitened pairwise map
+            and the softmax of the mask logits. "pairwise", "unary": one of the two alone.
+        query: the query times ``scale``, so that the logits are ``query @ key.T``; None without a pairwise term.
+        key: the key; None without a pairwise term.
+        pair_query: the query of the pairwise term, less its mean where the joint is the product.
+        unary_logits: logits of the unary map, tensor (Nk,); None without one.
+        gain: factor of the pairwise term.
         queries: Nq.
         positions: Nk.
 
@@ -116,7 +117,7 @@ class Terms:
             self.unary = self.log_unary.exp()
 
     def rows(self, queries: torch.Tensor) -> Rows:
-        """The :class:`.Rows` of the queries with these numbers (n,); the caller keeps n small."""
+        """The rows (``Rows``) of the queries with these numbers (n,); the caller keeps n small."""
         if self.pair_query is None or self.key is None:
             assert self.unary is not None
             return Rows(None, None, self.unary, self.unary.expand(len(queries), -1))

@@ -120,7 +120,8 @@ class RelationModule(Block):
         """Relate the objects of each image.
 
         Args:
-            features: tensor (..., N, in_channels). boxes: tensor (..., N, 4), (x1, y1, x2, y2) in pixels.
+            features: tensor (..., N, in_channels).
+            boxes: tensor (..., N, 4), (x1, y1, x2, y2) in pixels.
 
         Returns:
             Tensor of the shape of ``features``.
