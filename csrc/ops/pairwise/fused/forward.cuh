@@ -16,10 +16,10 @@
 //   wait for K | load V | S = Q K^T, maxima | barrier | load K' | P = 2^(c (t - max)) | wait for V, barrier | O += P V
 //
 // Statistics are float. Scores become t = sign S + bias where they are, and exponents of 2 when the maximum is off
-// (pairwise.h). y is divided by the sum of P as rounded, the statistics have the sum before rounding (docs/numerics.md).
-// Channels beyond a slice take further passes that know the maximum of each row, so that nothing is rescaled there.
-// Splits of the keys leave their unnormalised O and statistics in float to a second kernel, which merges them in a fixed
-// order. Traded away: one buffer each for K and V leaves a load one product's time to arrive.
+// (pairwise.h). y is divided by the sum of P as rounded, the statistics have the sum before rounding
+// (docs/numerics.md). Channels beyond a slice take further passes that know the maximum of each row, so that nothing is
+// rescaled there. Splits of the keys leave their unnormalised O and statistics in float to a second kernel, which
+// merges them in a fixed order. Traded away: one buffer each for K and V leaves a load one product's time to arrive.
 #pragma once
 
 #include "ops/pairwise/fused/output.cuh"
