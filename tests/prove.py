@@ -253,7 +253,7 @@ STAGES = {
     "races": ("races: TSAN, 3 thread orders", sum(RACES.values()) + 100, 250, races),
     "routes": ("values, emulated operators in Python", 400, 120, emulated_routes),
     "random": ("values and gradients, CPU", 20_000, 360, random_cpu),
-    "large": ("values and gradients, large logits, CPU", 20_000, 480, large_logits),
+    "large": ("values and gradients, large logits, CPU", 20_000, 590, large_logits),
     "positions": ("NaN and infinity positions", 500, 30, positions),
     "determinism": ("determinism, CPU", 20, 180, determinism),
     "gradients": ("gradients: gradcheck and derivative tests", 200, 180, gradients),
