@@ -195,28 +195,6 @@ inline void transpose(const void* in, int64_t in_pitch, int64_t rows, int64_t co
     }
 }
 
-// a * b + c, rounded once where the instruction set can. Where two places must round alike, as the forward's and the
-// backward's exponents, contraction must not be left to the compiler.
-#if DNL_VECTOR_BYTES == 64
-inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
-  return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-}
-inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
-  return (Vec<double>)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
-}
-#elif DNL_VECTOR_BYTES == 32
-inline Vec<float> multiply_add(Vec<float> a, Vec<float> b, Vec<float> c) {
-  return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-}
-inline Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c) {
-  return (Vec<double>)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
-}
-#else
-template <class V>
-inline V multiply_add(V a, V b, V c) {
-  return a * b + c;
-}
-#endif
 // The larger of two, `a` where they do not compare: a NaN in `b` is left to the exponentials that follow.
 template <class V>
 inline V vmax(V a, V b) {
