@@ -82,8 +82,8 @@ struct Step<bf16> {
 // A function of its own: within a caller, whose variables want registers too, the distances between the rows would be
 // loaded again at every step.
 template <class E, int R, Into into>
-__attribute__((noinline)) void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b, int64_t depth, Acc<E>* c,
-                  const Acc<E>* alpha) {
+__attribute__((noinline)) void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b, int64_t depth,
+                                     Acc<E>* c, const Acc<E>* alpha) {
   using B = Block<E>;
   using V = Vec<Acc<E>>;
   constexpr int W = kWidth<Acc<E>>;

@@ -57,8 +57,17 @@ template <class T, class F>
 inline double lane_sum(int64_t count, const F& f) {
   double lane[kReduceLanes] = {}, lane_rest[kReduceLanes] = {}, sum = 0, rest = 0;
   int64_t i = 0;
-  for (; i + kReduceLanes <= count; i += kReduceLanes)
-    for (int64_t l = 0; l < kReduceLanes; ++l) add_to<T>(lane[l], lane_rest[l], f(i + l));
+  for (; i + kReduceLanes <= count; i += kReduceLanes) {
+    if constexpr (std::is_same_v<T, f16>) {
+      // Converted in a loop of their own: unrolled with the sums, they would not be vectorised.
+      double x[kReduceLanes];
+#pragma GCC unroll 1
+      for (int64_t l = 0; l < kReduceLanes; ++l) x[l] = f(i + l);
+      for (int64_t l = 0; l < kReduceLanes; ++l) add_to<T>(lane[l], lane_rest[l], x[l]);
+    } else {
+      for (int64_t l = 0; l < kReduceLanes; ++l) add_to<T>(lane[l], lane_rest[l], f(i + l));
+    }
+  }
   for (; i < count; ++i) add_to<T>(sum, rest, f(i));
   for (int64_t l = 0; l < kReduceLanes; ++l) {
     add_to<T>(sum, rest, lane[l]);
