@@ -30,7 +30,7 @@ def diagnose(
     from ..segmentation.looking.diagnosis import DiagnoseSettings
     from ..segmentation.looking.diagnosis import diagnose as run
     from ..segmentation.looking.maps import row_titles
-    from ..segmentation.training.restore import restore
+    from ..segmentation.training.trained import restore
 
     if threads:
         torch.set_num_threads(threads)

@@ -34,7 +34,7 @@ def maps(
     from ..segmentation.data.files import read_image
     from ..segmentation.errors import InputError
     from ..segmentation.looking.maps import LARGEST, check_queries, draw_maps, look, row_titles
-    from ..segmentation.training.restore import restore
+    from ..segmentation.training.trained import restore
 
     if not checkpoint:
         fail("--checkpoint: give at least one, as written by dnl-ext train")

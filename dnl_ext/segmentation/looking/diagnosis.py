@@ -15,7 +15,7 @@ from ...analysis import AttentionProbe
 from ...analysis.tables import Section, as_markdown, sections
 from ..errors import InputError
 from ..training.config import TrainConfig
-from ..training.restore import Trained
+from ..training.trained import Trained
 from ..training.trainer import Data, open_data
 from .figure import choose_queries, place_of
 from .maps import draw_maps, look
@@ -55,7 +55,7 @@ def diagnose(
     """Measure and write ``report.md``, ``report.json``, ``report.html`` and the pictures into ``out``.
 
     Args:
-        networks: {title: :class:`restore.Trained`}, of the same classes.
+        networks: {title: :class:`Trained`}, of the same classes.
         settings: a :class:`DiagnoseSettings`.
         out: folder, made where it does not exist.
         progress: show progress bars.

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from ...analysis import AttentionMaps, attention_rows
 from ..errors import InputError
 from ..network import STRIDE
-from ..training.restore import Trained
+from ..training.trained import Trained
 from .figure import CLASS_COLORS
 from .overlay import QUERY_COLORS, heat, mark
 
