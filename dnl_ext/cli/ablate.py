@@ -82,6 +82,7 @@ def ablate(
         write_report(ablation)
 
     typer.echo(f"{len(ablation.runs)} runs in {out}: {ablation.recipe.source}")
+    typer.echo(ablation.data.summary)
     try:
         ablation.run(listener, on_result)
     except Interrupted as stop:

@@ -27,7 +27,7 @@ def diagnose(
     from rich.console import Console
     from rich.table import Table
 
-    from ..segmentation.looking.diagnosis import DiagnoseSettings
+    from ..segmentation.looking.diagnosis import DiagnoseSettings, diagnosis_data
     from ..segmentation.looking.diagnosis import diagnose as run
     from ..segmentation.looking.maps import row_titles
     from ..segmentation.training.trained import restore
@@ -39,10 +39,12 @@ def diagnose(
     if len(set(titles)) < len(titles):
         fail("CHECKPOINT: expected each once, in a folder of its own")
     settings = DiagnoseSettings(data, layout, classes, images, queries, pictures, seed)
+    data_set = diagnosis_data(networks[0].config, settings)
+    typer.echo(data_set.summary)
     console = Console()
     if not console.is_terminal:
         console.width = 60 + 24 * len(networks)
-    tables = run(dict(zip(titles, networks, strict=True)), settings, out, progress=console.is_terminal)
+    tables = run(dict(zip(titles, networks, strict=True)), settings, out, console.is_terminal, data_set)
     for section in tables:
         table = Table(*section.head, title=section.title, title_justify="left")
         for line in section.rows:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, features
 from test_cli import assert_one_line, run, train
-from test_data import SIZE, make_cityscapes, make_plain, write_image, write_label
+from test_data import SIZE, make_cityscapes, make_pascal_context, make_plain, write_image, write_label
 
 from dnl_ext.segmentation.data.files import UPRIGHT, read_image, read_label
 from dnl_ext.segmentation.data.folders import read_sample
@@ -333,11 +333,17 @@ class TestFolders:
             find_layout(tmp_path)
 
 
+#: Of the folder below.
+LEFT_OUT = ".md files (1), .txt files (1)"
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A data folder with a 16-bit and a turned image for validation, and a checkpoint of it."""
     root = tmp_path_factory.mktemp("strange")
     make_plain(root / "data", count=10)
+    (root / "data/images/notes.txt").write_text("")
+    (root / "data/labels/notes.md").write_text("")
     Image.fromarray(RAMP[:48, :64].astype(np.uint16) * 9).save(root / "data/images/4.png")
     Image.fromarray(COLOR).save(root / "data/images/9.png", exif=turned(8))
     write_label(root / "data/labels/9.png", (0, 1, 2), SIZE[::-1])
@@ -368,6 +374,26 @@ class TestCommands:
         result = run("diagnose", root / "out/checkpoint.pt", *options)
         assert result.exit_code == 0, result.output
         assert result.stderr.count("its grey values 0 .. 65535 are scaled") == 1
+        assert f"8 training and 2 validation images; left out: {LEFT_OUT}" in result.output
+
+    def test_ablate(self, tmp_path):
+        make_pascal_context(tmp_path / "data")
+        (tmp_path / "data/JPEGImages/notes.txt").write_text("")
+        result = run("ablate", "--recipe", "pascal_context", "--data", tmp_path / "data", "--out", tmp_path / "out",
+                     "--variants", "unary", "--seeds", "0", "--steps", 1, "--crop", "32x32", "--batch-size", 1,
+                     "--width", 4, "--images", 1)  # fmt: skip
+        assert result.exit_code == 0, result.output
+        assert (
+            "3 training and 1 validation images; left out: .txt files (1), images in neither part (1), "
+            "images without label (1)" in result.output
+        )
+
+    def test_masks_are_warned_of_once(self, tmp_path):
+        make_plain(tmp_path / "data", values=(0, 255))
+        result = train("--data", tmp_path / "data", "--out", tmp_path / "out", "--crop", "32x32")
+        assert result.exit_code == 0, result.output
+        warned = [line for line in result.stderr.splitlines() if "0 and 255 alone" in line]
+        assert len(warned) == 1 and "such file" not in warned[0]
 
     @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
     def test_corrupt_avif(self, trained):

@@ -15,10 +15,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class SyncBatchNorm(_BatchNorm):
-    """A batch norm of any number of dimensions, with its arguments and state dict. Each process needs a value at least.
+    """Batch norm over the batch of all processes, on any device and for any number of dimensions.
+
+    Arguments, attributes and state dict are those of ``torch.nn.BatchNorm2d``. In training every process must call it,
+    with one value of each channel at least.
 
     Attributes:
         process_group: the processes; None is all.
+
+    Raises:
+        ValueError: the input has fewer than 2 dimensions.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.segmentation.training import SyncBatchNorm
+        >>> norm = SyncBatchNorm(8).eval()  # outside of training it needs no other process
+        >>> norm(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
 
     process_group = None
@@ -113,6 +128,13 @@ def sync_norms(network: nn.Module, device: torch.device) -> nn.Module:
 
     Returns:
         The network, which is another module only where it is a batch norm itself.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.segmentation.training import sync_norms
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> type(sync_norms(network, torch.device("cpu"))[1]).__name__
+        'SyncBatchNorm'
     """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
