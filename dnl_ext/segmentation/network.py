@@ -96,11 +96,11 @@ class SegmentationNetwork(nn.Module):
         self.classifier: nn.Conv2d = nn.Conv2d(CHANNELS, classes, 1)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What enters the block: (B, 3, H, W) to (B, CHANNELS, H / 8, W / 8), sides rounded up."""
+        """The encoder: images (B, 3, H, W) to what enters the block, (B, CHANNELS, H / 8, W / 8), sides rounded up."""
         return self.encoder((images.to(self.classifier.weight.dtype) - 0.5) / 0.25)
 
     def classify(self, features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """Block, classifier and upsampling: features (B, CHANNELS, h, w) to logits (B, classes, *size)."""
+        """Block, classifier, upsampling: ``features`` (B, CHANNELS, h, w) to logits (B, classes, H, W) of ``size``."""
         if self.block is not None:
             features = self.block(features)
         logits = self.classifier(features)
@@ -108,6 +108,7 @@ class SegmentationNetwork(nn.Module):
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in 0 .. 1 to logits (B, classes, H, W)."""
         return self.classify(self.features(images), images.shape[-2:])
 
 

@@ -98,7 +98,8 @@ class FolderData:
 
     Attributes:
         summary: a line of what was found in the folder, and of what in it is not used.
-        train, val: lists of :class:`Sample`.
+        train: training samples, a list of :class:`Sample`.
+        val: validation samples.
 
     Raises:
         InputError: see :func:`find_layout`. An image is read, and an error in it found, when its turn comes.

@@ -40,12 +40,14 @@ class DemoSettings:
     Attributes:
         encoder_steps: updates of the encoder's weights alone, before the blocks are added.
         steps: updates of each network after that.
-        crop, batch_size: of the training images.
+        crop: size of the training images.
+        batch_size: training images per step.
         full: size of the images for validation, memory and picture.
         val_images: number of validation images.
         encoder_peak_lr: learning rate of the encoder alone, at its peak.
         lr: learning rate after that.
-        block_gain, width: of the network, see :class:`~dnl_ext.segmentation.SegmentationNetwork`.
+        block_gain: initial weight of the BatchNorm behind the block.
+        width: channels after the encoder's first convolution.
         seed: of weights and training images.
         threads: of PyTorch on the CPU; 0 is its own choice.
         device: "auto", "cpu", "cuda" or "cuda:N".

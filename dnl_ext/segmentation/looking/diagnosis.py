@@ -26,8 +26,9 @@ class DiagnoseSettings:
     """What :func:`diagnose` measures.
 
     Attributes:
-        data, layout, classes: as in :class:`~dnl_ext.segmentation.training.TrainConfig`; ``data`` None is what the
-            first checkpoint was trained on.
+        data: folder of images and labels; None is what the first checkpoint was trained on.
+        layout: of the folder; None is found by its names.
+        classes: number of classes; None is found from the folder.
         images: validation images to measure.
         queries: random queries per image.
         pictures: images to draw.
@@ -79,7 +80,7 @@ def diagnose(
         data: the data set; None opens the one that the settings name.
 
     Returns:
-        The report's tables, each with ``title``, ``head`` and ``rows`` of text.
+        The report's tables, a list of :class:`dnl_ext.analysis.tables.Section`.
 
     Raises:
         InputError: the data does not fit the networks, or the folder cannot be written.

@@ -25,7 +25,8 @@ class Query(NamedTuple):
     """A token to look from.
 
     Attributes:
-        row, column: its place on the grid of tokens, which are 8 x 8 pixels.
+        row: its place on the grid of tokens, which are 8 x 8 pixels.
+        column: the same.
         kind: its class number.
 
     Example:

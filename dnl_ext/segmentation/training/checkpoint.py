@@ -18,7 +18,7 @@ def save(state: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint, so that a crash leaves the old file or the new one, and never a part of one.
 
     Args:
-        state: what :meth:`Trainer.state` returns.
+        state: what :meth:`dnl_ext.segmentation.training.Trainer.state` returns.
         path: the file. It is written beside that first, then moved there in one step.
 
     Raises:

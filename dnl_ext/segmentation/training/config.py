@@ -25,8 +25,8 @@ class TrainConfig:
     """Settings of a training run, which are also the options of ``dnl-ext train``.
 
     Attributes:
-        variant, backend, width, temperature, block_gain: of the network, see
-            :class:`~dnl_ext.segmentation.SegmentationNetwork`.
+        variant: of the block; this and the next are arguments of :class:`~dnl_ext.segmentation.SegmentationNetwork`.
+        backend: "fused" or "reference".
         amp: "none", or "bf16" for autocast to bfloat16.
         dtype: of weights and images, "float32" or "float64".
         data: folder of images and labels; None is the built-in data set ``task``.
@@ -40,6 +40,9 @@ class TrainConfig:
         lr: learning rate at its peak; see :func:`learning_rate`.
         encoder_lr: factor on the encoder's learning rate.
         weight_decay: of the optimizer.
+        block_gain: initial weight of the BatchNorm behind the block; an argument of the network, as the next two.
+        temperature: divides the block's logits; None is the variant's own.
+        width: channels after the encoder's first convolution.
         val_every: steps between validations; 0 validates at the end only.
         val_images: validation images to use; None is all, which are 8 of the built-in data.
         save_every: steps between checkpoints.

@@ -94,7 +94,8 @@ def launched() -> tuple[int, int]:
 def start() -> None:
     """Join the other processes, where a launcher such as torchrun has started several; otherwise do nothing.
 
-    Call it before the first :class:`Trainer`. Tensors on the CPU are exchanged by gloo, those on a GPU by NCCL.
+    Call it before the first :class:`~dnl_ext.segmentation.training.Trainer`. Tensors on the CPU are exchanged by gloo,
+    those on a GPU by NCCL.
 
     Raises:
         InputError: the launcher's environment variables are incomplete, or the other processes cannot be reached.

@@ -43,7 +43,7 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"input: expected at least 2 dimensions (B, C), got shape {tuple(x.shape)}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, C, *spatial) to the same; in training, mean and variance are over B and positions of all processes."""
+        """Input ``x`` (B, C, ...) to the same shape; in training, statistics are over the batches of all processes."""
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)

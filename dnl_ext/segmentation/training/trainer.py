@@ -298,9 +298,9 @@ class Trainer:
             checkpoint.save(self.state(), self.checkpoint_path)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training batch of a step: images (B, 3, *crop) float32 and labels (B, *crop) int64, on the CPU.
+        """Training batch of a step, on the CPU: images (B, 3, h, w) float32 and labels (B, h, w) int64.
 
-        Of P processes, each has its B = batch_size / P crops.
+        Each of P processes has B = batch_size / P crops.
         """
         config, first = self.config, step * self.config.batch_size
         numbers = distributed.share(config.batch_size)
