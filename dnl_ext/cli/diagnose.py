@@ -10,9 +10,7 @@ from .errors import fail, one_line_errors
 @one_line_errors
 def diagnose(
     checkpoint: Annotated[list[str], typer.Argument(help="Checkpoints of dnl-ext train.", show_default=False)],
-    data: Annotated[
-        str | None, typer.Option(help="Folder of images and labels. [default: what it was trained on]")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="Folder of images and labels (what it was trained on).")] = None,
     layout: Annotated[str | None, typer.Option(help="Layout of the folder, as in dnl-ext train.")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes, where the layout leaves it open.")] = None,
     images: Annotated[int, typer.Option(min=1, help="Validation images to measure.")] = 8,

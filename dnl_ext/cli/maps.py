@@ -24,7 +24,7 @@ def maps(
     ] = None,
     query: Annotated[
         list[str] | None,
-        typer.Option(help="Pixel X,Y to look from, up to 6 of them. [default: a quarter in from each side]"),
+        typer.Option(help="Pixel X,Y to look from, up to 6 of them (a quarter in from each side)."),
     ] = None,
     out: Annotated[str, typer.Option(help="Picture to write: png, pdf or svg.")] = "maps.png",
 ) -> None:
