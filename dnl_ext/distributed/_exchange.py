@@ -11,12 +11,12 @@ what they have while it travels on to the next rank; after R steps every rank ha
 
 In the backward the sum of a block's gradients travels one step behind it, each rank adding its share, and arrives at
 the owner after R steps: the order of the sum is that of the ring, so results repeat bit for bit. Two buffers of a
-block, and in the backward two of its gradients: what a rank holds of others' is a block, not a shard. An empty block
-is not sent, which both ends know from the sizes.
+block, and in the backward two of its gradients, are all that a rank holds of other shards. An empty block is not sent,
+which both ends know from the sizes.
 
 Gather. Every rank gets all keys and values by one all-gather, padded to the largest shard, and gradients go back by one
-all-to-all, whose parts are added in the order of the ranks. The same bytes in two messages, but every rank holds all
-keys, values and their gradients: for small ones.
+all-to-all, whose parts are added in the order of the ranks. These are the same bytes in two messages, but every
+rank holds all keys, values and their gradients, which only suits small ones.
 """
 
 from collections.abc import Callable, Iterator, Sequence
