@@ -221,7 +221,7 @@ class Ablation:
         return Trainer(config, folder, state=state, state_path=path, data=data)
 
     def encoder(self, seed: int, listener: ListenerFactory) -> dict[str, torch.Tensor] | None:
-        """Weights of the encoder that all runs of a seed begin with, None without a pretext."""
+        """Weights of the encoder that all runs of a seed begin with, trained first; None where they begin untrained."""
         if not self.pretext:
             return None
         config = dataclasses.replace(
