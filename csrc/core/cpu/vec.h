@@ -1,8 +1,8 @@
 // Vectors of one instruction set, element types and exp2.
 //
 // Included by the isa_*.cpp files only, after they set the target and define DNL_ISA (the namespace) and
-// DNL_VECTOR_BYTES. GCC's vector extension carries the arithmetic, so that one source serves every instruction set;
-// intrinsics stand only where the language has no word for the instruction.
+// DNL_VECTOR_BYTES. The arithmetic is in GCC's vector extension, so that one source serves every instruction set;
+// intrinsics are used only where that extension cannot express the instruction.
 #pragma once
 
 #if defined(__x86_64__)
@@ -162,7 +162,7 @@ template <class T>
 inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
-// A square block of W elements of Bytes bytes, whatever they are: element j of row i becomes element i of row j. In
+// Transposes a square block of W x W elements of Bytes bytes: element j of row i becomes element i of row j. In
 // round S = 1, 2, 4, ... rows S apart exchange every other run of S elements.
 template <int Bytes>
 struct Transposition {
@@ -219,7 +219,7 @@ inline void transpose(const void* in, int64_t in_pitch, int64_t rows, int64_t co
     }
 }
 
-// The larger of two, `a` where they do not compare: a NaN in `b` is left to the exponentials that follow.
+// The larger of two numbers, and `a` where one is NaN: a NaN in `b` reaches the result through the exponentials.
 template <class V>
 inline V vmax(V a, V b) {
   return b > a ? b : a;
