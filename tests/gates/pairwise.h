@@ -264,7 +264,7 @@ PairwiseCase any_pairwise(Draw& draw, int64_t most, int64_t most_width, int64_t 
   const double large = std::pow(10.0, double(draw.upto(0, kLargestScale<T>)));
   t.logit = draw.of({1.0, 3.0, 3.0, 12.0, -3.0, large, -large});
   // All rows at once; few rows at a time; as few as steps of eight allow.
-  t.limits = draw.of({ChunkLimits{}, ChunkLimits{24, int64_t(1) << 20, 8}, ChunkLimits{1 << 20, 512, 8}});
+  t.limits = draw.of({ChunkLimits{}, ChunkLimits{8, int64_t(1) << 20, 8}, ChunkLimits{1 << 20, 512, 8}});
   t.most_blocks = draw.of({1, 2, 3});
   return t;
 }
