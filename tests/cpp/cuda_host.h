@@ -18,7 +18,7 @@
 // clang-format on
 #include "check.h"
 #include "core/cuda/affine.cuh"
-#include "core/cuda/gemm.h"
+#include "core/cuda/cublas.h"
 #include "core/cuda/ptx.cuh"
 
 using namespace dnl;
@@ -60,7 +60,7 @@ struct HostDevice : emulator::Launcher {
   HostDevice() { most_blocks = 3; }  // so that blocks take several tasks
 
   std::deque<std::unique_ptr<void, void (*)(void*)>> buffers;
-  bool tf32 = false;        // products of float round their operands to TF32
+  cublasContext blas;       // whether products of float round their operands to TF32
   bool whole_lines = true;  // extents of products are multiples of kPitch, as the chain promises
   Gpu on{90, 4, 227 << 10};
 
@@ -77,7 +77,7 @@ struct HostDevice : emulator::Launcher {
     return static_cast<T*>(data);
   }
 
-  // By the definition of BLAS.
+  // By the stand-in for cuBLAS (cublas_v2.h beside this file).
   template <class T, class Out>
   void product(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<Out>& c, int64_t batches, int64_t m,
                int64_t n, int64_t k, bool accumulate = false) {
@@ -87,24 +87,7 @@ struct HostDevice : emulator::Launcher {
     CHECK(m > 0 && n > 0 && k > 0, "an extent of a product is zero");
     CHECK(!whole_lines || (m % kPitch == 0 && n % kPitch == 0 && k % kPitch == 0),
           "an extent of a product is no whole line");
-    const Gemm<T, Out> x = gemm_of(a, b, c, batches, m, n, k);
-    for (int64_t e = 0; e < x.batches; ++e)
-      for (int64_t j = 0; j < x.n; ++j)
-        for (int64_t i = 0; i < x.m; ++i) {
-          double sum = 0;
-          for (int64_t l = 0; l < x.k; ++l)
-            sum += factor(x.a[e * x.stride_a + (x.transpose_a ? l + i * x.lda : i + l * x.lda)]) *
-                   factor(x.b[e * x.stride_b + (x.transpose_b ? j + l * x.ldb : l + j * x.ldb)]);
-          Out& to = x.c[e * x.stride_c + i + j * x.ldc];
-          to = static_cast<Out>(accumulate ? sum + to : sum);
-        }
-  }
-
-  template <class T>
-  double factor(T x) const {
-    if constexpr (std::is_same_v<T, float>)
-      if (tf32) return wide(rounded<Tf32>(x));
-    return wide(x);
+    cublas_gemm(&blas, gemm_of(a, b, c, batches, m, n, k), accumulate);
   }
 
   template <class T>

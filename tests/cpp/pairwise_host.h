@@ -68,7 +68,7 @@ void test_pairwise(const Case& t) {
   if (t.mask && t.needs & 8) args.grad_mask = dm.view;
   {
     HostDevice device;
-    device.tf32 = kTf32;
+    device.blas.tf32 = kTf32;
     device.whole_lines = !t.fused.capability || !kHalf<T>;  // the backward of float is the chain's
     pairwise_backward_cuda<T>(args, device, t.limits, t.fused.capability != 0);
   }

@@ -140,40 +140,55 @@ void test_limits() {
   CHECK(raised.back() == 31, "a refused limit counts as raised");
 }
 
-// Every order of operands and results, batches or none, in one batch or from a later one on.
+// Every order of operands and results, a batch of three or a batch of one that starts later, added or not.
+template <class T, class Out>
 void test_gemm() {
   constexpr int64_t B = 3, M = 8, N = 16, K = 24;
   std::normal_distribution<double> normal;
   for (int orders = 0; orders < 8; ++orders)
-    for (int64_t first : {0, 1})
+    for (int64_t first : {0, 2})
       for (bool accumulate : {false, true}) {
-        std::vector<double> data[3];
-        const auto matrix = [&](int which, int64_t rows, int64_t columns) {
-          const bool transposed = orders >> which & 1;
+        const auto matrix = [&](auto& data, bool transposed, int64_t rows, int64_t columns) {
+          using Element = typename std::decay_t<decltype(data)>::value_type;
           const int64_t outer = transposed ? columns : rows, pitch = (transposed ? rows : columns) + kPitch;
-          data[which].resize(B * outer * pitch);
-          for (double& x : data[which]) x = normal(generator);
-          const auto result = dense(data[which].data(), B, outer, pitch);
+          data.resize(B * outer * pitch);
+          for (Element& x : data) x = rounded<Element>(static_cast<AccOf<Element>>(normal(generator)));
+          const auto result = dense(data.data(), B, outer, pitch);
           return (transposed ? result.transposed() : result).from(first, 0);
         };
-        const auto a = matrix(0, M, K), b = matrix(1, K, N), c = matrix(2, M, N);
-        Values want;
+        std::vector<T> left, right;
+        std::vector<Out> result;
+        const auto a = matrix(left, orders & 1, M, K), b = matrix(right, orders & 2, K, N);
+        const auto c = matrix(result, orders & 4, M, N);
+        Values want, got;
         for (int64_t e = 0; e < B - first; ++e)
           for (int64_t i = 0; i < M; ++i)
             for (int64_t j = 0; j < N; ++j) {
               double sum = accumulate ? *c.element(e, i, j) : 0;
-              for (int64_t l = 0; l < K; ++l) sum += *a.element(e, i, l) * *b.element(e, l, j);
+              for (int64_t l = 0; l < K; ++l) sum += double(wide(*a.element(e, i, l))) * wide(*b.element(e, l, j));
               want.push_back(sum);
             }
         HostDevice device;
         device.product(a.read(), b.read(), c, B - first, M, N, K, accumulate);
-        Values got;
         for (int64_t e = 0; e < B - first; ++e)
           for (int64_t i = 0; i < M; ++i)
             for (int64_t j = 0; j < N; ++j) got.push_back(*c.element(e, i, j));
-        CHECK(relative(got, want) < 1e-14, "orders %d, from %ld, accumulate %d: error %.2g", orders, long(first),
-              accumulate, relative(got, want));
+        CHECK(relative(got, want) < kBound<Out> / 10, "dtype %d, orders %d, from %ld, accumulate %d: error %.2g",
+              int(kType<T>), orders, long(first), accumulate, relative(got, want));
       }
+}
+
+// What cuBLAS refuses is an error.
+void test_refused_product() {
+  float x[64] = {};
+  const Matrix<const float> rows{x, single_batch(1, 0), 4, 1};  // four apart, eight of them long
+  try {
+    cublasContext context;
+    cublas_gemm(&context, gemm_of(rows, rows, Matrix<float>{x, single_batch(1, 0), 8, 1}, 1, 8, 8, 8), false);
+    CHECK(false, "a refused product counts as done");
+  } catch (const std::runtime_error& error) {
+    CHECK(std::string(error.what()).find("not valid") != std::string::npos, "%s", error.what());
+  }
 }
 
 }  // namespace
@@ -186,6 +201,10 @@ int main() {
   test_online_softmax();
   test_batch();
   test_workspace();
-  test_gemm();
+  test_gemm<double, double>();
+  test_gemm<float, float>();
+  test_gemm<__nv_bfloat16, float>();
+  test_gemm<__half, float>();
+  test_refused_product();
   return report();
 }

@@ -154,9 +154,9 @@ class TestValues:
 
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("channel_first", [False, True])
-    @pytest.mark.parametrize("sizes", [(9000, 4500, 64, 48), (4097, 9409, 24, 40)])
+    @pytest.mark.parametrize("sizes", [(2600, 72000, 64, 48), (2501, 70001, 24, 40)])
     def test_several_chunks(self, dtype, channel_first, sizes):
-        """More queries and keys than one chunk holds, odd numbers of them, on the GPU against float64 on the GPU."""
+        """Maps of more than 512 MiB, odd numbers of queries and keys, on the GPU against float64 on the GPU."""
         queries, keys, width, channels = sizes
         inputs = inputs_on("cuda", dtype, batch=(1,), queries=queries, keys=keys, width=width, channels=channels,
                            channel_first=channel_first)  # fmt: skip

@@ -31,7 +31,7 @@ UNARY, SHARED = "ops/unary/unary_cuda.cuh", "ops/pairwise/chain/operands.cuh"
 STANDARDISE = "ops/whiten/standardise_cuda.cuh"
 FORWARD, ROWS = "ops/pairwise/chain/forward.cuh", "ops/pairwise/chain/backward_rows.cuh"
 ROW, CHUNKS = "ops/pairwise/chain/row_logits.cuh", "ops/pairwise/chain/plan.h"
-GEMM = "core/cuda/gemm.h"
+GEMM, CUBLAS = "core/cuda/gemm.h", "core/cuda/cublas.h"
 MAP, GRADIENTS = "ops/pairwise/chain/backward_map.cuh", "ops/pairwise/chain/gradients.cuh"
 BACKWARD = "ops/pairwise/chain/backward.cuh"
 TILE, FUSED = "ops/pairwise/fused/tile.cuh", "ops/pairwise/fused/forward.cuh"
@@ -87,10 +87,10 @@ MUTANTS = [
     Mutant("add: overwrites instead", AFFINE, "total.value[i] += term.value[i]", "total.value[i] = term.value[i]",
            "standardise"),
     Mutant("affine: nothing is written beyond the operand", AFFINE,
-           "          out[i * op.out.position + c * op.out.channel] = rounded<Out>(A(0));\n          continue;",
-           "          continue;", "chain", type=BF16),
-    Mutant("affine: channels beyond the last are copied", AFFINE, "if (i >= op.positions || c >= op.channels) {",
-           "if (i >= op.positions) {", "chain", "asan", cases=60),
+           "out[i * op.out.position + c * op.out.channel] = result;",
+           "if (inside) out[i * op.out.position + c * op.out.channel] = result;", "chain", type=BF16),
+    Mutant("affine: channels beyond the last are copied", AFFINE, "inside = i < op.positions && c < op.channels;",
+           "inside = i < op.positions;", "chain", "asan", cases=60),
     # Warp and block reductions.
     Mutant("warp sum: the last step is missing", DEVICE, "step > 0; step /= 2) x +=", "step > 1; step /= 2) x +=",
            "unary"),
@@ -158,6 +158,11 @@ MUTANTS = [
            "by_rows(x) ? x.position : x.position", "chain"),
     Mutant("products: every batch element is the first", GEMM, "x.batch.dims ? x.batch.stride[0] : 0;", "int64_t(0);",
            "chain"),
+    Mutant("products: what is there is replaced", CUBLAS, "beta = accumulate ? 1 : 0;", "beta = 0;", "chain",
+           type=BF16),
+    Mutant("products: both factors transposed alike", CUBLAS, "b = x.transpose_b ?", "b = x.transpose_a ?", "chain"),
+    Mutant("products: float16 taken for bfloat16", CUBLAS, "std::is_same_v<T, __half> ? CUDA_R_16F : CUDA_R_16BF",
+           "CUDA_R_16BF", "chain", type=F16),
     # The plan of the chain.
     Mutant("plan: the last chunk is as long as the others", CHUNKS, "std::min(rows, all_rows - i)", "rows", "chain",
            "asan", cases=60),

@@ -28,8 +28,9 @@ struct Affine {
   Rows<const A> beta_row = {};  // (batches, positions), multiplies beta; or null
   const A* gamma = nullptr;     // (batches, channels); nullptr leaves the second term out
   A scale = 1;
-  const A* factor = nullptr;                                           // (batches), multiplies scale; or nullptr
-  int64_t written_positions = positions, written_channels = channels;  // extents of `out`, which is 0 beyond the above
+  const A* factor = nullptr;  // (batches), multiplies scale; or nullptr
+  // Extents of `out`, which is 0 beyond the above. Not with `rest`.
+  int64_t written_positions = positions, written_channels = channels;
 
   void zeros_to(int64_t all_positions, int64_t all_channels) {
     written_positions = all_positions;
@@ -58,13 +59,11 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(Affine<In, Out> op, in
         const int64_t f = fast + u * kWarp + lane;
         if (f >= fast_count) continue;
         const int64_t i = kPositionFast ? f : s, c = kPositionFast ? s : f;
-        if (i >= op.positions || c >= op.channels) {
-          out[i * op.out.position + c * op.out.channel] = rounded<Out>(A(0));
-          continue;
-        }
+        const bool inside = i < op.positions && c < op.channels;
         A value = 0;
-        if (in) value = op.alpha * (alpha ? alpha[i] : A(1)) * wide(in[i * op.in.position + c * op.in.channel]);
-        if (gamma) value += op.beta * (beta ? beta[i] : A(1)) * gamma[c];
+        if (in && inside)
+          value = op.alpha * (alpha ? alpha[i] : A(1)) * wide(in[i * op.in.position + c * op.in.channel]);
+        if (gamma && inside) value += op.beta * (beta ? beta[i] : A(1)) * gamma[c];
         value *= scale;
         const Out result = rounded<Out>(value);
         out[i * op.out.position + c * op.out.channel] = result;
