@@ -193,10 +193,6 @@ void elementwise(int64_t row) {
   const int64_t tasks = ceil_div_of(row + 1, kTileSlow) * ceil_div_of(kColumns, kTileFast);
   launch_one(tasks - 1, tasks, &affine_kernel<float, float, false>, op, tasks);
   near("affine", row, "out", out.data[at], 14, 1e-6);
-
-  const int64_t quads = (row + 1) * kColumns / kQuad, adds = ceil_div_of(quads, kThreads);
-  launch_one(adds - 1, adds, &add_kernel<float>, out.data, in.data, quads, adds);
-  near("add", row, "sum", out.data[at], 21, 1e-6);
 }
 
 // Whitening, its last tile and its last column sums of moments.

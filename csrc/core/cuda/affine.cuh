@@ -59,12 +59,12 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(Affine<In, Out> op, in
         const int64_t f = fast + u * kWarp + lane;
         if (f >= fast_count) continue;
         const int64_t i = kPositionFast ? f : s, c = kPositionFast ? s : f;
-        const bool inside = i < op.positions && c < op.channels;
         A value = 0;
-        if (in && inside)
-          value = op.alpha * (alpha ? alpha[i] : A(1)) * wide(in[i * op.in.position + c * op.in.channel]);
-        if (gamma && inside) value += op.beta * (beta ? beta[i] : A(1)) * gamma[c];
-        value *= scale;
+        if (i < op.positions && c < op.channels) {
+          if (in) value = op.alpha * (alpha ? alpha[i] : A(1)) * wide(in[i * op.in.position + c * op.in.channel]);
+          if (gamma) value += op.beta * (beta ? beta[i] : A(1)) * gamma[c];
+          value *= scale;
+        }
         const Out result = rounded<Out>(value);
         out[i * op.out.position + c * op.out.channel] = result;
         if (rest) rest[i * op.rest.position + c * op.rest.channel] = rounded<Out>(value - wide(result));
@@ -80,27 +80,6 @@ void affine(Device& device, const Affine<In, Out>& op) {
   const int64_t fast = position_fast ? op.written_positions : op.written_channels;
   const int64_t tasks = op.batches * ceil_div_of(slow, kTileSlow) * ceil_div_of(fast, kTileFast);
   device.launch(position_fast ? &affine_kernel<In, Out, true> : &affine_kernel<In, Out, false>, tasks, op, tasks);
-}
-
-// sum += more, for `count` values of a buffer of our own.
-template <class A>
-__global__ void __launch_bounds__(kThreads) add_kernel(A* sum,         // (quads * kQuad)
-                                                       const A* more,  // the same
-                                                       int64_t quads, int64_t tasks) {
-  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int64_t quad = task * kThreads + threadIdx.x;
-    if (quad >= quads) continue;
-    Quad<A> total = load_quad(sum, quad);
-    const Quad<A> term = load_quad(more, quad);
-    for (int i = 0; i < kQuad; ++i) total.value[i] += term.value[i];
-    store_quad(sum, quad, total);
-  }
-}
-
-template <class A, class Device>
-void add(Device& device, A* sum, const A* more, int64_t count) {
-  const int64_t quads = count / kQuad, tasks = ceil_div_of(quads, kThreads);
-  device.launch(&add_kernel<A>, tasks, sum, more, quads, tasks);
 }
 
 }  // namespace dnl
