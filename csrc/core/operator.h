@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "core/errors.h"
+#include "core/torch_errors.h"
 #include "core/types.h"
 
 namespace dnl {
@@ -146,9 +147,14 @@ inline Sizes operator+(Sizes sizes, std::initializer_list<int64_t> more) {
 inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType type) {
   AtenTensorHandle result;
   const auto device = like.device();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError failed = aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &result));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &result);
+  if (failed) {
+    const std::string tried = message("allocating a tensor of shape ", to_string(sizes), " and dtype ",
+                                      torch::headeronly::toString(type), " on ", device_name(like));
+    like.is_cuda() ? throw_torch_error<OutOfMemoryError>(tried) : throw_torch_error(tried);
+  }
   return Tensor(result);
 }
 

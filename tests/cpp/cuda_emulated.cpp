@@ -1,16 +1,32 @@
 // The whole CUDA route on CPU tensors: the operators' glue, drivers and kernels as they are, with kernels run by
 // the emulator and products by torch's CPU bmm. Registered as dnl_cuda_emulated::*; tests/routes.py builds and loads
-// it.
+// it. It links to libdnl_ext.so for what operators ask of it: the settings of torch, and the path of a call.
 
 // clang-format off
 #include "emulator.h"
 #include "device.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <string>
+
+// torch/csrc/shim_exception_state.h, which the stable ABI hides. Absent before 2.13.
+namespace torch::csrc::shim::details {
+__attribute__((weak, visibility("default"))) void set_torch_exception_what_without_backtrace(const std::string& text);
+}
+
+// What the C API does where torch throws c10::OutOfMemoryError.
+inline AOTITorchError out_of_memory() {
+  using torch::csrc::shim::details::set_torch_exception_what_without_backtrace;
+  if (set_torch_exception_what_without_backtrace)
+    set_torch_exception_what_without_backtrace("CUDA out of memory. Tried to allocate 2.00 GiB.");
+  return 1;
+}
 
 // Every tensor that the operators make begins as NaN, results and buffers alike: what no kernel writes shows.
+// DNL_EXT_EMULATED_FULL: there is no memory.
 inline AOTITorchError poisoned_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                              int32_t device_type, int32_t device_index, AtenTensorHandle* result) {
+  if (std::getenv("DNL_EXT_EMULATED_FULL")) return out_of_memory();
   if (const AOTITorchError error =
           aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, result))
     return error;
@@ -25,7 +41,6 @@ inline AOTITorchError poisoned_empty_strided(int64_t dims, const int64_t* sizes,
 #include "core/cuda/launch.h"
 // clang-format on
 #include "core/cuda/ptx.cuh"
-#include "core/tf32.cpp"  // the whole library is this file
 #include "ops/pairwise/pairwise_plan.h"
 
 namespace dnl {
@@ -47,12 +62,14 @@ class CudaDevice : public TensorMemory, public emulator::Launcher {
   }
 
   // torch's CPU bmm has no dtype_out: halves are widened first, which is exact. It has no TF32 either: where that is
-  // allowed, floats are rounded to it first.
+  // allowed, floats are rounded to it first. DNL_EXT_EMULATED_PRODUCTS=torch: products as a GPU's operators ask for
+  // them.
   template <class T, class Out>
   void product(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<Out>& c, int64_t batches, int64_t m,
                int64_t n, int64_t k) const {
-    if (std::is_same_v<T, double> || (std::is_same_v<T, float> && !tf32_allowed())) {
-      if constexpr (std::is_same_v<T, Out>) TensorMemory::product(a, b, c, batches, m, n, k);
+    if (std::getenv("DNL_EXT_EMULATED_PRODUCTS") || std::is_same_v<T, double> ||
+        (std::is_same_v<T, float> && !tf32_allowed())) {
+      TensorMemory::product(a, b, c, batches, m, n, k);
     } else {
       TensorMemory memory(like_);
       const Matrix<float> left = widened(memory, a, batches, m, k), right = widened(memory, b, batches, k, n);
@@ -96,11 +113,6 @@ extern "C" __attribute__((visibility("default"))) void configure_emulator(int tu
   options.turns = static_cast<emulator::Turns>(turns);
   options.seed = seed;
   options.max_threads = max_threads;
-}
-
-// Whether products of float may use TF32: as torch.backends.cuda.matmul has it, or whatever a test says.
-extern "C" __attribute__((visibility("default"))) void set_emulated_tf32_query(dnl::Tf32Query query) {
-  dnl::set_tf32_query(query);
 }
 
 // The same registrations under another name and for the key that CPU tensors have.

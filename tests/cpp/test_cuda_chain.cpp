@@ -5,7 +5,7 @@
 #include <thread>
 
 #include "core/cuda/per_device.h"
-#include "core/tf32.cpp"  // this program is one file
+#include "core/matmul_settings.cpp"  // this program is one file
 #include "cuda_host.h"
 #include "ops/pairwise/chain/backward.cuh"
 #include "ops/pairwise/chain/forward.cuh"
@@ -417,9 +417,9 @@ void test_per_device() {
 
 void test_tf32_query() {
   CHECK(!tf32_allowed(), "allowed by nobody");
-  set_tf32_query([] { return true; });
-  CHECK(tf32_allowed(), "the answer is lost");
-  set_tf32_query(nullptr);
+  set_matmul_query([](MatmulSetting setting) { return setting == MatmulSetting::tf32; });
+  CHECK(tf32_allowed() && !allowed(MatmulSetting::fp16_accumulation), "the answer is lost");
+  set_matmul_query(nullptr);
 }
 
 void test_half_types() {

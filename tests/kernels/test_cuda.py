@@ -322,3 +322,59 @@ class TestMachine:
         for x, y in zip(got, step(first), strict=True):
             assert x.device.index == 1
             torch.testing.assert_close(x.cpu(), y.cpu())
+
+
+class TestErrorsOfTorch:
+    """What torch throws below an operator reaches Python with torch's type and text."""
+
+    def call(self):
+        q, k, v, m = (torch.randn(sizes) for sizes in ((5, 3), (7, 3), (7, 4), (7,)))
+        return dnl_ext.disentangled_attention(q, k, v, m)
+
+    def test_out_of_memory(self, emulated, monkeypatch):
+        monkeypatch.setenv("DNL_EXT_EMULATED_FULL", "1")
+        with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. Tried to allocate 2\.00 GiB"):
+            self.call()
+
+    def test_out_of_memory_in_a_backward(self, emulated, monkeypatch):
+        q = torch.randn(5, 3, requires_grad=True)
+        output = dnl_ext.pairwise_attention(q, torch.randn(7, 3), torch.randn(7, 4))
+        monkeypatch.setenv("DNL_EXT_EMULATED_FULL", "1")
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            output.sum().backward()
+
+    def test_a_product_that_torch_lacks(self, emulated, monkeypatch):
+        """bmm.dtype_out has no CPU kernel: the emulated device calls it as it stands."""
+        monkeypatch.setenv("DNL_EXT_EMULATED_PRODUCTS", "torch")
+        q, k, v = (torch.randn(sizes).half() for sizes in ((5, 3), (7, 3), (7, 4)))
+        with pytest.raises(NotImplementedError, match=r"Could not run 'aten::bmm\.dtype_out'"):
+            dnl_ext.pairwise_attention(q, k, v)
+
+
+class TestSumsInFloat16:
+    """Torch refuses products of float16 with float results while torch.backends.cuda.matmul.allow_fp16_accumulation."""
+
+    @pytest.fixture
+    def allowed(self):
+        matmul = torch.backends.cuda.matmul
+        before = matmul.allow_fp16_accumulation
+        matmul.allow_fp16_accumulation = True
+        yield
+        matmul.allow_fp16_accumulation = before
+
+    @pytest.mark.parametrize("path", ["chain", "fused"])
+    def test_float_copies_are_multiplied(self, emulated, allowed, monkeypatch, path):
+        """By torch's own product, which the emulated device calls as it stands; it has none of halves on the CPU."""
+        monkeypatch.setenv("DNL_EXT_EMULATED_PRODUCTS", "torch")
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", path)
+        for seed, layout in enumerate(("contiguous", "channel_first")):
+            accuracy.check(
+                cases.make_case(seed=seed, lead=(2,), nq=33, nk=47, dqk=20, dv=24, dtype=torch.float16, layout=layout)
+            )
+
+    @needs_gpu
+    def test_on_a_gpu(self, allowed):
+        accuracy.check(
+            cases.make_case(lead=(2,), nq=33, nk=47, dqk=20, dv=24, dtype=torch.float16),
+            on_gpu("disentangled_attention"),
+        )

@@ -418,3 +418,13 @@ class TestUnderVmap:
             function(*(x[0] for x in inputs))
         with pytest.raises(ValueError, match=r"^\w+: expected"):
             torch.func.vmap(function)(*inputs)
+
+
+def test_memory_that_there_is_not_is_refused_with_torch_s_own_words():
+    """An output of 2^50 floats, of inputs that take no memory."""
+    q = torch.zeros(1, 1).expand(2**40, 1)
+    with pytest.raises(RuntimeError, match=r"(?i)allocate .*memory") as ours:
+        dnl_ext.pairwise_attention(q, torch.zeros(3, 1), torch.zeros(3, 2**10), whiten=None)
+    with pytest.raises(RuntimeError) as torchs:
+        torch.empty(2**40, 2**10)
+    assert type(ours.value) is type(torchs.value)

@@ -37,10 +37,16 @@ class CudaDevice : public TensorMemory {
       STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                           static_cast<int>(shape.shared_bytes)));
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(like_.get_device_index(), &stream));
+    if (aoti_torch_get_current_cuda_stream(like_.get_device_index(), &stream))
+      throw_torch_error("asking for the current stream");
     kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, static_cast<size_t>(shape.shared_bytes),
              static_cast<cudaStream_t>(stream)>>>(arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    const cudaError_t error = cudaGetLastError();
+    if (error == cudaErrorNoKernelImageForDevice)
+      throw NotImplementedError(
+          "dnl_ext was not built for this GPU (compute capability 8.0 or later): rebuild it with "
+          "TORCH_CUDA_ARCH_LIST, see `python -m dnl_ext doctor`");
+    STD_CUDA_CHECK(error);
   }
 
   Gpu gpu() const {

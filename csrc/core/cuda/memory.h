@@ -1,14 +1,17 @@
 // Memory and library products of the CUDA operators, through torch.
 //
 // Products go through the dispatcher to aten (bmm.out, and bmm.dtype_out for halves in and float out), so torch's own
-// settings (allow_tf32, preferred BLAS library, workspaces, graph capture) hold for them. baddbmm is out of reach: the
-// stable ABI cannot pass its Scalar arguments.
+// settings (allow_tf32, preferred BLAS library, workspaces, graph capture) hold for them. One cannot: where torch
+// allows sums in float16 (allow_fp16_accumulation), it refuses products of float16 with float results. Those then
+// multiply float copies of their operands, which are exact, and in TF32 too, where that is allowed. baddbmm is out of
+// reach: the stable ABI cannot pass its Scalar arguments.
 #pragma once
 
 #include <array>
 #include <deque>
 
 #include "core/cuda/device.cuh"
+#include "core/matmul_settings.h"
 #include "core/operator.h"
 
 namespace dnl {
@@ -52,6 +55,10 @@ class TensorMemory {
     if constexpr (std::is_same_v<T, Out>) {
       std::array<StableIValue, 3> stack{from(left), from(right), from(out)};
       call_bmm("out", stack.data());
+    } else if (std::is_same_v<T, __half> && sums_in_float16()) {
+      std::array<StableIValue, 3> stack{from(torch::stable::to(left, ScalarType::Float)),
+                                        from(torch::stable::to(right, ScalarType::Float)), from(out)};
+      call_bmm("out", stack.data());
     } else {
       std::array<StableIValue, 4> stack{from(left), from(right), from(kScalarType<Out>), from(out)};
       call_bmm("dtype_out", stack.data());
@@ -68,16 +75,24 @@ class TensorMemory {
     const int64_t sizes[] = {batches, rows, columns};
     const int64_t strides[] = {x.batch.dims ? x.batch.stride[0] : rows * columns, x.position, x.channel};
     AtenTensorHandle result;
-    TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(holder.get(), 3, sizes, strides,
-                                                          bytes / static_cast<int64_t>(sizeof(T)), &result));
+    if (aoti_torch__reinterpret_tensor(holder.get(), 3, sizes, strides, bytes / static_cast<int64_t>(sizeof(T)),
+                                       &result))
+      throw_torch_error("a view of a buffer");
     return Tensor(result);
+  }
+
+  // Asked once, since asking takes Python's lock: a call has dozens of products.
+  bool sums_in_float16() const {
+    if (!sums_in_float16_) sums_in_float16_ = allowed(MatmulSetting::fp16_accumulation);
+    return *sums_in_float16_;
   }
 
   const Tensor& like_;
 
  private:
   static void call_bmm(const char* overload, StableIValue* stack) {
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", overload, stack, TORCH_ABI_VERSION));
+    if (torch_call_dispatcher("aten::bmm", overload, stack, TORCH_ABI_VERSION))
+      throw_torch_error(message("aten::bmm.", overload));
     torch::stable::detail::to<Tensor>(stack[0]);  // owns, and so frees, the returned reference
   }
 
@@ -93,6 +108,7 @@ class TensorMemory {
   }
 
   std::deque<Tensor> tensors_;
+  mutable std::optional<bool> sums_in_float16_;
 };
 
 }  // namespace dnl
