@@ -39,6 +39,14 @@ def pytest_make_parametrize_id(config, val, argname):
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
 
 
+@pytest.fixture(autouse=True, scope="session")
+def own_tune_file(tmp_path_factory):
+    """What the user's own GPU was found to prefer (dnl-ext tune) decides nothing here, and no test writes to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DNL_EXT_TUNE_FILE", str(tmp_path_factory.mktemp("tune") / "paths.json"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
