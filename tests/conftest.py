@@ -10,9 +10,19 @@ import torch
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long form of the suites too")
+    parser.addoption("--no-emulator", action="store_true", help="leave out what the emulator of CUDA kernels runs")
+
+
+def is_emulated(item):
+    """Whether a test builds the emulated operators."""
+    device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
+    return "emulated_library" in item.fixturenames or device == "emulated"
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--no-emulator"):
+        config.hook.pytest_deselected(items=[item for item in items if is_emulated(item)])
+        items[:] = [item for item in items if not is_emulated(item)]
     if config.getoption("--slow"):
         return
     skip = pytest.mark.skip(reason="long form; give --slow")
