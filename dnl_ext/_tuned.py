@@ -209,11 +209,13 @@ def _record(kind: type, row: Any) -> Any:
         machine = Machine(**row.pop("machine"))
         if kind is Measured:
             call = row.pop("call")
-            sizes, layout = tuple(map(int, call.pop("sizes"))), tuple(map(bool, call.pop("channel_first")))
+            batches, queries, keys, width, channels = map(int, call.pop("sizes"))
+            query_first, key_first, value_first = map(bool, call.pop("channel_first"))
+            sizes, layout = (batches, queries, keys, width, channels), (query_first, key_first, value_first)
             times = {str(name): float(time) for name, time in row.pop("milliseconds").items()}
             wrong = {str(name): str(reason) for name, reason in row.pop("wrong").items()}
             row |= {"call": Call(**call, sizes=sizes, channel_first=layout), "milliseconds": times, "wrong": wrong}
-            if len(sizes) != 5 or len(layout) != 3 or row["path"] in wrong:
+            if row["path"] in wrong:
                 return None
         record = kind(machine=machine, **row)
         return record if record.path in _C.cuda_paths() and all(map(_is_text, asdict(machine).values())) else None
@@ -267,7 +269,8 @@ def driver() -> str:
         words = Path("/proc/driver/nvidia/version").read_text().split()
         return next(word for word in words if word.count(".") >= 1 and word.replace(".", "").isdigit())
     except (OSError, StopIteration):
-        return f"CUDA {torch._C._cuda_getDriverVersion()}" if hasattr(torch._C, "_cuda_getDriverVersion") else "unknown"
+        version = getattr(torch._C, "_cuda_getDriverVersion", lambda: "unknown")
+        return f"CUDA {version()}"
 
 
 @functools.cache

@@ -10,6 +10,7 @@ to the last. Every path runs by itself, under DNL_EXT_CUDA_PATH:
     test       tests/kernels/test_cuda.py without the emulator: values, layouts, several chunks, streams, graph capture
                and replay, memory, N * N > 2^31
     values     random cases against float64
+    tune       `python -m dnl_ext tune` on two shapes: what it would choose here
     pieces     gpu_pieces.py: library products, the host's share of a call, large means, the first call
     sanitize   compute-sanitizer where it is installed: memcheck, racecheck, synccheck, initcheck on small cases
     repeats    20 shapes, 250 times each, forward and backward, bit-equal
@@ -42,13 +43,14 @@ from gpu_report import Report, Step
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = (
-    *("build", "figures", "test", "values", "pieces", "sanitize"),
+    *("build", "figures", "test", "values", "tune", "pieces", "sanitize"),
     *("repeats", "together", "profile", "bench", "compiled"),
 )
 SHARES = {
     "build": 0.45,
     "test": 0.2,
     "values": 0.08,
+    "tune": 0.08,
     "pieces": 0.12,
     "repeats": 0.06,
     "together": 0.04,
@@ -179,6 +181,14 @@ class Check:
         paths = built_paths()
         for path in paths:
             self.cases(f"repeats, {path}", "cuda-repeats", 0, 20, SHARES["repeats"] / len(paths) * self.seconds, path)
+
+    def tune(self):
+        began = time.time()
+        command = [sys.executable, "-m", "dnl_ext", "tune", "--dtype", "bf16",
+                   "--shape", "4096,256,256", "--shape", "16384,256,512"]  # fmt: skip
+        file = self.out / "paths.json"
+        status, text = self.call(command, SHARES["tune"], DNL_EXT_TUNE_FILE=str(file.resolve()))
+        self.ended("tune", began, status, text[-1000:])
 
     def pieces(self):
         """A piece's lines count as far as they came."""

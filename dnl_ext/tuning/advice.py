@@ -1,5 +1,6 @@
 """What the operators ask at the first call of a shape (csrc/ops/pairwise/path_choice.h): which path it takes."""
 
+import contextlib
 import os
 import threading
 import warnings
@@ -33,10 +34,8 @@ def advise(
     takes what is known, or the chain, and is asked for again.
     """
     batches, queries, keys, width, channels = sizes
-    names = ("query_channel_first", "key_channel_first", "value_channel_first")
-    call = Call(
-        dtype, backward, (batches, queries, keys, width, channels), tuple(layout[name] for name in names)
-    )  # fmt: skip
+    first = layout["query_channel_first"], layout["key_channel_first"], layout["value_channel_first"]
+    call = Call(dtype, backward, (batches, queries, keys, width, channels), first)
     machine = _tuned.machine_of(device)
     choice = _tuned.choice(machine, capability, call)
     record = _tuned.measured(machine, call)
@@ -46,7 +45,7 @@ def advise(
     known = "chain" if choice.unchecked else choice.path
     if dtype == "float32" and not _C.tf32_allowed():
         return "chain", False
-    if device >= 0 and torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         return known, False
     if not _at_work.acquire(blocking=False):
         return known, False
@@ -69,12 +68,22 @@ def advise(
     return choice.path, True
 
 
+def capturing(device: int) -> bool:
+    """Whether the stream on which calls on this GPU run is being captured into a graph."""
+    if device < 0:
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
 def _asked_to_tune() -> bool:
     return os.environ.get("DNL_EXT_TUNE", "0").lower() not in ("", "0", "false", "off", "no")
 
 
 def _measure(call: Call, target: Target) -> None:
     outcomes, unwritten = tune([call], target)
+    if target.device.type == "cuda":
+        torch.cuda.empty_cache()  # what a stream of its own has used would serve no other
     for outcome in outcomes:
         for reason in outcome.wrong.values():
             _warn(f"{reason}; it is not taken")
@@ -91,4 +100,5 @@ def _check(path: str, call: Call, target: Target) -> None:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"dnl_ext: {text}", RuntimeWarning, stacklevel=2)
+    with contextlib.suppress(RuntimeWarning):  # where warnings are errors: none can leave an operator's choice
+        warnings.warn(f"dnl_ext: {text}", RuntimeWarning, stacklevel=2)

@@ -9,7 +9,7 @@ import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -57,9 +57,7 @@ def forced(path: str) -> Iterator[None]:
         _C.force_path("")
 
 
-def finish(
-    work: Callable[[Callable[[], None]], Result], device: torch.device, seconds: float, patience: float | None = None
-) -> Result:
+def finish(work: Callable[[Callable[[], None]], Result], device: torch.device, seconds: float) -> Result:
     """The result of ``work(settle)``, run in a thread of its own and, on a GPU, on a stream of its own.
 
     The thread has none of the caller's state (autocast, modes, gradients, compilation). ``settle()`` returns when the
@@ -126,11 +124,12 @@ class Problem:
         """In the layout of the call."""
         inputs = make_inputs(self.case, self.seed)
         names = ("query", "key", "value")
-        laid = (
+        query, key, value = (
             getattr(inputs, name).detach() if first else getattr(inputs, name).detach().contiguous()
             for name, first in zip(names, self.call.channel_first, strict=True)
         )
-        return Inputs(*laid, inputs.mask_logits)
+        mask = inputs.mask_logits
+        return Inputs(query, key, value, None if mask is None else mask.detach())
 
     def reproducer(self, path: str) -> str:
         """A command that repeats the check."""
@@ -183,7 +182,7 @@ class Trial:
         return {"output": self.output} | dict(zip(gradient_names(self.inputs), results, strict=True))
 
 
-def runnable(call: Call, capability: int, multiprocessors: int, paths: list[str] | None = None) -> list[str]:
+def runnable(call: Call, capability: int, multiprocessors: int, paths: Sequence[str] | None = None) -> list[str]:
     """The paths that can take a call on such a GPU, all of them or those of `paths`."""
     names = ("query_channel_first", "key_channel_first", "value_channel_first")
     layout: dict[str, Any] = dict(zip(names, call.channel_first, strict=True))

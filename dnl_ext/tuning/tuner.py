@@ -154,8 +154,8 @@ def self_check(path: str, call: Call, target: Target, patience: float | None = N
     width, channels = call.sizes[3:]
     reason = ""
     for number, sizes in enumerate(SMALL):
-        layout = (number == 0,) * 3  # channel-first, then rows
-        small = Call(call.dtype, call.backward, (*sizes, width, channels), layout)
+        first = number == 0  # then rows
+        small = Call(call.dtype, call.backward, (*sizes, width, channels), (first, first, first))
         reason = fault(Problem(small, target.device, unary=number > 0), path, patience)
         if reason:
             break

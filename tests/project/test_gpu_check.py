@@ -264,6 +264,13 @@ class TestSteps:
         check.sanitize()
         assert set(statuses(check)) == {"skipped"} and not check.calls
 
+    def test_what_tune_chooses_is_kept_beside_the_report(self, check):
+        check.answer = lambda words: (0, "bfloat16 forward ... -> fused")
+        check.tune()
+        ((_, _, environment),) = check.calls
+        assert environment == {"DNL_EXT_TUNE_FILE": str(check.out / "paths.json")}
+        assert "-> fused" in check.report.steps[0].detail
+
     def test_lines_of_a_piece_count_as_far_as_they_came(self, check):
         good = json.dumps({"what": "a", "value": 1.0, "unit": "ms", "ok": None})
         wrong = json.dumps({"what": "b", "value": 0.5, "unit": "relative error", "ok": False})

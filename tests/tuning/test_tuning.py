@@ -186,6 +186,15 @@ class TestFirstCall:
             attend()
         assert calls_of == ["chain"]
 
+    def test_goes_on_where_warnings_are_errors(self, emulated, calls_of, times, plant, monkeypatch):
+        monkeypatch.setenv("DNL_EXT_TUNE", "1")
+        plant("fused", off)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attend()
+        attend()
+        assert calls_of == ["chain"]
+
     def test_no_memory_to_measure_in(self, emulated, calls_of, times, monkeypatch):
         def full(*arguments, **options):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -213,8 +222,7 @@ class TestFirstCall:
 
     def test_is_never_in_a_capture(self, calls_of, times, monkeypatch):
         monkeypatch.setenv("DNL_EXT_TUNE", "1")
-        capturing = True
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+        monkeypatch.setattr(advice, "capturing", lambda device: True)
         monkeypatch.setattr(advice, "_measure", lambda *a: pytest.fail("measured"))
         question = (0, 80, 4, "bfloat16", False, CALL.sizes, dict.fromkeys(LAYOUT, True))
         assert tuning.advise(*question) == ("chain", False)  # and asked for again
