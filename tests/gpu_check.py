@@ -105,7 +105,7 @@ class Check:
     def __init__(self, device, seconds, out):
         self.end = time.time() + seconds
         self.seconds = seconds
-        self.report = Report(device, modelled=gpu_report.modelled(device["capability"]))
+        self.report = Report(device, modelled=gpu_report.modelled(device["name"]))
         self.out = out
 
     @property

@@ -29,9 +29,9 @@ CASE_SECONDS = 1.5  # least time of a case, forward and training, all methods
 COMPILE_SECONDS = 30.0  # of a case by a peer that compiles
 RATE = 5e13  # operations a second at which every method is assumed to run, slow ones and checks included
 SAMPLES = 40  # calls of a case: methods times rounds, and the check
-#: Modelled milliseconds of the paths: a list of {"arch", "path", "direction" (forward or backward), "dtype", "width",
-#: "channels", "positions", "milliseconds"}.
-MODELLED = pathlib.Path(__file__).parent / "cuda_model/calls.json"
+#: The page whose table has modelled milliseconds, where there is one: a row for a GPU, a call and a number of
+#: positions, a column for eager PyTorch and for each path.
+MODEL_PAGE = pathlib.Path(__file__).parents[1] / "docs/gpu-model.md"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Report:
     timings: list = field(default_factory=list)  # {"timing": ..., "document": ... of the benchmark}
     pieces: dict = field(default_factory=dict)  # name: lines of gpu_pieces.py
     left_out: list = field(default_factory=list)  # names of timings that had no time
-    modelled: list = field(default_factory=list)  # MODELLED, of this architecture
+    modelled: list = field(default_factory=list)  # of this GPU
 
     @property
     def failed(self):
@@ -133,13 +133,27 @@ class Report:
         }
 
 
-def modelled(capability, path=MODELLED):
-    """Modelled figures of an architecture; none where there are none."""
+def modelled(gpu, page=MODEL_PAGE):
+    """Modelled figures of the GPU of this name, channel-first as the benchmark's: {"path", "direction", "width",
+    "channels", "positions", "milliseconds"}; none where there are none."""
     try:
-        rows = json.loads(path.read_text())
-        return [row for row in rows if row["arch"].rstrip("a") == capability]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        table = page.read_text().partition("<!-- begin calls -->")[2].partition("<!-- end calls -->")[0]
+    except OSError:
         return []
+    found, header = [], []
+    for line in table.splitlines():
+        cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
+        if cells[0] == "GPU":
+            header = cells
+        call = re.fullmatch(r"(forward|backward) \((\d+), (\d+)\) channel-first", cells[1]) if len(cells) > 1 else None
+        if not (call and header and cells[0].split("-")[0] in gpu):  # "A100-SXM", "NVIDIA A100-SXM4-80GB"
+            continue
+        row = dict(zip(header, cells, strict=False))
+        for path in header[header.index("eager") + 1 : -1]:
+            if re.fullmatch(r"[\d.]+", row.get(path, "")):
+                sizes = {"width": int(call[2]), "channels": int(call[3]), "positions": int(row["positions"])}
+                found.append({"path": path, "direction": call[1], **sizes, "milliseconds": float(row[path])})
+    return found
 
 
 def rows(report):
@@ -237,8 +251,7 @@ def accuracy_of_model(report):
     off = []
     for row in report.modelled:
         call = (row["width"], row["channels"], row["positions"])
-        forward = times.get((row["path"], row["dtype"], "forward", *call))
-        training = times.get((row["path"], row["dtype"], "training", *call))
+        forward, training = (times.get((row["path"], "bf16", name, *call)) for name in ("forward", "training"))
         measured = forward if row["direction"] == "forward" else training and forward and training - forward
         if measured:
             off.append((measured / row["milliseconds"], row, measured))
@@ -247,7 +260,7 @@ def accuracy_of_model(report):
         return f"**How far was the model off?** Not known: {why}."
     off.sort(key=lambda item: item[0])
     text = "; ".join(
-        f"{row['path']} {row['direction']} {row['dtype']} ({row['width']}, {row['channels']}) N = {row['positions']} "
+        f"{row['path']} {row['direction']} ({row['width']}, {row['channels']}) N = {row['positions']} "
         f"{measured:.2f} ms for {row['milliseconds']:.2f}"
         for _, row, measured in (off[0], off[-1])
     )

@@ -65,7 +65,7 @@ def build_emulated():
             [str(main)],
             extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests/emulator")],
             extra_cflags=list(FLAGS),
-            extra_ldflags=[str(ROOT / "dnl_ext/libdnl_ext.so")],
+            extra_ldflags=[str(pathlib.Path(dnl_ext.__file__).parent / "libdnl_ext.so")],
             build_directory=str(folder),
             is_python_module=False,
         )

@@ -168,6 +168,14 @@ inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
   return empty_strided(like, sizes, strides, type);
 }
 
+// `x`, or a contiguous copy. Not torch::stable::contiguous, whose errors have no text.
+inline Tensor made_contiguous(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  Tensor copy = empty(x, sizes_of(x), x.scalar_type());
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
 // A dense tensor of `sizes` whose dimensions are ordered in memory as those of `x`: channel-first in, channel-first
 // out. Dimensions of size 1 or stride 0 keep their place. The same rule stands in dnl_ext/ops/_common.py for tracing.
 inline Tensor empty_like_layout(const Tensor& x, const Sizes& sizes) {

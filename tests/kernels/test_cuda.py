@@ -343,6 +343,14 @@ class TestErrorsOfTorch:
         with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
             output.sum().backward()
 
+    def test_out_of_memory_for_a_copy_of_what_a_forward_saved(self, emulated, monkeypatch):
+        stats = torch.zeros(5, 4)[:, ::2]
+        q, k, v, dy = torch.zeros(5, 3), torch.zeros(7, 3), torch.zeros(7, 4), torch.zeros(5, 4)
+        saved = (dy, stats, torch.zeros(0), torch.zeros(0), torch.zeros(0))
+        monkeypatch.setenv("DNL_EXT_EMULATED_FULL", "1")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.ops.dnl_ext.pairwise_backward(dy, q, k, v, None, *saved, 1.0, None, True, True, True, False)
+
     def test_a_product_that_torch_lacks(self, emulated, monkeypatch):
         """bmm.dtype_out has no CPU kernel: the emulated device calls it as it stands."""
         monkeypatch.setenv("DNL_EXT_EMULATED_PRODUCTS", "torch")

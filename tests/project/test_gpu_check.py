@@ -142,7 +142,7 @@ class TestAnswers:
 
     def test_the_model_is_held_against_forward_and_backward(self):
         modelled = report()
-        row = {"arch": "9.0", "dtype": "bf16", "width": 256, "channels": 512, "positions": 4096}
+        row = {"width": 256, "channels": 512, "positions": 4096}
         modelled.modelled = [
             row | {"path": "fused", "direction": "forward", "milliseconds": 0.8},
             row | {"path": "fused", "direction": "backward", "milliseconds": 7.0},
@@ -151,16 +151,25 @@ class TestAnswers:
         line = gpu_report.answers(modelled)[-1]
         assert (
             "Measured is 0.50 to 1.25 times modelled" in line
-            and "fused backward bf16 (256, 512) N = 4096 3.50 ms for 7.00" in line
+            and "fused backward (256, 512) N = 4096 3.50 ms for 7.00" in line
         )
 
-    def test_modelled_figures_are_those_of_the_architecture(self, tmp_path):
-        path = tmp_path / "calls.json"
-        assert gpu_report.modelled("9.0", path) == []
-        path.write_text("{")
-        assert gpu_report.modelled("9.0", path) == []
-        path.write_text(json.dumps([{"arch": "9.0a"}, {"arch": "8.0"}, {"arch": "9.0"}]))
-        assert [row["arch"] for row in gpu_report.modelled("9.0", path)] == ["9.0a", "9.0"]
+    def test_modelled_figures_are_those_of_the_gpu(self, tmp_path):
+        page = tmp_path / "model.md"
+        assert gpu_report.modelled(DEVICE["name"], page) == []
+        head = "| GPU | call | positions | eager | chain | fused | hopper | best / eager |\n|---|\n"
+        rows = (
+            "| H100-SXM | forward (256, 512) channel-first | 16384 | 1.15 | 1.85 | - | 0.90 | 0.78 |\n"
+            "| H100 | backward (256, 512) rows | 16384 | 2.1 | 3.7 | 4.7 | 1.7 | 0.81 |\n"
+            "| A100 | forward (256, 512) channel-first | 16384 | 2.5 | 3.6 | 5.0 | - | 1.44 |\n"
+        )
+        page.write_text(f"text | with | bars\n<!-- begin calls -->\n\n{head}{rows}\n<!-- end calls -->\n{head}{rows}")
+        call = {"direction": "forward", "width": 256, "channels": 512, "positions": 16384}
+        found = gpu_report.modelled(DEVICE["name"], page)
+        assert found == [call | {"path": "chain", "milliseconds": 1.85}, call | {"path": "hopper", "milliseconds": 0.9}]
+        assert len(gpu_report.modelled("NVIDIA A100-SXM4-80GB", page)) == 2
+        page.write_text("<!-- begin calls -->\n|\n| GPU\n| H100 | forward |\n")
+        assert gpu_report.modelled(DEVICE["name"], page) == []
 
     def test_of_nothing(self):
         first, second, third = gpu_report.answers(Report(DEVICE))

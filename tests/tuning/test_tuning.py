@@ -91,6 +91,14 @@ class TestTune:
         attend()
         assert calls_of == ["chain", "fused"]
 
+    def test_the_explanation_has_date_and_times(self, emulated, times):
+        from dnl_ext.config import cuda_plan
+
+        tuning.tune([CALL], TARGET)
+        plan = cuda_plan("bfloat16", CALL.sizes, dict.fromkeys(LAYOUT, True), 80, 4, MACHINE)
+        assert plan["path"].startswith("fused") and plan["why"].startswith("measured on 2")
+        assert plan["why"].endswith("fused 1 ms, chain 2 ms") and "dnl-ext tune" in plan["why_backward"]
+
     @pytest.mark.parametrize("fused", [2.5, 1.99])
     def test_the_chain_stays_where_others_are_no_faster(self, emulated, times, fused):
         times["fused"] = fused
