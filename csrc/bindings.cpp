@@ -77,7 +77,8 @@ static dnl::PathAnswer ask_for_path(const dnl::PathQuestion& question) {
         question.device, question.gpu.capability, question.gpu.multiprocessors, name_of(shape.dtype), question.backward,
         py::make_tuple(shape.batches, shape.queries, shape.keys, shape.width, shape.channels), layout);
     const auto [name, keep] = found.cast<std::pair<std::string, bool>>();
-    return {dnl::path_named(name, "path"), keep};
+    for (const dnl::NamedPath& known : dnl::kCudaPaths)
+      if (name == known.name) return {known.path, keep};
   } catch (py::error_already_set& error) {
     error.discard_as_unraisable("dnl_ext: the choice of a path");
   }

@@ -109,8 +109,13 @@ class Default:
     channels: int  # Dv, at most
 
 
-#: In order, the first that fits. None: docs/cuda.md has what is known of the speed of each path.
-DEFAULTS: tuple[Default, ...] = ()
+_HALVES = ("bfloat16", "float16")
+#: In order, the first that fits and was built. From modelled times (docs/gpu-model.md), several times below the chain's
+#: where a path stands here: what is closer is left to `dnl-ext tune`.
+DEFAULTS: tuple[Default, ...] = (
+    Default("hopper", (90, 90), False, _HALVES, 1024),
+    Default("hopper", (90, 90), True, _HALVES, 1024),
+)
 
 
 @dataclass(frozen=True)
@@ -297,7 +302,7 @@ def default_path(capability: int, call: Call) -> str:
     for default in DEFAULTS:
         first, last = default.capabilities
         fits = first <= capability <= last and call.dtype in default.dtypes and call.sizes[4] <= default.channels
-        if fits and call.backward == default.backward:
+        if fits and call.backward == default.backward and default.path in _C.cuda_paths():
             return default.path
     return "chain"
 

@@ -200,6 +200,10 @@ class TestDefault:
         choice = _tuned.choice(MACHINE, capability, replace(CALL, **{"backward": True, **change}))
         assert choice.path == expected and choice.unchecked is (expected != "chain")
 
+    def test_of_a_path_that_was_not_built_is_the_chain(self, monkeypatch):
+        monkeypatch.setattr(_tuned, "DEFAULTS", (_tuned.Default("warp", (80, 89), True, ("bfloat16",), 512),))
+        assert _tuned.choice(MACHINE, 80, replace(CALL, backward=True)).path == "chain"
+
     def test_waits_for_its_self_check_and_is_off_where_that_fails(self):
         call = replace(CALL, backward=True)
         assert _tuned.choice(MACHINE, 80, call).unchecked

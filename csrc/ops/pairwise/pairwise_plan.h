@@ -238,20 +238,16 @@ inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, Cu
     plan.forward = plan_fused_forward(shape, gpu);
     if (plan.forward.slices == 0) obstacle = "no tile of the fused forward fits into the GPU's shared memory";
   }
-  if (request == CudaPath::fused) {
-    if (!obstacle.empty()) throw NotImplementedError(message("DNL_EXT_CUDA_PATH=fused: ", obstacle));
-    plan.fused = true;
-    plan.why = "DNL_EXT_CUDA_PATH=fused";
-  } else if (request == CudaPath::chain) {
-    plan.why = "DNL_EXT_CUDA_PATH=chain";
-  } else if (!obstacle.empty()) {
-    plan.why = obstacle;
-  } else {
-    plan.fused = advised == CudaPath::fused;
-    plan.advised = advised != CudaPath::by_default;
-    plan.why = advised == CudaPath::by_default ? "the default: nothing has measured the paths on this GPU"
-                                               : "found to be best on this GPU";
-  }
+  const bool asked = request != CudaPath::by_default;
+  const CudaPath wanted = asked ? request : advised;
+  const bool can = wanted != CudaPath::fused || obstacle.empty();
+  if (asked && !can) throw NotImplementedError(message("DNL_EXT_CUDA_PATH=", name_of(request), ": ", obstacle));
+  plan.fused = wanted == CudaPath::fused && can;
+  plan.advised = !asked && wanted != CudaPath::by_default && can;
+  plan.why = asked               ? message("DNL_EXT_CUDA_PATH=", name_of(request))
+             : !obstacle.empty() ? obstacle
+             : plan.advised      ? "found to be best on this GPU"
+                                 : "the default: nothing has measured the paths on this GPU";
   return plan;
 }
 
