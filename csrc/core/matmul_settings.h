@@ -1,5 +1,5 @@
-// What torch allows library products on CUDA to do (torch.backends.cuda.matmul). The stable ABI does not tell, so
-// whoever knows registers a function that does: the Python module at import (bindings.cpp). Without it nothing is
+// What torch allows library products on CUDA to do (torch.backends.cuda.matmul). The stable ABI does not tell, so the
+// Python module registers a function that does when it is imported (bindings.cpp). Without that function nothing is
 // allowed.
 #pragma once
 

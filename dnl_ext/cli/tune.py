@@ -34,14 +34,14 @@ def _line(outcome: "Outcome") -> str:
 def tune(
     shape: Annotated[
         list[str] | None,
-        typer.Option(help="N,Dqk,Dv or batch,Nq,Nk,Dqk,Dv; may be repeated. [default: those of the official block]"),
+        typer.Option(help="N,Dqk,Dv or batch,Nq,Nk,Dqk,Dv; may be repeated (the official block's)."),
     ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16, float32 (with TF32), or bf16, ...")] = "bf16,fp16",
     direction: Annotated[str, typer.Option(help="forward, backward or both.")] = "both",
     layout: Annotated[
         str, typer.Option(help="channel_first or rows, once or for query, key and value.")
     ] = "channel_first",
-    path: Annotated[list[str] | None, typer.Option(help="A path to try; may be repeated. [default: all]")] = None,
+    path: Annotated[list[str] | None, typer.Option(help="A path to try; may be repeated (all).")] = None,
     device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
     seconds: Annotated[float, typer.Option(min=0.0, help="Of timing a call and direction.")] = 0.5,
     check_only: Annotated[bool, typer.Option(help="Check the paths; time nothing, keep nothing.")] = False,

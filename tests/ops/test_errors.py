@@ -10,6 +10,8 @@ import pytest
 import torch
 from calls import CALLS, EVERY_CALL, call, expect, says, several, tensors, with_fault
 
+import dnl_ext
+
 
 class TestCallsThemselves:
     """Without a fault, every call of the table succeeds; a table of invalid calls would prove nothing."""
