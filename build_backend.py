@@ -23,6 +23,9 @@ from setuptools.build_meta import *  # noqa: F403
 
 OLDEST_TORCH = (2, 10)
 USUAL_TOOLKIT = "/usr/local/cuda"
+#: Architectures that are built for, and the CUDA release whose nvcc first knows them. PTX is that of 9.0: what has no
+#: machine code here, such as 11.0, compiles it at its first call.
+ARCHS = {"8.0": (11, 0), "9.0+PTX": (11, 8), "10.0": (12, 8), "12.0": (12, 8)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,6 +151,12 @@ def find_toolkit(torch_cuda, environ):
     homes += filter(os.path.exists, [USUAL_TOOLKIT])
     toolkits = [inspect_toolkit(home) for home in homes]
     return min(toolkits, key=lambda toolkit: (len(toolkit.lacks), toolkit.major != major(torch_cuda)), default=None)
+
+
+def default_archs(cuda):
+    """TORCH_CUDA_ARCH_LIST where it is not set, for a toolkit of version `cuda` ("13.0")."""
+    release = tuple(map(int, cuda.split(".")))
+    return ";".join(arch for arch, first in ARCHS.items() if first <= release)
 
 
 def flag(environ, name):

@@ -1,6 +1,6 @@
 // The whole CUDA route on CPU tensors: the operators' glue, drivers and kernels as they are, with kernels run by
 // the emulator and products by torch's CPU bmm. Registered as dnl_cuda_emulated::*; tests/routes.py builds and loads
-// it.
+// it. It links to libdnl_ext.so for what operators ask of it: the settings of torch, and the path of a call.
 
 // clang-format off
 #include "emulator.h"
@@ -9,16 +9,33 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/c/shim.h>
 
+#include <string>
+
 // What the operators' glue asks of torch, each of which costs the host microseconds.
 struct HostWork {
   int64_t allocations = 0, dispatcher_calls = 0, views = 0;
 };
 inline HostWork host_work;
 
+// torch/csrc/shim_exception_state.h, which the stable ABI hides. Absent before 2.13.
+namespace torch::csrc::shim::details {
+__attribute__((weak, visibility("default"))) void set_torch_exception_what_without_backtrace(const std::string& text);
+}
+
+// What the C API does where torch throws c10::OutOfMemoryError.
+inline AOTITorchError out_of_memory() {
+  using torch::csrc::shim::details::set_torch_exception_what_without_backtrace;
+  if (set_torch_exception_what_without_backtrace)
+    set_torch_exception_what_without_backtrace("CUDA out of memory. Tried to allocate 2.00 GiB.");
+  return 1;
+}
+
 // Every tensor that the operators make begins as NaN, results and buffers alike: what no kernel writes shows.
+// DNL_EXT_EMULATED_FULL: there is no memory.
 inline AOTITorchError poisoned_empty_strided(int64_t dims, const int64_t* sizes, const int64_t* strides, int32_t dtype,
                                              int32_t device_type, int32_t device_index, AtenTensorHandle* result) {
   ++host_work.allocations;
+  if (std::getenv("DNL_EXT_EMULATED_FULL")) return out_of_memory();
   if (const AOTITorchError error =
           aoti_torch_empty_strided(dims, sizes, strides, dtype, device_type, device_index, result))
     return error;
@@ -49,7 +66,6 @@ AOTITorchError counted_view(Arguments... arguments) {
 
 #include "core/cuda/gemm.h"
 #include "core/cuda/ptx.cuh"
-#include "core/tf32.cpp"  // the whole library is this file
 #include "ops/pairwise/pairwise_plan.h"
 
 namespace dnl {
@@ -147,11 +163,6 @@ extern "C" __attribute__((visibility("default"))) void configure_emulator(int tu
 // What the glue has asked of torch since the last call of this.
 extern "C" __attribute__((visibility("default"))) void take_host_work(HostWork* work) {
   *work = std::exchange(host_work, {});
-}
-
-// Whether products of float may use TF32: as torch.backends.cuda.matmul has it, or whatever a test says.
-extern "C" __attribute__((visibility("default"))) void set_emulated_tf32_query(dnl::Tf32Query query) {
-  dnl::set_tf32_query(query);
 }
 
 // The same registrations under another name and for the key that CPU tensors have.

@@ -341,3 +341,31 @@ class TestMachine:
         for x, y in zip(got, step(first), strict=True):
             assert x.device.index == 1
             torch.testing.assert_close(x.cpu(), y.cpu())
+
+
+class TestErrorsOfTorch:
+    """What torch throws below an operator reaches Python with torch's type and text."""
+
+    def call(self):
+        q, k, v, m = (torch.randn(sizes) for sizes in ((5, 3), (7, 3), (7, 4), (7,)))
+        return dnl_ext.disentangled_attention(q, k, v, m)
+
+    def test_out_of_memory(self, emulated, monkeypatch):
+        monkeypatch.setenv("DNL_EXT_EMULATED_FULL", "1")
+        with pytest.raises(torch.OutOfMemoryError, match=r"CUDA out of memory\. Tried to allocate 2\.00 GiB"):
+            self.call()
+
+    def test_out_of_memory_in_a_backward(self, emulated, monkeypatch):
+        q = torch.randn(5, 3, requires_grad=True)
+        output = dnl_ext.pairwise_attention(q, torch.randn(7, 3), torch.randn(7, 4))
+        monkeypatch.setenv("DNL_EXT_EMULATED_FULL", "1")
+        with pytest.raises(torch.OutOfMemoryError, match="Tried to allocate"):
+            output.sum().backward()
+
+    def test_out_of_memory_for_a_copy_of_what_a_forward_saved(self, emulated, monkeypatch):
+        stats = torch.zeros(5, 4)[:, ::2]
+        q, k, v, dy = torch.zeros(5, 3), torch.zeros(7, 3), torch.zeros(7, 4), torch.zeros(5, 4)
+        saved = (dy, stats, torch.zeros(0), torch.zeros(0), torch.zeros(0))
+        monkeypatch.setenv("DNL_EXT_EMULATED_FULL", "1")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.ops.dnl_ext.pairwise_backward(dy, q, k, v, None, *saved, 1.0, None, True, True, True, False)

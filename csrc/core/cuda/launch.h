@@ -40,7 +40,12 @@ class CudaDevice : public TensorMemory {
       allow_shared(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
     kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, static_cast<size_t>(shape.shared_bytes), stream_>>>(
         arguments...);
-    STD_CUDA_KERNEL_LAUNCH_CHECK();
+    const cudaError_t error = cudaGetLastError();
+    if (error == cudaErrorNoKernelImageForDevice)
+      throw NotImplementedError(
+          "dnl_ext was not built for this GPU (compute capability 8.0 or later): rebuild it with "
+          "TORCH_CUDA_ARCH_LIST, see `python -m dnl_ext doctor`");
+    STD_CUDA_CHECK(error);
   }
 
   // c = a b, or c += a b, for every batch element (gemm.h). Extents are not zero.
@@ -49,7 +54,7 @@ class CudaDevice : public TensorMemory {
                int64_t n, int64_t k, bool accumulate = false) {
     if (!blas_) {
       void* handle = nullptr;
-      TORCH_ERROR_CODE_CHECK(torch_get_current_cuda_blas_handle(&handle));
+      if (torch_get_current_cuda_blas_handle(&handle)) throw_torch_error("asking for the handle of cuBLAS");
       blas_ = static_cast<cublasHandle_t>(handle);
     }
     cublas_gemm(blas_, gemm_of(a, b, c, batches, m, n, k), accumulate);
@@ -74,7 +79,7 @@ class CudaDevice : public TensorMemory {
 
   static cudaStream_t current_stream(int index) {
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    if (aoti_torch_get_current_cuda_stream(index, &stream)) throw_torch_error("asking for the current stream");
     return static_cast<cudaStream_t>(stream);
   }
 

@@ -5,6 +5,7 @@
 #include "ops/pairwise/chain/forward.cuh"
 #include "ops/pairwise/fused/forward.cuh"
 #include "ops/pairwise/pairwise_op.h"
+#include "ops/pairwise/path_choice.h"
 
 namespace dnl {
 
@@ -14,11 +15,8 @@ using PairwiseBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 std::tuple<Tensor, Tensor> unary_forward_on_cuda(const Tensor& mask_logits, const Tensor& value);
 
 template <class T>
-PairwisePlan plan_of(const PairwiseArgs& args, const Gpu& gpu, bool backward) {
-  PairwiseShape shape = shape_of<T>(args);
-  const CudaPath request = requested_cuda_path();
-  shape.tf32 = tf32_matters(shape, gpu, request, backward) && tf32_allowed();
-  return plan_pairwise(shape, gpu, request, backward);
+PairwisePlan plan_of(const PairwiseArgs& args, const Tensor& query, const Gpu& gpu, bool backward) {
+  return choose_path({query.get_device_index(), backward, gpu, shape_of<T>(args)}, &tf32_allowed);
 }
 
 static void run_forward(const PairwiseCall& call, const Tensor& query) {
@@ -26,7 +24,7 @@ static void run_forward(const PairwiseCall& call, const Tensor& query) {
   CudaDevice device(query);
   dispatch_element(call.args.dtype, [&](auto type) {
     using T = decltype(type);
-    const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), false);
+    const PairwisePlan plan = plan_of<T>(call.args, query, device.gpu(), false);
     with_workspace(device, [&](auto& on) {
       if constexpr (!std::is_same_v<T, double>)
         if (plan.fused) return pairwise_fused_forward_cuda<FusedOf<T>>(call.args, on, plan.forward);
@@ -40,7 +38,7 @@ static void run_backward(PairwiseCall& call, const Tensor& query) {
   CudaDevice device(query);
   dispatch_element(call.args.dtype, [&](auto type) {
     using T = decltype(type);
-    const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), true);
+    const PairwisePlan plan = plan_of<T>(call.args, query, device.gpu(), true);
     with_workspace(device, [&](auto& on) { pairwise_backward_cuda<T>(call.args, on, {}, plan.fused); });
   });
 }

@@ -41,9 +41,6 @@ inline void check_pairwise(const Tensor& query, const Tensor& key, const Tensor&
   if (!std::isfinite(scale)) throw ValueError(message("scale: expected a finite number, got ", scale));
 }
 
-// x itself if it is contiguous, which costs no call of the dispatcher.
-inline Tensor contiguous_of(const Tensor& x) { return x.is_contiguous() ? x : torch::stable::contiguous(x); }
-
 // An absent result: no elements, but the leading dimensions, so that vmap can map it like the others.
 inline Tensor absent(const Tensor& like, ScalarType type) {
   return empty(like, leading(like, 2) + std::initializer_list<int64_t>{0}, type);
@@ -113,15 +110,15 @@ struct PairwiseCall {
     check_alike("output", output, "query", query);
     check_sizes("output", output, out_sizes);
     check_saved("softmax_stats", stats, "query", query, leading(query, 1) + std::initializer_list<int64_t>{2});
-    stats = contiguous_of(stats);
+    stats = made_contiguous(stats);
     check_alike("residual", residual, "query", query);
     check_dims("residual", residual, 1, "(..., Nq, Dv)");
     check_sizes("residual", residual, residual.size(-1) ? out_sizes : lead + std::initializer_list<int64_t>{0});
     if (mask_logits) {
       check_saved("pooled", pooled, "query", query, lead + std::initializer_list<int64_t>{value.size(-1)});
       check_saved("mask_lse", mask_lse, "query", query, lead);
-      pooled = contiguous_of(pooled);
-      mask_lse = contiguous_of(mask_lse);
+      pooled = made_contiguous(pooled);
+      mask_lse = made_contiguous(mask_lse);
     }
     grad_query = need_query ? empty_like_layout(query, sizes_of(query)) : absent(query, query.scalar_type());
     grad_key = need_key ? empty_like_layout(key, sizes_of(key)) : absent(query, query.scalar_type());
@@ -158,7 +155,7 @@ struct PairwiseCall {
                      absent(query, query.scalar_type()), row_stats, row_stats, scale, std::nullopt, need_query,
                      need_key, need_value, false) {
     check_saved("delta", delta, "query", query, leading(query, 1));
-    delta_ = contiguous_of(delta);
+    delta_ = made_contiguous(delta);
     args.part = true;
     args.delta = delta_.data_ptr();
   }
