@@ -1,0 +1,242 @@
+"""One multiprocessor running the traces of the warps that are resident on it, cycle by cycle.
+
+Four schedulers issue at most one instruction a cycle each, from the warp that they issued from last while it can go on
+and its control code does not ask to change, else from the one that waits longest. A warp issues in order: when the stall
+count of its last instruction has passed, the scoreboards that the instruction names are clear, its unit is free, and the
+queue to shared and global memory has room. Units take an instruction for as long as units.py says; what comes after that
+at a fixed latency is in the stall counts, which the compiler chose.
+
+Shared memory serves one wavefront of 128 bytes a cycle for the whole multiprocessor, L2 a fixed share of its bandwidth;
+both are queues, so an instruction's completion is known at issue, and scoreboards are lists of times. Only barriers make
+warps wait for one another.
+"""
+
+import heapq
+from dataclasses import dataclass, field
+
+from . import units
+
+SCHEDULERS = 4
+QUEUE_DEPTH = 16  # wavefronts that may wait for shared memory before warps stall
+NEVER = float("inf")
+
+
+@dataclass
+class Result:
+    cycles: float  # from the first issue to the end of the last warp
+    issued: int
+    by_class: dict  # class: instructions issued
+    busy: dict  # unit: cycles of use summed over schedulers, "shared" and "l2" of the multiprocessor
+    waits: dict  # reason: cycles in which a scheduler with warps left issued nothing, by what its warps waited for
+    marks: list = field(default_factory=list)  # times at which warp 0 passed the marked step
+
+    @property
+    def idle(self):
+        return sum(self.waits.values())
+
+
+class Warp:
+    __slots__ = ("at", "boards", "blocked", "copies", "ends", "groups", "id", "block", "ready", "reason", "steps", "wgmma")
+
+    def __init__(self, id_, block, steps):
+        self.id, self.block, self.steps = id_, block, steps
+        self.at, self.ready, self.reason, self.blocked = 0, 0.0, "stall", False
+        self.boards = [[], [], [], [], [], []]
+        self.copies = 0.0  # when the last cp.async so far has arrived
+        self.groups, self.wgmma = [], []
+        self.ends = 0.0
+
+
+class Barrier:
+    """A named barrier of a block: `wanted` warps have to come."""
+
+    __slots__ = ("came", "waiting")
+
+    def __init__(self):
+        self.came, self.waiting = 0, []
+
+
+class Multiprocessor:
+    """Runs blocks of warps. `traces[block][warp]` are sequences of (timing, extra): extra is None or a dictionary with
+    `wavefronts`, `bytes`, `active` (False: the guard was false for the whole warp), `barrier` (id, warps) or `mark`."""
+
+    def __init__(self, machine):
+        self.machine = machine
+
+    def run(self, traces, start=None):
+        """Result of running all blocks at once. `start[block]` delays a block."""
+        self.pipes = [[0.0] * len(units.PIPES) for _ in range(SCHEDULERS)]
+        self.shared_free = self.l2_free = 0.0
+        self.tensor_free = [0.0] * SCHEDULERS  # of products that run beside the warps
+        self.busy = dict.fromkeys((*units.PIPES, "wgmma", "shared", "l2"), 0.0)
+        self.by_class = [0] * len(units.CLASSES)
+        self.barriers, self.marks, self.block_warps = {}, [], {}
+        schedulers, warps = [[] for _ in range(SCHEDULERS)], []
+        for b, block in enumerate(traces):
+            self.block_warps[b] = len(block)
+            for steps in block:
+                warp = Warp(len(warps), b, steps)
+                warp.ready = float(start[b]) if start else 0.0
+                warps.append(warp)
+                if steps:
+                    schedulers[warp.id % SCHEDULERS].append(warp)
+        last = [None] * SCHEDULERS
+        waits, now, end, issued = {}, 0.0, 0.0, 0
+        events = [(0.0, s) for s in range(SCHEDULERS) if schedulers[s]]
+        self.sleeping = set()
+        self.wake = events
+        while events:
+            now, s = heapq.heappop(events)
+            chosen, soonest, reason = None, NEVER, "barrier"
+            mine = schedulers[s]
+            previous = last[s]
+            if previous and previous.at < len(previous.steps) and not previous.blocked:
+                step = previous.steps[previous.at][0]
+                if previous.at and previous.steps[previous.at - 1][0].stay and self.when(previous, step, s) <= now:
+                    chosen = previous
+            if chosen is None:
+                oldest = NEVER
+                for warp in mine:
+                    if warp.blocked:
+                        continue
+                    at = self.when(warp, warp.steps[warp.at][0], s)
+                    if at <= now:
+                        if at < oldest:
+                            chosen, oldest = warp, at
+                    elif at < soonest:
+                        soonest, reason = at, warp.reason
+            if chosen is None:
+                if soonest < NEVER:
+                    waits[reason] = waits.get(reason, 0.0) + soonest - now
+                    heapq.heappush(events, (soonest, s))
+                else:
+                    self.sleeping.add(s)
+                    waits.setdefault("barrier", 0.0)
+                    last[s] = now  # when it fell asleep
+                continue
+            self.issue(chosen, now, s)
+            issued += 1
+            last[s] = chosen
+            if chosen.at >= len(chosen.steps):
+                end = max(end, now + 1, chosen.ready)
+                mine.remove(chosen)
+            if mine:
+                heapq.heappush(events, (now + 1, s))
+            if self.released:
+                for t in list(self.sleeping):
+                    if any(not w.blocked for w in schedulers[t]):
+                        waits["barrier"] += now - last[t]
+                        last[t] = None
+                        self.sleeping.discard(t)
+                        heapq.heappush(events, (now + 1, t))
+        if self.sleeping:
+            raise RuntimeError("warps wait at a barrier to which nobody comes")
+        names = {name: n for name, n in zip(units.CLASSES, self.by_class, strict=True) if n}
+        return Result(end, issued, names, self.busy, waits, self.marks)
+
+    def when(self, warp, t, s):
+        """The earliest time at which the warp's next instruction may issue, and in warp.reason what holds it."""
+        at, reason = warp.ready, "stall"
+        for board in t.wait:
+            pending = warp.boards[board]
+            if pending and pending[-1][0] > at:
+                at, reason = pending[-1]
+        kind = t.kind
+        if kind == "fixed":
+            if t.pipe >= 0:
+                free = self.pipes[s][t.pipe]
+                if t.pipe == 2 and self.pipes[s][1] < free:
+                    free = self.pipes[s][1]
+                if free > at:
+                    at, reason = free, units.PIPES[t.pipe]
+        elif kind in ("shared", "copy", "global"):
+            if self.shared_free - QUEUE_DEPTH > at:
+                at, reason = self.shared_free - QUEUE_DEPTH, "shared"
+        elif kind == "depbar":
+            board, left = t.argument
+            pending = sorted(x[0] for x in warp.boards[board])
+            if len(pending) > left and pending[-1 - left] > at:
+                at, reason = pending[-1 - left], "copy"
+        elif kind == "wgmma_wait":
+            left = t.argument[0]
+            if len(warp.wgmma) > left and warp.wgmma[-1 - left] > at:
+                at, reason = warp.wgmma[-1 - left], "wgmma"
+        warp.reason = reason
+        return at
+
+    def issue(self, warp, now, s):
+        t, extra = warp.steps[warp.at]
+        warp.at += 1
+        self.by_class[t.klass] += 1
+        self.released = False
+        warp.ready = now + max(1, t.stall)
+        active = extra is None or extra.get("active", True)
+        done = read = now + 1
+        kind = t.kind
+        if extra and "mark" in extra and warp.id == 0:
+            self.marks.append(now)
+        if kind == "fixed":
+            if t.pipe >= 0 and active:
+                pipe = t.pipe
+                if pipe == 2 and self.pipes[s][1] < self.pipes[s][2]:
+                    pipe = 1
+                self.pipes[s][pipe] = max(self.pipes[s][pipe], now) + t.busy
+                self.busy[units.PIPES[pipe]] += t.busy
+            done, read = now + t.latency, now + self.machine.latency["read"]
+            reason = units.CLASSES[t.klass]
+        elif kind in ("shared", "copy", "global"):
+            reason = kind
+            if active:
+                wavefronts = extra.get("wavefronts", t.wavefronts) if extra else t.wavefronts
+                size = extra.get("bytes", t.bytes) if extra else t.bytes
+                begin = max(now, self.shared_free)
+                self.shared_free = begin + wavefronts
+                self.busy["shared"] += wavefronts
+                read = self.shared_free + self.machine.latency["read"]
+                done = self.shared_free + t.latency
+                if size:
+                    self.l2_free = max(self.l2_free, now) + size / self.machine.l2
+                    self.busy["l2"] += size / self.machine.l2
+                    done = max(done, self.l2_free + t.latency)
+                if kind == "copy":
+                    self.busy["shared"] += wavefronts  # what arrives is written
+                    self.shared_free += wavefronts
+                    warp.copies = max(warp.copies, done)
+        elif kind == "group":
+            done, reason = max(done, warp.copies), "copy"
+        elif kind == "wgmma":
+            reason = "wgmma"
+            ends, _ = t.argument
+            self.tensor_free[s] = max(self.tensor_free[s], now) + t.busy
+            self.busy["wgmma"] += t.busy
+            done = read = self.tensor_free[s] + t.latency
+            if ends:
+                warp.wgmma.append(done)
+        elif kind == "barrier":
+            reason = "barrier"
+            key, wanted = self.barrier_of(warp, t, extra)
+            barrier = self.barriers.setdefault(key, Barrier())
+            barrier.came += 1
+            if t.argument[1]:
+                barrier.waiting.append(warp)
+                warp.blocked = True
+            if barrier.came >= wanted:
+                for other in barrier.waiting:
+                    other.blocked = False
+                    other.ready = max(other.ready, now + self.machine.latency["barrier"])
+                self.barriers[key] = Barrier()
+                self.released = True
+        else:
+            reason, done = kind, now + t.latency
+        for board, time in ((t.write, done), (t.read, read)):
+            if board >= 0:
+                pending = warp.boards[board]
+                if pending and pending[0][0] <= now:
+                    pending[:] = [x for x in pending if x[0] > now]
+                pending.append((max(time, pending[-1][0]) if pending else time, reason))
+
+    def barrier_of(self, warp, t, extra):
+        if extra and "barrier" in extra:
+            number, wanted = extra["barrier"]
+            return (warp.block, number), wanted
+        return (warp.block, t.argument[0]), self.block_warps[warp.block]
