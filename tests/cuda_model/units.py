@@ -75,7 +75,7 @@ PIPES = ("tensor", "fma", "fma lite", "alu", "special", "uniform")
 _TENSOR, _FMA, _LITE, _ALU, _XU, _UNIFORM = range(len(PIPES))
 
 
-def _width(instruction):
+def width_of(instruction):
     """Bytes that a lane loads or stores."""
     for modifier in instruction.modifiers:
         if modifier in ("128", "64"):
@@ -137,16 +137,16 @@ def timing_of(instruction, index, machine):
         elif klass == "shuffle":
             t.wavefronts, t.latency = 1, latency["shuffle"]
         else:
-            t.wavefronts = max(1, _width(instruction) // 4)
+            t.wavefronts = max(1, width_of(instruction) // 4)
             t.latency = latency["shared" if klass == "lds" else "store"]
     elif op == "LDGSTS":
         t.kind, t.pipe, t.latency = "copy", -1, latency["global"]
-        t.bytes = 32 * _width(instruction)
-        t.wavefronts = max(1, _width(instruction) // 4)
+        t.bytes = 32 * width_of(instruction)
+        t.wavefronts = max(1, width_of(instruction) // 4)
     elif klass == "global":
         t.kind, t.pipe, t.latency = "global", -1, latency["global"]
-        t.bytes = 32 * _width(instruction)
-        t.wavefronts = max(1, _width(instruction) // 4)
+        t.bytes = 32 * width_of(instruction)
+        t.wavefronts = max(1, width_of(instruction) // 4)
     elif op == "LDGDEPBAR":
         t.kind, t.pipe = "group", -1
     elif op == "DEPBAR" and instruction.operands:
