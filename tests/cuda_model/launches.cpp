@@ -3,8 +3,8 @@
 //   launches forward|backward chain|fused rows|channel-first B N M D C CAPABILITY MULTIPROCESSORS [KEY_TILES]
 //
 // A line of JSON per launch, in order: a kernel by its mangled name with its blocks, threads, dynamic shared memory and
-// parameters as they lie in constant memory, or a library product by its sizes and element bytes. KEY_TILES: the fused
-// forward passes that many tiles of keys per block, under the plan of the whole call.
+// parameters as they lie in constant memory, or a library product by its sizes and element bytes; and before a fused
+// forward, how many tiles of keys a block passes. KEY_TILES: it passes that many, under the plan of the whole call.
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -98,6 +98,8 @@ int main(int argc, char** argv) {
       return 0;
     }
     ForwardPlan plan = plan_fused_forward(shape_of<T>(args), gpu);
+    const int64_t key_tiles = ceil_div_of(M, kForwardTiles[plan.tile].keys);
+    std::printf("{\"tiles\": %ld}\n", long(ceil_div_of(key_tiles, plan.splits)));
     if (argc > 11) {
       plan.splits = 1;
       args.keys = number(11) * kForwardTiles[plan.tile].keys;

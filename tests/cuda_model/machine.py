@@ -23,6 +23,9 @@ class Machine:
     memory: float  # GB/s
     memory_share: float  # of it that a streaming kernel reaches
     l2: float  # bytes per clock and multiprocessor, all of them reading
+    l2_bytes: int
+    library: float  # TFLOP/s of large bf16 products in cuBLAS
+    sustained: float  # TFLOP/s at which power holds the clock down
     shared_kib: int
     latency: dict = field(default_factory=dict)
 
@@ -52,8 +55,8 @@ _LATENCY = {
 }
 
 MACHINES = {
-    "8.0": Machine("A100-SXM", 108, 1.41, 256, 256, 1, 2039, 0.85, 40, 164, _LATENCY),
-    "9.0": Machine("H100-SXM", 132, 1.755, 512, 0.63 * 512, 2, 3352, 0.85, 36, 228, {**_LATENCY, "shared": 29, "matrix": 33}),
+    "8.0": Machine("A100-SXM", 108, 1.41, 256, 256, 1, 2039, 0.85, 40, 40 << 20, 250, 290, 164, _LATENCY),
+    "9.0": Machine("H100-SXM", 132, 1.755, 512, 0.63 * 512, 2, 3352, 0.85, 36, 50 << 20, 700, 800, 228, {**_LATENCY, "shared": 29, "matrix": 33}),
 }
 MACHINES["9.0a"] = MACHINES["9.0"]
 

@@ -132,13 +132,29 @@ def cuobjdump():
     return next((str(x / "cuobjdump") for x in folders if (x / "cuobjdump").exists()), None)
 
 
-def disassemble(path):
-    """{mangled name: instructions} of a cubin, an object or a library. RuntimeError without a disassembler."""
+def _run(path, flag):
     tool = cuobjdump()
     if tool is None:
         raise RuntimeError(f"no cuobjdump here: {HOW_TO_GET}")
     environment = {**os.environ, "PATH": f"{pathlib.Path(tool).parent}:{os.environ.get('PATH', '')}"}
-    done = subprocess.run([tool, "-sass", path], capture_output=True, text=True, env=environment)
+    done = subprocess.run([tool, flag, path], capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise RuntimeError(f"{tool} -sass {path}: {done.stderr.strip()[-500:]}")
-    return parse(done.stdout)
+        raise RuntimeError(f"{tool} {flag} {path}: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def disassemble(path):
+    """{mangled name: instructions} of a cubin, an object or a library. RuntimeError without a disassembler."""
+    return parse(_run(path, "-sass"))
+
+
+def resources(path):
+    """{mangled name: (registers of a thread, bytes of static shared memory of a block)}."""
+    return parse_resources(_run(path, "-res-usage"))
+
+
+def parse_resources(listing):
+    found = {}
+    for name, registers, shared in re.findall(r"Function (\S+):\s+REG:(\d+) .*?SHARED:(\d+)", listing):
+        found[name] = int(registers), int(shared)
+    return found

@@ -1,0 +1,112 @@
+"""Times of launches: kernels of products by the simulated multiprocessor, all else by bytes and instructions, library
+products by a rate."""
+
+from dataclasses import dataclass
+
+from . import interpret, simulate, units
+
+LAUNCH = 2.5e-6  # seconds from one kernel's end to the next one's start, on a stream that is kept full
+LIBRARY_TILE = (128, 256)  # of the result, that a multiprocessor makes at a time
+
+
+@dataclass
+class Cost:
+    """Seconds of a launch, and what bounds it."""
+
+    name: str
+    seconds: float
+    bound: str
+    detail: object = None
+
+
+def steps_of(program, machine, trace):
+    """A warp's trace as the simulator takes it."""
+    timings = getattr(program, "timings", None)
+    if timings is None or timings[0] is not machine:
+        timings = program.timings = (
+            machine,
+            [units.timing_of(x, i, machine) for i, x in enumerate(program.code)],
+        )
+    table = timings[1]
+    return [(table[i], extra) for i, extra in trace]
+
+
+def simulate_blocks(program, machine, launch, blocks):
+    """Result of the first `blocks` blocks of a launch, side by side on one multiprocessor."""
+    traces = []
+    for block in range(blocks):
+        warps = interpret.trace(program, launch, block)
+        traces.append([steps_of(program, machine, w) for w in warps])
+    return simulate.Multiprocessor(machine).run(traces)
+
+
+def bandwidth(machine, size):
+    """Bytes a second of a launch that moves `size` bytes: memory's, or L2's where all of it stays there."""
+    if size > machine.l2_bytes:
+        return machine.memory * 1e9 * machine.memory_share
+    return machine.l2 * machine.multiprocessors * machine.clock * 1e9
+
+
+def by_bytes(program, machine, launch, name):
+    """Cost of a kernel without products, from what its first block moves and issues."""
+    warps = interpret.trace(program, launch, 0)
+    size = launch.blocks * sum(extra["bytes"] for w in warps for _, extra in w if extra and "bytes" in extra)
+    issued = launch.blocks * sum(map(len, warps))
+    rates = {
+        "bytes": size / bandwidth(machine, size),
+        "issue": issued / (simulate.SCHEDULERS * machine.multiprocessors * machine.clock * 1e9),
+    }
+    bound = max(rates, key=rates.get)
+    return Cost(name, LAUNCH + rates[bound], bound, {"bytes": size, "instructions": issued})
+
+
+def product(machine, batches, m, n, k, element, result, to_memory=True):
+    """Cost of a library product: whole waves of tiles at the rate that such products reach, or the bytes."""
+    tiles = batches * -(-m // LIBRARY_TILE[0]) * -(-n // LIBRARY_TILE[1])
+    waves = -(-tiles // machine.multiprocessors)
+    # With too few tiles the library parts the sum among multiprocessors.
+    rounds = waves if tiles >= machine.multiprocessors else tiles / machine.multiprocessors / 0.8
+    flops = 2 * LIBRARY_TILE[0] * LIBRARY_TILE[1] * k * rounds * machine.multiprocessors
+    size = batches * ((m * k + k * n) * element + m * n * result)
+    times = {"products": flops / (machine.library * 1e12), "bytes": size / bandwidth(machine, size)}
+    bound = max(times, key=times.get)
+    return Cost(f"product {m} x {n} x {k}", LAUNCH + times[bound], bound, {"bytes": size})
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one block of a kernel with products costs: `cycles` = fixed + tiles * each."""
+
+    instructions: float  # of a warp and tile
+    cycles: float  # of a tile
+    fixed: float  # of a block, beside its tiles
+    share: float  # of the tensor cores' rate for these instructions
+    result: simulate.Result  # of the tiles alone
+    classes: dict  # instructions of a warp and tile by class
+
+
+def difference(few, many):
+    """What the tiles between two runs cost."""
+    return simulate.Result(
+        many.cycles - few.cycles,
+        many.issued - few.issued,
+        {name: count - few.by_class.get(name, 0) for name, count in many.by_class.items()},
+        {name: many.busy[name] - few.busy[name] for name in many.busy},
+        {name: max(0.0, many.waits[name] - few.waits.get(name, 0.0)) for name in many.waits},
+    )
+
+
+def tile_of(few, many, counts, warps):
+    """Tile of two runs of `counts` tiles each; `few` is None where one run of counts[1] tiles is all of a block."""
+    run, tiles = (difference(few, many), counts[1] - counts[0]) if few else (many, counts[1])
+    cycles = run.cycles / tiles
+    tensor = max(run.busy["tensor"], run.busy["wgmma"]) / simulate.SCHEDULERS / run.cycles
+    classes = {name: count / tiles / warps for name, count in run.by_class.items()}
+    fixed = few.cycles - cycles * counts[0] if few else 0.0
+    return Tile(run.issued / tiles / warps, cycles, fixed, tensor, run, classes)
+
+
+def waves(blocks, machine, resident):
+    """(rounds with every multiprocessor full, blocks of the fullest multiprocessor in the last round or 0)."""
+    full, rest = divmod(blocks, machine.multiprocessors * resident)
+    return full, -(-rest // machine.multiprocessors)
