@@ -59,7 +59,10 @@ class Model:
                 if not any(x.opcode in ("HMMA", "HGMMA") for x in self.code.functions[name]):
                     key = (name, launch.blocks)
                     if key not in self.kept:
-                        self.kept[key] = launches.by_bytes(self.code.program(name), self.machine, launch, name)
+                        resident = self.code.resident(name, launch)
+                        self.kept[key] = launches.by_bytes(
+                            self.code.program(name), self.machine, launch, resident, name
+                        )
                     costs.append(self.kept[key])
                     continue
                 tile, seconds = self.products(call, positions, name, number, launch, tiles)

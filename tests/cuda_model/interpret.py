@@ -162,15 +162,18 @@ def copy(program, x, i):
 def global_memory(program, x, i):
     where = registers.address(next(t for t in x.operands if "[" in t))
     width = width_of(x)
-    store = x.opcode.startswith(("ST", "RED"))
-    zeros = [] if store else _zero(x, width)
+    zeros = [] if x.opcode.startswith(("ST", "RED")) else _zero(x, width)
 
     def step(state, mask):
         addresses = _by_warp(where, state)
         for write in zeros:
             write(state.registers, mask, np.uint32(0))
         counts = banks.sectors(addresses, width, mask.reshape(addresses.shape))
-        return [{"wavefronts": max(1, -(-int(n) // 4)), "bytes": banks.SECTOR * int(n), "store": store} for n in counts]
+        first = addresses.ravel()[state.registers.first(mask)]
+        return [
+            {"wavefronts": max(1, -(-int(n) // 4)), "bytes": banks.SECTOR * int(n), "at": int(a)}
+            for n, a in zip(counts, first, strict=True)
+        ]
 
     return step
 

@@ -47,17 +47,36 @@ def bandwidth(machine, size):
     return machine.l2 * machine.multiprocessors * machine.clock * 1e9
 
 
-def by_bytes(program, machine, launch, name):
-    """Cost of a kernel without products, from what its first block moves and issues."""
-    warps = interpret.trace(program, launch, 0)
-    size = launch.blocks * sum(extra["bytes"] for w in warps for _, extra in w if extra and "bytes" in extra)
-    issued = launch.blocks * sum(map(len, warps))
-    rates = {
-        "bytes": size / bandwidth(machine, size),
-        "issue": issued / (simulate.SCHEDULERS * machine.multiprocessors * machine.clock * 1e9),
+def traffic(program, machine, launch, resident):
+    """(bytes from and to memory, bytes from and to L2, warp instructions) of a launch, from two of its blocks.
+
+    What another block touches at the same place comes from L2. So does what a block touches again, if all that is
+    resident fits into half of L2."""
+    blocks = [interpret.trace(program, launch, 0)]
+    if launch.blocks > 1:
+        blocks.append(interpret.trace(program, launch, launch.blocks // 2))
+    seen = [{(e["at"], e["bytes"]) for warp in block for _, e in warp if e and "at" in e} for block in blocks]
+    own = seen[0] - seen[1] if len(seen) > 1 else seen[0]
+    accesses = [(e["at"], e["bytes"]) for warp in blocks[0] for _, e in warp if e and "at" in e]
+    once = sum(size for _, size in own)
+    kept = once * resident * machine.multiprocessors <= machine.l2_bytes / 2
+    of_block = once if kept else sum(x[1] for x in accesses if x in own)
+    shared = sum(size for _, size in seen[0] - own)
+    all_bytes = sum(size for _, size in accesses)
+    return launch.blocks * of_block + shared, launch.blocks * all_bytes, launch.blocks * sum(map(len, blocks[0]))
+
+
+def by_bytes(program, machine, launch, resident, name):
+    """Cost of a kernel without products."""
+    memory, l2, issued = traffic(program, machine, launch, resident)
+    chip = machine.multiprocessors * machine.clock * 1e9
+    times = {
+        "memory": memory / bandwidth(machine, memory),
+        "l2": l2 / (machine.l2 * chip),
+        "issue": issued / (simulate.SCHEDULERS * chip),
     }
-    bound = max(rates, key=rates.get)
-    return Cost(name, LAUNCH + rates[bound], bound, {"bytes": size, "instructions": issued})
+    bound = max(times, key=times.get)
+    return Cost(name, LAUNCH + times[bound], bound, {"bytes": memory, "instructions": issued})
 
 
 def product(machine, batches, m, n, k, element, result, to_memory=True):
