@@ -1,7 +1,7 @@
-"""Wavefronts of an access to shared memory, and sectors of one to global memory, from the addresses of warps' lanes.
+"""Wavefronts of an access to shared memory, and sectors of one to global memory, from the addresses of lanes.
 
-Shared memory has 32 banks of 4 bytes. What a wavefront serves lies in different banks or in the same word. Accesses of 8
-and 16 bytes go by halves and quarters of a warp, `ldmatrix` by its 8 x 8 matrices: eight rows of 16 bytes.
+Shared memory has 32 banks of 4 bytes. What a wavefront serves lies in different banks or in the same word. Accesses of
+8 and 16 bytes go by halves and quarters of a warp, `ldmatrix` by its 8 x 8 matrices: eight rows of 16 bytes.
 
 Addresses and masks are (warps, 32); results one count per warp.
 """

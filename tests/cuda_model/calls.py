@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from . import bounds, interpret, kernels, launches
 
-SHORT, LONG = 3, 7  # tiles of keys of the two runs whose difference is what a tile costs
+SHORT, LONG = 2, 5  # tiles of keys of the two runs whose difference is what a tile costs
 
 
 @dataclass

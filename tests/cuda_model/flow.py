@@ -26,7 +26,7 @@ def loops_of(code):
             ranges[first] = max(ranges.get(first, 0), i)
     found = []
     for first, last in sorted(ranges.items(), key=lambda x: (x[0], -x[1])):
-        depth = sum(first >= f and last <= l and (f, l) != (first, last) for f, l in ranges.items())
+        depth = sum(a <= first and last <= b and (a, b) != (first, last) for a, b in ranges.items())
         found.append(Loop(first, last, depth))
     return found
 
@@ -35,7 +35,8 @@ def walk(code, loop, trips, taken=(), skipped=()):
     """Indices that a warp passes in one turn of the loop.
 
     Branches back go as often as `trips` says (address of the branch's target: turns, else one); branches forward are
-    not taken, but for unguarded ones and those at addresses in `taken`. Instructions at addresses in `skipped` are left out.
+    not taken, but for unguarded ones and those at addresses in `taken`. Instructions at addresses in `skipped` are left
+    out.
     """
     at_address = {x.address: i for i, x in enumerate(code)}
     path, turns, i = [], {}, loop.first

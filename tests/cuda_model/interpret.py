@@ -1,8 +1,8 @@
-"""Runs a warp's integers, predicates and branches with a launch's real parameters: the trace of what it passes.
+"""Runs a block's integers, predicates and branches with a launch's real parameters: what each warp passes.
 
-Memory is not modelled: loads bring zeros. So a branch on loaded data goes the way of zeros, and addresses that come from
-memory are wrong; the kernels of this project have neither. Products of matrices and conversions of data change nothing.
-Waits for an mbarrier succeed at once: in simulate.py they take their time.
+Of memory only spills are modelled: other loads bring zeros. So a branch on loaded data goes the way of zeros, and
+addresses that come from memory are wrong; the kernels of this project have neither. Products of matrices and
+conversions of data change nothing. Waits for an mbarrier succeed at once: in simulate.py they take their time.
 
 Lanes that part run apart, those at the lowest address first, and meet again where BSYNC says.
 """
@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import arithmetic, banks, registers
-from .units import class_of, width_of
+from . import arithmetic, control, memory, registers
+from .control import GONE
+from .units import class_of
+from .values import predicate, writer
 
 PARAMETERS_AT = {"8": 0x160, "9": 0x210, "10": 0x380, "12": 0x380}  # of constant bank 0, by major version
-GONE = 1 << 30  # address of a lane that has left
 _SPECIAL = {"SR_LANEID": "lane", "SR_TID.X": "thread", "SR_CTAID.X": "block", "SR_LTMASK": "lower"}
 
 
@@ -54,7 +55,7 @@ class Program:
     def __post_init__(self):
         self.at = {x.address: i for i, x in enumerate(self.code)}
         self.run = [None] * len(self.code)
-        self.guards = [None if x.guard is None else arithmetic._predicate(x.guard) for x in self.code]
+        self.guards = [None if x.guard is None else predicate(x.guard) for x in self.code]
         self.kinds = [_kind(x) for x in self.code]
 
     def handler(self, i):
@@ -74,11 +75,13 @@ def _kind(x):
         return "shared" if op != "MOVM" else "nothing"
     if op == "LDGSTS":
         return "copy"
+    if op in ("LDL", "STL"):
+        return "local"
     if klass == "global":
         return "global"
     if op == "SYNCS":
         return op
-    if klass in ("branch", "barrier", "cp.async", "wgmma") and op != "ELECT" or op == "UCGABAR_ARV":
+    if klass in ("branch", "barrier", "cp.async", "wgmma") and op != "ELECT":
         return "nothing"
     return "arithmetic"
 
@@ -96,7 +99,7 @@ def nothing(program, x, i):
 
 
 def special(program, x, i):
-    write = arithmetic._write(x.operands[0])
+    write = writer(x.operands[0])
     name = _SPECIAL.get(x.operands[1])
 
     def step(state, mask):
@@ -113,199 +116,11 @@ def special(program, x, i):
     return step
 
 
-def _zero(x, width):
-    """Writers that bring zeros to the registers of a load."""
-    target = x.operands[0]
-    if not registers.is_register(target) or registers.row_of(target) == registers.RZ:
-        return []
-    row = registers.row_of(target)
-    return [arithmetic._write(f"R{row + k}") for k in range(max(1, width // 4))]
-
-
-def _by_warp(where, state):
-    return where(state.registers).astype(np.int64).reshape(-1, registers.LANES)
-
-
-def shared(program, x, i):
-    where = registers.address(next(t for t in x.operands if "[" in t))
-    load = x.opcode not in ("STS", "STSM")
-    matrices = int(x.modifiers[-1]) if x.opcode in ("LDSM", "STSM") else 0
-    width = 4 * matrices if matrices else width_of(x)
-    zeros = _zero(x, width) if load else []
-
-    def step(state, mask):
-        addresses = _by_warp(where, state)
-        for write in zeros:
-            write(state.registers, mask, np.uint32(0))
-        lanes = mask.reshape(addresses.shape)
-        counts = banks.matrix(addresses, matrices) if matrices else banks.shared(addresses, width, lanes)
-        return [{"wavefronts": int(n)} for n in counts]
-
-    return step
-
-
-def copy(program, x, i):
-    to, source = registers.address(x.operands[0]), registers.address(x.operands[1])
-    width = width_of(x)
-    filled = arithmetic._predicate(x.operands[2]) if len(x.operands) > 2 else None
-
-    def step(state, mask):
-        addresses = _by_warp(to, state)
-        written = banks.shared(addresses, width, mask.reshape(addresses.shape))
-        reads = mask & filled(state.registers) if filled else mask
-        sizes = banks.SECTOR * banks.sectors(_by_warp(source, state), width, reads.reshape(addresses.shape))
-        return [{"wavefronts": int(w), "bytes": int(b)} for w, b in zip(written, sizes, strict=True)]
-
-    return step
-
-
-def global_memory(program, x, i):
-    where = registers.address(next(t for t in x.operands if "[" in t))
-    width = width_of(x)
-    zeros = [] if x.opcode.startswith(("ST", "RED")) else _zero(x, width)
-
-    def step(state, mask):
-        addresses = _by_warp(where, state)
-        for write in zeros:
-            write(state.registers, mask, np.uint32(0))
-        counts = banks.sectors(addresses, width, mask.reshape(addresses.shape))
-        first = addresses.ravel()[state.registers.first(mask)]
-        return [
-            {"wavefronts": max(1, -(-int(n) // 4)), "bytes": banks.SECTOR * int(n), "at": int(a)}
-            for n, a in zip(counts, first, strict=True)
-        ]
-
-    return step
-
-
-def branch(program, x, i):
-    conditions = [arithmetic._predicate(t) for t in x.operands if registers.is_predicate(t)]
-    target = program.at.get(x.target)
-    diverges = "DIV" in x.modifiers  # taken where a warp's lanes have parted, which min-address order makes rare
-
-    def step(state, mask):
-        go = mask.copy()
-        for condition in conditions:
-            go &= condition(state.registers)
-        if not diverges:
-            state.pc[go] = target
-
-    return step
-
-
-def leave(program, x, i):
-    def step(state, mask):
-        state.pc[mask] = GONE
-
-    return step
-
-
-def call(program, x, i):
-    target = program.at[int(x.operands[-1], 16)]
-
-    def step(state, mask):
-        state.pc[mask] = target
-
-    return step
-
-
-def come_back(program, x, i):
-    register, _, base = " ".join(x.operands).replace(".reuse", "").partition(" ")
-    value, base = registers.reader(register), int(base or "0x0", 16)
-
-    def step(state, mask):
-        addresses = value(state.registers)
-        for address in np.unique(addresses[mask]):
-            state.pc[mask & (addresses == address)] = program.at[int(address) + base]
-
-    return step
-
-
-def _board(text):
-    return int(text.removeprefix("B"))
-
-
-def part(program, x, i):
-    """BSSY: these lanes will meet again."""
-    board = _board(x.operands[0])
-
-    def step(state, mask):
-        np.copyto(state.meet[board], mask, where=state.registers.whole(mask))
-
-    return step
-
-
-def meet(program, x, i):
-    """BSYNC: wait for the lanes that BSSY saw and that have not gone."""
-    board = _board(x.operands[0])
-
-    def step(state, mask):
-        held = state.held[board]
-        held |= mask
-        state.waiting |= mask
-        missing = state.meet[board] & ~held & (state.pc != GONE)
-        complete = state.registers.whole(mask) & ~state.registers.whole(missing)
-        state.waiting &= ~(complete & held)
-        held &= ~complete
-        state.meet[board] &= ~complete
-
-    return step
-
-
-def give_up(program, x, i):
-    """BREAK: these lanes will not come to the meeting."""
-    board = _board(x.operands[-1])
-
-    def step(state, mask):
-        state.meet[board] &= ~mask
-
-    return step
-
-
-def board_move(program, x, i):
-    """BMOV: a board to a register or back."""
-    to, source = (t.replace(".reuse", "") for t in x.operands)
-    places = np.arange(registers.LANES, dtype=np.uint64)
-
-    def step(state, mask):
-        if to.startswith("B"):
-            words = state.registers.r[registers.row_of(source)][state.registers.first(mask)]
-            members = (words[:, None] >> places.astype(np.uint32) & np.uint32(1)).astype(bool)
-            np.copyto(state.meet[_board(to)], members.ravel(), where=state.registers.whole(mask))
-        else:
-            members = state.meet[_board(source)].reshape(-1, registers.LANES).astype(np.uint64)
-            words = (members << places).sum(axis=1).astype(np.uint32)
-            np.copyto(state.registers.r[registers.row_of(to)], np.repeat(words, registers.LANES), where=mask)
-
-    return step
-
-
-def syncs(program, x, i):
-    """mbarrier: the predicate of a wait comes out true; address and operand go into the trace."""
-    where = registers.address(next(t for t in x.operands if "[" in t))
-    last = x.operands[-1]
-    operand = registers.reader(last) if registers.is_register(last) else None
-    out = arithmetic._write_predicate(x.operands[0]) if "PHASECHK" in x.modifiers else None
-
-    def step(state, mask):
-        first = state.registers.first(mask)
-        addresses = where(state.registers)[first]
-        values = np.broadcast_to(operand(state.registers) if operand else np.uint32(0), mask.shape)[first]
-        lanes = mask.reshape(-1, registers.LANES).sum(axis=1)
-        if out:
-            out(state.registers, mask, True)
-        kind = "wait" if out else "init" if "EXCH" in x.modifiers else "arrive"
-        return [
-            {"mbarrier": (kind, int(a), int(v), int(n))} for a, v, n in zip(addresses, values, lanes, strict=True)
-        ]
-
-    return step
-
-
 _MAKERS = {
-    "arithmetic": arithmetic_handler, "nothing": nothing, "special": special, "shared": shared, "copy": copy,
-    "global": global_memory, "BRA": branch, "EXIT": leave, "CALL": call, "RET": come_back, "BSSY": part, "BSYNC": meet,
-    "BREAK": give_up, "BMOV": board_move, "WARPSYNC": nothing, "SYNCS": syncs,
+    "nothing": nothing, "special": special, "WARPSYNC": nothing, "shared": memory.shared, "copy": memory.copy,
+    "global": memory.global_memory, "local": memory.local_memory, "SYNCS": memory.syncs, "BRA": control.branch,
+    "EXIT": control.leave, "CALL": control.call, "RET": control.come_back, "BSSY": control.part, "BSYNC": control.meet,
+    "BREAK": control.give_up, "BMOV": control.board_move,
 }  # fmt: skip
 _JUMPS = {"BRA", "EXIT", "CALL", "RET", "BSYNC"}
 INACTIVE = {"active": False}
@@ -321,6 +136,7 @@ class State:
         self.waiting = np.zeros(32 * warps, bool)
         self.meet = np.zeros((16, 32 * warps), bool)
         self.held = np.zeros((16, 32 * warps), bool)
+        self.local = {}
 
 
 def trace(program, launch, block=0, most=400_000):

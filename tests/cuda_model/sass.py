@@ -71,10 +71,10 @@ class Instruction:
     @property
     def target(self):
         """Address of a branch whose target is part of the instruction, else None."""
-        if self.opcode in ("BRA", "BSSY", "CALL", "WARPSYNC", "BRX", "BRXU") and self.operands:
-            if match := re.fullmatch(r"(?:`\(\S+\) )?(0x[0-9a-f]+)", self.operands[-1]):
-                return int(match[1], 16)
-        return None
+        if self.opcode not in ("BRA", "BSSY", "CALL") or not self.operands:
+            return None
+        last = self.operands[-1]
+        return int(last, 16) if re.fullmatch(r"0x[0-9a-f]+", last) else None
 
     @property
     def text(self):

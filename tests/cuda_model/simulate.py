@@ -1,14 +1,14 @@
 """One multiprocessor running the traces of the warps that are resident on it, cycle by cycle.
 
 Four schedulers issue at most one instruction a cycle each, from the warp that they issued from last while it can go on
-and its control code does not ask to change, else from the one that waits longest. A warp issues in order: when the stall
-count of its last instruction has passed, the scoreboards that the instruction names are clear, its unit is free, and the
-queue to shared and global memory has room. Units take an instruction for as long as units.py says; what comes after that
-at a fixed latency is in the stall counts, which the compiler chose.
+and its control code does not ask to change, else from the one that waits longest. A warp issues in order: when the
+stall count of its last instruction has passed, the scoreboards that the instruction names are clear, its unit is free,
+and the queue to shared and global memory has room. Units take an instruction for as long as units.py says; what comes
+after that at a fixed latency is in the stall counts, which the compiler chose.
 
 Shared memory serves one wavefront of 128 bytes a cycle for the whole multiprocessor, L2 a fixed share of its bandwidth;
-both are queues, so an instruction's completion is known at issue, and scoreboards are lists of times. Only barriers make
-warps wait for one another.
+both are queues, so an instruction's completion is known at issue, and scoreboards are lists of times. Only barriers
+make warps wait for one another.
 """
 
 import heapq
@@ -36,15 +36,14 @@ class Result:
 
 
 class Warp:
-    __slots__ = ("at", "boards", "blocked", "copies", "ends", "groups", "id", "block", "ready", "reason", "steps", "wgmma")
+    __slots__ = ("at", "block", "blocked", "boards", "copies", "id", "ready", "reason", "steps", "wgmma")
 
     def __init__(self, id_, block, steps):
         self.id, self.block, self.steps = id_, block, steps
         self.at, self.ready, self.reason, self.blocked = 0, 0.0, "stall", False
         self.boards = [[], [], [], [], [], []]
         self.copies = 0.0  # when the last cp.async so far has arrived
-        self.groups, self.wgmma = [], []
-        self.ends = 0.0
+        self.wgmma = []  # when its groups of products end
 
 
 class Barrier:
@@ -129,7 +128,7 @@ class Multiprocessor:
                         last[t] = None
                         self.sleeping.discard(t)
                         heapq.heappush(events, (now + 1, t))
-        if self.sleeping:
+        if self.sleeping or any(barrier.waiting for barrier in self.barriers.values()):
             raise RuntimeError("warps wait at a barrier to which nobody comes")
         names = {name: n for name, n in zip(units.CLASSES, self.by_class, strict=True) if n}
         return Result(end, issued, names, self.busy, waits, self.marks)
@@ -199,8 +198,6 @@ class Multiprocessor:
                     self.busy["l2"] += size / self.machine.l2
                     done = max(done, self.l2_free + t.latency)
                 if kind == "copy":
-                    self.busy["shared"] += wavefronts  # what arrives is written
-                    self.shared_free += wavefronts
                     warp.copies = max(warp.copies, done)
         elif kind == "group":
             done, reason = max(done, warp.copies), "copy"

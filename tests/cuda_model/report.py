@@ -1,0 +1,174 @@
+"""Tables of the shipped kernels, and their budget."""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+
+from . import bounds, calibrate, calls, kernels, machine, sass
+
+BUDGET = kernels.ROOT / "tests/cuda_model_budget.json"
+CYCLE_SLACK, INSTRUCTION_SLACK = 0.05, 0.02  # the order in which warps take turns moves cycles by some percent
+ARCHS = ("8.0", "9.0")
+BUDGETED = kernels.SHAPES[:2]
+
+
+def compile_kernels(arch, nvcc, cubins):
+    """The cubin of all kernels: from the folder `cubins`, else compiled into it."""
+    path = pathlib.Path(cubins) / f"{arch}.cubin"
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number = arch.replace(".", "")
+    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch=sm_{number}", f"-I{kernels.ROOT}/csrc"]
+    subprocess.run([nvcc, *flags, f"{kernels.ROOT}/tests/cuda_kernels.cu", "-o", path], check=True)
+    return path
+
+
+def figures(tile):
+    """What the budget keeps of a launches.Tile."""
+    return {
+        "instructions": round(tile.instructions),
+        "cycles": round(tile.cycles),
+        "share": round(tile.share, 3),
+        "bound": bounds.bound(tile.result),
+    }
+
+
+def model_calls(arch, cubin, wanted, positions):
+    """[CallCost] of calls at several numbers of positions."""
+    code = kernels.Code(cubin, arch)
+    model = calls.Model(code, machine.MACHINES[arch])
+    return [model.call(call, n) for call in wanted for n in positions]
+
+
+def budgeted_calls():
+    return [
+        kernels.Call(direction, "fused", layout, width, channels)
+        for direction in ("forward", "backward")
+        for width, channels in BUDGETED
+        for layout in kernels.LAYOUTS
+    ]
+
+
+def budget_of(costs):
+    """{call: {kernel: figures}}."""
+    return {c.call.name: {name: figures(tile) for name, tile in c.tiles.items()} for c in costs}
+
+
+def worse(budget, built):
+    """What is worse than the budget: messages. Both are {arch: {call: {kernel: figures}}}."""
+    found = []
+    for arch, by_call in built.items():
+        for call, by_kernel in by_call.items():
+            wanted = budget.get(arch, {}).get(call, {})
+            for name in sorted(set(by_kernel) | set(wanted)):
+                where = f"{call}, {name} for {arch}"
+                if name not in wanted or name not in by_kernel:
+                    found.append(f"{where}: {'has no budget' if name in by_kernel else 'is gone'}")
+                    continue
+                for key, slack in (("instructions", INSTRUCTION_SLACK), ("cycles", CYCLE_SLACK)):
+                    new, old = by_kernel[name][key], wanted[name][key]
+                    if new > old * (1 + slack):
+                        found.append(f"{where}: {new} {key} a tile, budget {old} + {slack:.0%}")
+    return found
+
+
+def tile_table(built):
+    lines = ["| architecture | call | kernel | instructions | cycles | tensor cores | bound |", "|" + "---|" * 7]
+    for arch, by_call in built.items():
+        for call, by_kernel in by_call.items():
+            for name, x in by_kernel.items():
+                cells = (arch, call, f"`{name}`", x["instructions"], x["cycles"], f"{x['share']:.0%}", x["bound"])
+                lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def call_table(arch, costs):
+    """Modelled milliseconds of chain and fused path beside eager's."""
+    device = machine.MACHINES[arch]
+    rows, by_key = [], {}
+    for cost in costs:
+        key = (cost.call.direction, cost.call.width, cost.call.channels, cost.call.layout, cost.positions)
+        by_key.setdefault(key, {})[cost.call.path] = cost
+    for (direction, width, channels, layout, n), paths in by_key.items():
+        eager = calls.eager(device, direction, n, width, channels)
+        cells = [f"{c.seconds * 1e3:.2f}" if (c := paths.get(path)) else "-" for path in ("chain", "fused")]
+        best = min(c.seconds for c in paths.values()) / eager
+        name = f"{direction} ({width}, {channels}) {layout}"
+        rows.append(f"| {device.name} | {name} | {n} | {eager * 1e3:.2f} | {cells[0]} | {cells[1]} | {best:.2f} |")
+    head = "| GPU | call | positions | eager | chain | fused | best / eager |"
+    return "\n".join([head, "|" + "---|" * 7, *rows])
+
+
+def calibration_table(rows):
+    lines = ["| kernel | GPU | width | published TFLOP/s | modelled | off | bound |", "|" + "---|" * 7]
+    for x in rows:
+        cells = (x["kernel"], x["gpu"], x["width"], x["published"], x["modelled"], f"{x['off']:+.0%}", x["bound"])
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def every_call():
+    return [
+        kernels.Call(direction, path, layout, width, channels)
+        for direction in ("forward", "backward")
+        for width, channels in kernels.SHAPES
+        for layout in kernels.LAYOUTS
+        for path in ("chain", "fused")
+    ]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description="what the shipped kernels cost, without a GPU", prog="python -m cuda_model"
+    )
+    parser.add_argument("--check", action="store_true", help="compare with the budget")
+    parser.add_argument("--write", action="store_true", help="rewrite the budget")
+    parser.add_argument("--calibrate", metavar="DIR", help="with checkouts of flash-attention and cutlass")
+    parser.add_argument("--archs", default=",".join(ARCHS))
+    parser.add_argument(
+        "--cubins", default=kernels.BUILD / "cubins", help="folder of ARCH.cubin, compiled if they are not there"
+    )
+    parser.add_argument("--nvcc", default=shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
+    options = parser.parse_args(argv)
+    if sass.cuobjdump() is None:
+        print(f"cuda_model: no cuobjdump here: {sass.HOW_TO_GET}", file=sys.stderr)
+        return 3
+    if options.calibrate:
+        calibrate.write(calibrate.calibrate(options.calibrate, options.nvcc))
+        print(calibration_table(calibrate.read()))
+        return 0
+    archs = options.archs.split(",")
+    if not shutil.which(options.nvcc) and not all(
+        (pathlib.Path(options.cubins) / f"{x}.cubin").exists() for x in archs
+    ):
+        print("cuda_model: no nvcc here (--nvcc), and no --cubins", file=sys.stderr)
+        return 3
+    cubins = [compile_kernels(arch, options.nvcc, options.cubins) for arch in archs]
+    kernels.recorder()
+    short = options.check or options.write
+    wanted, positions = (budgeted_calls(), (16384,)) if short else (every_call(), kernels.POSITIONS)
+    with ProcessPoolExecutor(min(len(archs), os.cpu_count() or 1)) as pool:
+        n = len(archs)
+        modelled = dict(zip(archs, pool.map(model_calls, archs, cubins, [wanted] * n, [positions] * n), strict=True))
+    built = {arch: budget_of(x for x in costs if x.call.path == "fused") for arch, costs in modelled.items()}
+    print(tile_table(built))
+    if not short:
+        for arch, costs in modelled.items():
+            print("\n" + call_table(arch, costs))
+        print("\n" + calibration_table(calibrate.read()))
+        return 0
+    if options.write:
+        old = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
+        BUDGET.write_text(json.dumps({**old, **built}, indent=1, sort_keys=True) + "\n")
+        print(f"wrote {BUDGET}")
+        return 0
+    problems = worse(json.loads(BUDGET.read_text()), built)
+    print("\n".join(problems))
+    print(f"{sum(map(len, built.values()))} calls, {len(problems)} worse than the budget")
+    return 1 if problems else 0
