@@ -85,9 +85,13 @@ FLAGS = ["-std=c++17", "-O3", "-cubin", "--expt-relaxed-constexpr", "--expt-exte
 FLAGS += ["-U__CUDA_NO_HALF_OPERATORS__", "-U__CUDA_NO_HALF_CONVERSIONS__", "-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]
 
 
-def revision(folder):
-    done = subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True)
-    return done.stdout.strip()[:12] or "unknown"
+def commits(folder):
+    """{checkout: its commit}."""
+    found = {}
+    for name in ("flash-attention", "cutlass"):
+        command = ["git", "-C", folder / name, "rev-parse", "HEAD"]
+        found[name] = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()[:12]
+    return found
 
 
 def compile_published(kernel, folder, nvcc, out):
@@ -100,7 +104,9 @@ def compile_published(kernel, folder, nvcc, out):
     second = kernel.name.endswith("2")
     source = flash / ("csrc/flash_attn/src" if second else "hopper")
     sizes = {"width": kernel.width, "rows": kernel.rows, "keys": kernel.keys, "warps": kernel.warps}
-    stem = f"{kernel.name[-1]}-{kernel.arch}-{kernel.width}"
+    stem = "-".join([kernel.name[-1], kernel.arch, str(kernel.width), *commits(folder).values()])
+    if (out / f"{stem}.cubin").exists():
+        return out / f"{stem}.cubin"
     text = (FA2_KERNEL if second else FA3_KERNEL).format(**sizes, even=str(kernel.width <= 128).lower())
     (out / f"{stem}.cu").write_text(text)
     number = kernel.arch.replace(".", "")
@@ -132,7 +138,7 @@ def second_parameters(kernel, folder, nvcc, out, tiles):
 
 def model_second(kernel, cubin, device, parameters):
     """(Tile, blocks of a multiprocessor): its trace is run with real parameters."""
-    code = kernels.Code(cubin, kernel.arch)
+    code = kernels.Code([cubin], kernel.arch)
     (name,) = code.functions
     shared = (kernel.rows + 2 * kernel.keys) * kernel.width * 2
     blocks = POSITIONS // kernel.rows
@@ -186,7 +192,7 @@ def calibrate(folder, nvcc):
                 "width": kernel.width,
                 "tile": [kernel.rows, kernel.keys],
                 "source": kernel.source,
-                "commits": {x: revision(folder / x) for x in ("flash-attention", "cutlass")},
+                "commits": commits(folder),
                 "published": kernel.speed,
                 "modelled": round(speed),
                 "off": round(speed / kernel.speed - 1, 3),

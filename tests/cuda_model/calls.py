@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from . import bounds, interpret, kernels, launches
 
 SHORT, LONG = 2, 5  # tiles of keys of the two runs whose difference is what a tile costs
+FEW, MANY = 2048, 3328  # positions of the two runs of kernels whose blocks walk over tiles of the map
 
 
 @dataclass
@@ -38,8 +39,8 @@ class Model:
     def record(self, call, positions, key_tiles=None):
         return kernels.record(call, positions, self.capability, self.machine.multiprocessors, key_tiles)
 
-    def run(self, key, name, launch, blocks):
-        key = (*key, name, blocks)
+    def run(self, name, launch, blocks):
+        key = (name, launch, blocks)
         if key not in self.kept:
             self.kept[key] = launches.simulate_blocks(self.code.program(name), self.machine, launch, blocks)
         return self.kept[key]
@@ -47,7 +48,7 @@ class Model:
     def call(self, call, positions):
         """CallCost of a call at so many positions."""
         lines = self.record(call, positions)
-        tiles = next((line["tiles"] for line in lines if "tiles" in line), None)
+        tiles = next((line["tiles"] for line in lines if set(line) == {"tiles"}), None)
         costs, by_kernel, seen = [], {}, {}
         for line in lines:
             if "product" in line:
@@ -55,8 +56,8 @@ class Model:
             elif "kernel" in line:
                 name = kernels.plain_name(line["kernel"])
                 number = seen[name] = seen.get(name, 0) + 1
-                launch = interpret.Launch.of(line)
                 if not any(x.opcode in ("HMMA", "HGMMA") for x in self.code.functions[name]):
+                    launch = interpret.Launch.of(line)
                     key = (name, launch.blocks)
                     if key not in self.kept:
                         resident = self.code.resident(name, launch)
@@ -65,35 +66,48 @@ class Model:
                         )
                     costs.append(self.kept[key])
                     continue
-                tile, seconds = self.products(call, positions, name, number, launch, tiles)
+                tile, seconds = self.products(call, positions, name, number, line, tiles)
                 by_kernel.setdefault(name, tile)
                 costs.append(launches.Cost(name, launches.LAUNCH + seconds, bounds.bound(tile.result), tile))
         return CallCost(call, positions, costs, by_kernel)
 
-    def products(self, call, positions, name, number, launch, tiles):
+    def samples(self, call, positions, name, number, line, tiles):
+        """(launches to simulate, their tiles per block, tiles per block of the whole launch)."""
+        if "tiles" in line:
+            whole, recorded = line["tiles"], [self.record(call, n) for n in (FEW, MANY)]
+        elif tiles is not None:
+            whole, recorded = tiles, [self.record(call, positions, n) for n in (SHORT, LONG)]
+        else:  # a block is a tile, whatever the number of positions
+            same = [x for x in self.record(call, positions) if x.get("kernel") == line["kernel"]]
+            first = next(x for x in same if x["blocks"] == line["blocks"])
+            return [interpret.Launch.of(first)], [1], 1
+        found = []
+        for lines in recorded:
+            same = [x for x in lines if "kernel" in x and kernels.plain_name(x["kernel"]) == name]
+            found.append(same[min(number, len(same)) - 1])
+        counts = [x["tiles"] for x in found] if "tiles" in line else [SHORT, LONG]
+        return [interpret.Launch.of(x) for x in found], counts, whole
+
+    def products(self, call, positions, name, number, line, tiles):
         """(Tile, seconds) of a kernel with products; `number` of the launches of its name in the call."""
+        launch = interpret.Launch.of(line)
+        sampled, counts, whole = self.samples(call, positions, name, number, line, tiles)
         resident = self.code.resident(name, launch)
         full, last = launches.waves(launch.blocks, self.machine, resident)
 
         def block(count):
-            if tiles is None:  # a block is a tile, whatever the number of positions
-                run = self.run((call,), name, launch, count)
-                return launches.tile_of(None, run, (0, 1), count * launch.threads // 32)
-            runs = []
-            for short in (SHORT, LONG):
-                lines = [x for x in self.record(call, positions, short) if "kernel" in x]
-                same = [x for x in lines if kernels.plain_name(x["kernel"]) == name]
-                at = min(number, len(same)) - 1
-                runs.append(self.run((call, short, at), name, interpret.Launch.of(same[at]), count))
-            return launches.tile_of(*runs, (SHORT, LONG), count * launch.threads // 32)
+            runs = [self.run(name, x, count) for x in sampled]
+            few, many = runs if len(runs) == 2 else (None, runs[0])
+            return launches.tile_of(few, many, (counts[0], counts[-1]), count * launch.threads // 32)
 
-        count = resident if full else last
-        tile = block(count)
-        cycles = [(full, tile)] if full else []
+        tile = block(resident if full else last)
+        cycles = full * (tile.fixed + tile.cycles * whole)
         if last:
-            cycles.append((1, tile if last == count else block(last)))
-        total = sum(n * (t.fixed + t.cycles * (tiles or 1)) for n, t in cycles)
-        return tile, total / (self.machine.clock * 1e9)
+            rest = tile if last == resident or not full else block(last)
+            cycles += rest.fixed + rest.cycles * whole
+        # Where tensor cores are busy all the time, power holds the clock down.
+        slower = max(1.0, tile.rate(self.machine) / self.machine.sustained)
+        return tile, slower * cycles / (self.machine.clock * 1e9)
 
 
 def eager(machine, direction, positions, width, channels):

@@ -118,7 +118,7 @@ def shift(x, operands):
 def logic(x, operands):
     rest = list(operands)
     out = []
-    if x.opcode == "PLOP3":
+    if x.opcode.endswith("PLOP3"):
         wp, wp2 = predicate_writer(rest[0]), predicate_writer(rest[1])
         inputs = [predicate(t) for t in rest[2:5]]
         tables = [int(t, 16) for t in rest[5:7]]
@@ -191,9 +191,9 @@ def bits(x, operands):
     invert = "SH" in x.modifiers
 
     def count(v):
-        if x.opcode == "POPC":
+        if x.opcode.endswith("POPC"):
             return v.bit_count()
-        if x.opcode == "BREV":
+        if x.opcode.endswith("BREV"):
             return int(f"{v:032b}"[::-1], 2)
         top = v.bit_length() - 1  # FLO
         return 0xFFFFFFFF if top < 0 else (31 - top if invert else top)

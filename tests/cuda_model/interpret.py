@@ -14,7 +14,7 @@ import numpy as np
 from . import arithmetic, control, memory, registers
 from .control import GONE
 from .units import class_of
-from .values import predicate, writer
+from .values import predicate, predicate_writer, writer
 
 PARAMETERS_AT = {"8": 0x160, "9": 0x210, "10": 0x380, "12": 0x380}  # of constant bank 0, by major version
 _SPECIAL = {"SR_LANEID": "lane", "SR_TID.X": "thread", "SR_CTAID.X": "block", "SR_LTMASK": "lower"}
@@ -28,14 +28,17 @@ class Launch:
     threads: int
     shared: int
     parameters: bytes
+    alignment: int = 8  # of the parameters
 
     @classmethod
     def of(cls, line):
-        return cls(line["blocks"], line["threads"], line["shared"], bytes.fromhex(line["parameters"]))
+        return cls(
+            line["blocks"], line["threads"], line["shared"], bytes.fromhex(line["parameters"]), line["alignment"]
+        )
 
     def constants(self, arch):
         """Constant bank 0: sizes of block and grid, then the parameters."""
-        start = PARAMETERS_AT[arch.split(".")[0]]
+        start = -(-PARAMETERS_AT[arch.split(".")[0]] // self.alignment) * self.alignment
         head = np.zeros(start // 4, np.uint32)
         head[0:3] = self.threads, 1, 1
         head[3:6] = self.blocks, 1, 1
@@ -79,7 +82,7 @@ def _kind(x):
         return "local"
     if klass == "global":
         return "global"
-    if op == "SYNCS":
+    if op in ("SYNCS", "BAR", "USETMAXREG"):
         return op
     if klass in ("branch", "barrier", "cp.async", "wgmma") and op != "ELECT":
         return "nothing"
@@ -96,6 +99,17 @@ def arithmetic_handler(program, x, i):
 
 def nothing(program, x, i):
     return lambda state, mask: None
+
+
+def grant(program, x, i):
+    """setmaxnreg: the registers are there at the first try."""
+    outs = [predicate_writer(t) for t in x.operands if registers.is_predicate(t)]
+
+    def step(state, mask):
+        for out in outs:
+            out(state.registers, mask, True)
+
+    return step
 
 
 def special(program, x, i):
@@ -117,10 +131,11 @@ def special(program, x, i):
 
 
 _MAKERS = {
-    "nothing": nothing, "special": special, "WARPSYNC": nothing, "shared": memory.shared, "copy": memory.copy,
-    "global": memory.global_memory, "local": memory.local_memory, "SYNCS": memory.syncs, "BRA": control.branch,
-    "EXIT": control.leave, "CALL": control.call, "RET": control.come_back, "BSSY": control.part, "BSYNC": control.meet,
-    "BREAK": control.give_up, "BMOV": control.board_move,
+    "nothing": nothing, "special": special, "USETMAXREG": grant, "WARPSYNC": nothing, "shared": memory.shared,
+    "copy": memory.copy, "global": memory.global_memory, "local": memory.local_memory, "SYNCS": memory.syncs,
+    "BAR": memory.named_barrier, "BRA": control.branch, "EXIT": control.leave, "CALL": control.call,
+    "RET": control.come_back, "BSSY": control.part, "BSYNC": control.meet, "BREAK": control.give_up,
+    "BMOV": control.board_move,
 }  # fmt: skip
 _JUMPS = {"BRA", "EXIT", "CALL", "RET", "BSYNC"}
 INACTIVE = {"active": False}

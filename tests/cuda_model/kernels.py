@@ -22,7 +22,7 @@ class Call:
     """A call of pairwise attention in bfloat16, one image, as many keys as queries."""
 
     direction: str  # forward, backward
-    path: str  # chain, fused
+    path: str  # chain, fused, hopper
     layout: str  # rows, channel-first
     width: int
     channels: int
@@ -32,9 +32,15 @@ class Call:
         return f"{self.direction} ({self.width}, {self.channels}) {self.layout}"
 
 
+HOPPER = (ROOT / "csrc/ops/pairwise/hopper").is_dir()
 SHAPES = ((256, 256), (256, 512), (256, 1024))
 LAYOUTS = ("channel-first", "rows")
 POSITIONS = (4096, 16384)
+
+
+def paths_of(arch):
+    """Paths whose kernels are modelled on an architecture."""
+    return ("chain", "fused", "hopper") if HOPPER and arch == "9.0" else ("chain", "fused")
 
 
 @functools.cache
@@ -67,11 +73,14 @@ def record(call, positions, capability, multiprocessors, key_tiles=None):
 
 
 class Code:
-    """Kernels of a cubin: instructions, registers of a thread, static shared memory of a block, by plain name."""
+    """Kernels of some cubins: instructions, registers of a thread, static shared memory of a block, by plain name."""
 
-    def __init__(self, path, arch):
+    def __init__(self, paths, arch):
         self.arch = arch
-        functions, usage = sass.disassemble(path), sass.resources(path)
+        functions, usage = {}, {}
+        for path in paths:
+            functions |= sass.disassemble(path)
+            usage |= sass.resources(path)
         plain = dict(zip(functions, cuda_budget.short(functions), strict=True))
         self.functions = {plain[name]: code for name, code in functions.items()}
         self.resources = {plain[name]: usage[name] for name in functions}

@@ -1,10 +1,12 @@
 // Prints what a call of pairwise attention launches, without a GPU: the drivers run on a device that launches nothing.
 //
-//   launches forward|backward chain|fused rows|channel-first B N M D C CAPABILITY MULTIPROCESSORS [KEY_TILES]
+//   launches forward|backward chain|fused|hopper rows|channel-first B N M D C CAPABILITY MULTIPROCESSORS [KEY_TILES]
 //
 // A line of JSON per launch, in order: a kernel by its mangled name with its blocks, threads, dynamic shared memory and
 // parameters as they lie in constant memory, or a library product by its sizes and element bytes; and before a fused
-// forward, how many tiles of keys a block passes. KEY_TILES: it passes that many, under the plan of the whole call.
+// forward, how many tiles of keys a block passes. KEY_TILES: it passes that many, under the plan of the whole call. Of
+// kernels whose blocks walk over tiles, the line has the tiles of the first block.
+#define DNL_EXT_HOPPER  // before the headers: the drivers of all paths are defined
 #include <dlfcn.h>
 
 #include <cstdio>
@@ -15,13 +17,24 @@
 // clang-format off
 #include "emulator.h"
 #include "device.h"
+#include "sm90.h"
 // clang-format on
 #include "ops/pairwise/chain/backward.cuh"
 #include "ops/pairwise/chain/forward.cuh"
 #include "ops/pairwise/fused/forward.cuh"
+#if __has_include("ops/pairwise/hopper/forward.cuh")
+#define DNL_WITH_HOPPER
+#include "ops/pairwise/hopper/backward_map.cuh"
+#include "ops/pairwise/hopper/forward.cuh"
+#endif
 #include "ops/unary/unary_cuda.cuh"
 
 using namespace dnl;
+
+template <class T, class = void>
+struct HasTiles : std::false_type {};
+template <class T>
+struct HasTiles<T, std::void_t<decltype(T::tiles)>> : std::true_type {};
 
 struct RecordingDevice {
   uintptr_t next = uintptr_t(1) << 40;  // of memory that is never touched
@@ -37,8 +50,8 @@ struct RecordingDevice {
   void product(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<Out>& c, int64_t batches, int64_t m,
                int64_t n, int64_t k) const {
     static_cast<void>(a), static_cast<void>(b), static_cast<void>(c);
-    std::printf("{\"product\": [%ld, %ld, %ld, %ld], \"bytes\": [%zu, %zu]}\n", long(batches), long(m), long(n), long(k),
-                sizeof(T), sizeof(Out));
+    std::printf("{\"product\": [%ld, %ld, %ld, %ld], \"bytes\": [%zu, %zu]}\n", long(batches), long(m), long(n),
+                long(k), sizeof(T), sizeof(Out));
   }
 
   template <class... Parameters, class... Arguments>
@@ -55,7 +68,14 @@ struct RecordingDevice {
     std::printf("{\"kernel\": \"%s\", \"blocks\": %ld, \"threads\": %d, \"shared\": %ld, \"parameters\": \"",
                 symbol.dli_sname ? symbol.dli_sname : "", long(shape.blocks), shape.threads, long(shape.shared_bytes));
     for (const unsigned char byte : bytes) std::printf("%02x", byte);
-    std::printf("\"}\n");
+    std::printf("\", \"alignment\": %zu", std::max({alignof(Parameters)...}));
+    (print_tiles(arguments, shape.blocks), ...);
+    std::printf("}\n");
+  }
+
+  template <class T>
+  static void print_tiles(const T& parameter, int64_t blocks) {
+    if constexpr (HasTiles<T>::value) std::printf(", \"tiles\": %ld", long(ceil_div_of(parameter.tiles, blocks)));
   }
 
   template <class T>
@@ -98,17 +118,31 @@ int main(int argc, char** argv) {
       return 0;
     }
     ForwardPlan plan = plan_fused_forward(shape_of<T>(args), gpu);
+#ifdef DNL_WITH_HOPPER
+    if (path == "hopper") plan = plan_hopper_forward(shape_of<T>(args), gpu);
+#endif
     const int64_t key_tiles = ceil_div_of(M, kForwardTiles[plan.tile].keys);
     std::printf("{\"tiles\": %ld}\n", long(ceil_div_of(key_tiles, plan.splits)));
     if (argc > 11) {
       plan.splits = 1;
       args.keys = number(11) * kForwardTiles[plan.tile].keys;
     }
+#ifdef DNL_WITH_HOPPER
+    if (path == "hopper") {
+      pairwise_hopper_forward_cuda<T>(args, device, plan);
+      return 0;
+    }
+#endif
     pairwise_fused_forward_cuda<T>(args, device, plan);
     return 0;
   }
   args.residual = view(N, C);
   args.grad_output = view(N, C);
   args.grad_query = view(N, D), args.grad_key = view(M, D), args.grad_value = view(M, C);
+#ifdef DNL_WITH_HOPPER
+  const auto by = path == "hopper" ? BackwardMap::hopper : path == "fused" ? BackwardMap::fused : BackwardMap::products;
+  pairwise_backward_cuda<T>(args, device, {}, {by, gpu.multiprocessors});
+#else
   pairwise_backward_cuda<T>(args, device, {}, path == "fused");
+#endif
 }

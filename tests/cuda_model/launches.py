@@ -103,6 +103,11 @@ class Tile:
     result: simulate.Result  # of the tiles alone
     classes: dict  # instructions of a warp and tile by class
 
+    def rate(self, machine):
+        """TFLOP/s of the tensor cores, as the data sheet counts them, on the whole chip."""
+        unit = machine.mma_fma if self.result.busy["tensor"] else machine.tensor_fma
+        return self.share * machine.peak * unit / machine.tensor_fma
+
 
 def difference(few, many):
     """What the tiles between two runs cost."""

@@ -97,21 +97,39 @@ def local_memory(program, x, i):
     return step
 
 
+def named_barrier(program, x, i):
+    """BAR: which barrier, and how many warps have to come."""
+    number = registers.reader(x.operands[0]) if x.operands else None
+    threads = registers.reader(x.operands[1]) if len(x.operands) > 1 else None
+
+    def step(state, mask):
+        if number is None or not {"SYNC", "ARV"} & set(x.modifiers):
+            return None
+        first = state.registers.first(mask)
+        numbers = np.broadcast_to(number(state.registers), mask.shape)[first]
+        if threads is None:
+            return [{"barrier": (int(n), state.registers.warps)} for n in numbers]
+        counts = np.broadcast_to(threads(state.registers), mask.shape)[first] // registers.LANES
+        return [{"barrier": (int(n), int(c))} for n, c in zip(numbers, counts, strict=True)]
+
+    return step
+
+
 def syncs(program, x, i):
-    """mbarrier: the predicate of a wait comes out true; address and operand go into the trace."""
+    """mbarrier: the predicate of a wait comes out true; what is done, the address and the operand go into the trace."""
     where = registers.address(next(t for t in x.operands if "[" in t))
     last = x.operands[-1]
-    operand = registers.reader(last) if registers.is_register(last) else None
+    operand = registers.reader(last)
     out = predicate_writer(x.operands[0]) if "PHASECHK" in x.modifiers else None
 
     def step(state, mask):
         first = state.registers.first(mask)
         addresses = where(state.registers)[first]
-        values = np.broadcast_to(operand(state.registers) if operand else np.uint32(0), mask.shape)[first]
+        values = np.broadcast_to(operand(state.registers), mask.shape)[first]
         lanes = mask.reshape(-1, registers.LANES).sum(axis=1)
         if out:
             out(state.registers, mask, True)
-        kind = "wait" if out else "init" if "EXCH" in x.modifiers else "arrive"
+        kind = "wait" if out else "init" if "EXCH" in x.modifiers else "arrive" if "A1T0" in x.modifiers else "expect"
         return [{"mbarrier": (kind, int(a), int(v), int(n))} for a, v, n in zip(addresses, values, lanes, strict=True)]
 
     return step

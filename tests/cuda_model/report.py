@@ -17,16 +17,22 @@ ARCHS = ("8.0", "9.0")
 BUDGETED = kernels.SHAPES[:2]
 
 
-def compile_kernels(arch, nvcc, cubins):
-    """The cubin of all kernels: from the folder `cubins`, else compiled into it."""
-    path = pathlib.Path(cubins) / f"{arch}.cubin"
-    if path.exists():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    number = arch.replace(".", "")
-    flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", f"-arch=sm_{number}", f"-I{kernels.ROOT}/csrc"]
-    subprocess.run([nvcc, *flags, f"{kernels.ROOT}/tests/cuda_kernels.cu", "-o", path], check=True)
-    return path
+def compile_kernels(arch, nvcc, folder):
+    """The cubins of an architecture's kernels: from the folder, else compiled into it."""
+    found = []
+    for name, macros in ((arch, []), (f"{arch}a", ["-DDNL_HOPPER"])):
+        if macros and "hopper" not in kernels.paths_of(arch):
+            continue
+        path = pathlib.Path(folder) / f"{name}.cubin"
+        found.append(path)
+        if path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        number = name.replace(".", "")
+        flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin", *macros, f"-I{kernels.ROOT}/csrc"]
+        target = f"-gencode=arch=compute_{number},code=sm_{number}"
+        subprocess.run([nvcc, *flags, target, f"{kernels.ROOT}/tests/cuda_kernels.cu", "-o", path], check=True)
+    return found
 
 
 def figures(tile):
@@ -39,25 +45,29 @@ def figures(tile):
     }
 
 
-def model_calls(arch, cubin, wanted, positions):
+def model_calls(arch, cubins, wanted, positions):
     """[CallCost] of calls at several numbers of positions."""
-    code = kernels.Code(cubin, arch)
+    code = kernels.Code(cubins, arch)
     model = calls.Model(code, machine.MACHINES[arch])
     return [model.call(call, n) for call in wanted for n in positions]
 
 
-def budgeted_calls():
+def calls_of(paths, shapes):
     return [
-        kernels.Call(direction, "fused", layout, width, channels)
+        kernels.Call(direction, path, layout, width, channels)
         for direction in ("forward", "backward")
-        for width, channels in BUDGETED
+        for width, channels in shapes
         for layout in kernels.LAYOUTS
+        for path in paths
     ]
 
 
 def budget_of(costs):
     """{call: {kernel: figures}}."""
-    return {c.call.name: {name: figures(tile) for name, tile in c.tiles.items()} for c in costs}
+    found = {}
+    for cost in costs:
+        found.setdefault(cost.call.name, {}).update({name: figures(tile) for name, tile in cost.tiles.items()})
+    return found
 
 
 def worse(budget, built):
@@ -97,12 +107,12 @@ def call_table(arch, costs):
         by_key.setdefault(key, {})[cost.call.path] = cost
     for (direction, width, channels, layout, n), paths in by_key.items():
         eager = calls.eager(device, direction, n, width, channels)
-        cells = [f"{c.seconds * 1e3:.2f}" if (c := paths.get(path)) else "-" for path in ("chain", "fused")]
+        cells = [f"{c.seconds * 1e3:.2f}" if (c := paths.get(path)) else "-" for path in ("chain", "fused", "hopper")]
         best = min(c.seconds for c in paths.values()) / eager
         name = f"{direction} ({width}, {channels}) {layout}"
-        rows.append(f"| {device.name} | {name} | {n} | {eager * 1e3:.2f} | {cells[0]} | {cells[1]} | {best:.2f} |")
-    head = "| GPU | call | positions | eager | chain | fused | best / eager |"
-    return "\n".join([head, "|" + "---|" * 7, *rows])
+        rows.append(f"| {device.name} | {name} | {n} | {eager * 1e3:.2f} | {' | '.join(cells)} | {best:.2f} |")
+    head = "| GPU | call | positions | eager | chain | fused | hopper | best / eager |"
+    return "\n".join([head, "|" + "---|" * 8, *rows])
 
 
 def calibration_table(rows):
@@ -111,16 +121,6 @@ def calibration_table(rows):
         cells = (x["kernel"], x["gpu"], x["width"], x["published"], x["modelled"], f"{x['off']:+.0%}", x["bound"])
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
-
-
-def every_call():
-    return [
-        kernels.Call(direction, path, layout, width, channels)
-        for direction in ("forward", "backward")
-        for width, channels in kernels.SHAPES
-        for layout in kernels.LAYOUTS
-        for path in ("chain", "fused")
-    ]
 
 
 def main(argv=None):
@@ -152,11 +152,11 @@ def main(argv=None):
     cubins = [compile_kernels(arch, options.nvcc, options.cubins) for arch in archs]
     kernels.recorder()
     short = options.check or options.write
-    wanted, positions = (budgeted_calls(), (16384,)) if short else (every_call(), kernels.POSITIONS)
+    shapes, positions = (BUDGETED, (16384,)) if short else (kernels.SHAPES, kernels.POSITIONS)
+    wanted = [calls_of([p for p in kernels.paths_of(x) if not (short and p == "chain")], shapes) for x in archs]
     with ProcessPoolExecutor(min(len(archs), os.cpu_count() or 1)) as pool:
-        n = len(archs)
-        modelled = dict(zip(archs, pool.map(model_calls, archs, cubins, [wanted] * n, [positions] * n), strict=True))
-    built = {arch: budget_of(x for x in costs if x.call.path == "fused") for arch, costs in modelled.items()}
+        modelled = dict(zip(archs, pool.map(model_calls, archs, cubins, wanted, [positions] * len(archs)), strict=True))
+    built = {arch: budget_of([x for x in costs if x.call.path != "chain"]) for arch, costs in modelled.items()}
     print(tile_table(built))
     if not short:
         for arch, costs in modelled.items():

@@ -55,6 +55,35 @@ class Barrier:
         self.came, self.waiting = 0, []
 
 
+class PhaseBarrier:
+    """An mbarrier in shared memory. Its word after init holds 2^20 less the arrivals of a phase, shifted by one.
+
+    Bytes that a phase expects are taken for on their way from the moment at which they are announced."""
+
+    __slots__ = ("completed", "count", "missing", "time", "waiting")
+
+    def __init__(self, word):
+        self.count = self.missing = (1 << 20) - (word >> 1)
+        self.completed, self.waiting, self.time = [], [], 0.0
+
+    def arrive(self, arrivals, time):
+        """Whether that completes a phase."""
+        self.missing -= arrivals
+        self.time = max(self.time, time)
+        if self.missing > 0:
+            return False
+        self.completed.append(max(self.time, self.completed[-1] if self.completed else 0.0))
+        self.missing, self.time = self.count, 0.0
+        return True
+
+    def passes_at(self, parity, now):
+        """When a wait for the phase of that parity passes; None where nobody knows yet."""
+        done = sum(time <= now for time in self.completed)
+        if done % 2 != parity:
+            return now
+        return self.completed[done] if len(self.completed) > done else None
+
+
 class Multiprocessor:
     """Runs blocks of warps. `traces[block][warp]` are sequences of (timing, extra): extra is None or a dictionary with
     `wavefronts`, `bytes`, `active` (False: the guard was false for the whole warp), `barrier` (id, warps) or `mark`."""
@@ -69,7 +98,7 @@ class Multiprocessor:
         self.tensor_free = [0.0] * SCHEDULERS  # of products that run beside the warps
         self.busy = dict.fromkeys((*units.PIPES, "wgmma", "shared", "l2"), 0.0)
         self.by_class = [0] * len(units.CLASSES)
-        self.barriers, self.marks, self.block_warps = {}, [], {}
+        self.barriers, self.phases, self.marks, self.block_warps = {}, {}, [], {}
         schedulers, warps = [[] for _ in range(SCHEDULERS)], []
         for b, block in enumerate(traces):
             self.block_warps[b] = len(block)
@@ -128,7 +157,7 @@ class Multiprocessor:
                         last[t] = None
                         self.sleeping.discard(t)
                         heapq.heappush(events, (now + 1, t))
-        if self.sleeping or any(barrier.waiting for barrier in self.barriers.values()):
+        if self.sleeping or any(x.waiting for x in (*self.barriers.values(), *self.phases.values())):
             raise RuntimeError("warps wait at a barrier to which nobody comes")
         names = {name: n for name, n in zip(units.CLASSES, self.by_class, strict=True) if n}
         return Result(end, issued, names, self.busy, waits, self.marks)
@@ -223,6 +252,9 @@ class Multiprocessor:
                     other.ready = max(other.ready, now + self.machine.latency["barrier"])
                 self.barriers[key] = Barrier()
                 self.released = True
+        elif kind == "phase" and extra and "mbarrier" in extra:
+            reason = "phase"
+            done = self.phase(warp, now, t, *extra["mbarrier"])
         else:
             reason, done = kind, now + t.latency
         for board, time in ((t.write, done), (t.read, read)):
@@ -237,3 +269,31 @@ class Multiprocessor:
             number, wanted = extra["barrier"]
             return (warp.block, number), wanted
         return (warp.block, t.argument[0]), self.block_warps[warp.block]
+
+    def phase(self, warp, now, t, what, address, value, lanes):
+        """An operation on an mbarrier; when its scoreboard is released."""
+        key = (warp.block, address)
+        if what == "init":
+            self.phases[key] = PhaseBarrier(value)
+            return now + t.latency
+        barrier = self.phases[key]
+        if what == "wait":
+            passes = barrier.passes_at(value >> 31, now)
+            if passes is None:
+                barrier.waiting.append(warp)
+                warp.blocked = True
+            else:
+                warp.ready = max(warp.ready, passes)
+            return max(now, passes or now) + t.latency
+        time = now
+        if what == "expect":
+            self.l2_free = max(self.l2_free, now) + value / self.machine.l2
+            self.busy["l2"] += value / self.machine.l2
+            time = self.l2_free + self.machine.latency["copy"]
+        if barrier.arrive(lanes, time):
+            for other in barrier.waiting:
+                other.blocked = False
+                other.ready = max(other.ready, barrier.completed[-1] + t.latency)
+            barrier.waiting = []
+            self.released = True
+        return now + t.latency
