@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from . import bounds, interpret, kernels, launches
 
 SHORT, LONG = 2, 5  # tiles of keys of the two runs whose difference is what a tile costs
+REFERENCE = 16384  # positions of the calls whose blocks are simulated: what a tile costs does not depend on them
 FEW, MANY = 2048, 3328  # positions of the two runs of kernels whose blocks walk over tiles of the map
 
 
@@ -66,20 +67,19 @@ class Model:
                         )
                     costs.append(self.kept[key])
                     continue
-                tile, seconds = self.products(call, positions, name, number, line, tiles)
+                tile, seconds = self.products(call, name, number, line, tiles)
                 by_kernel.setdefault(name, tile)
                 costs.append(launches.Cost(name, launches.LAUNCH + seconds, bounds.bound(tile.result), tile))
         return CallCost(call, positions, costs, by_kernel)
 
-    def samples(self, call, positions, name, number, line, tiles):
+    def samples(self, call, name, number, line, tiles):
         """(launches to simulate, their tiles per block, tiles per block of the whole launch)."""
         if "tiles" in line:
             whole, recorded = line["tiles"], [self.record(call, n) for n in (FEW, MANY)]
         elif tiles is not None:
-            whole, recorded = tiles, [self.record(call, positions, n) for n in (SHORT, LONG)]
+            whole, recorded = tiles, [self.record(call, REFERENCE, n) for n in (SHORT, LONG)]
         else:  # a block is a tile, whatever the number of positions
-            same = [x for x in self.record(call, positions) if x.get("kernel") == line["kernel"]]
-            first = next(x for x in same if x["blocks"] == line["blocks"])
+            first = next(x for x in self.record(call, REFERENCE) if x.get("kernel") == line["kernel"])
             return [interpret.Launch.of(first)], [1], 1
         found = []
         for lines in recorded:
@@ -88,10 +88,10 @@ class Model:
         counts = [x["tiles"] for x in found] if "tiles" in line else [SHORT, LONG]
         return [interpret.Launch.of(x) for x in found], counts, whole
 
-    def products(self, call, positions, name, number, line, tiles):
+    def products(self, call, name, number, line, tiles):
         """(Tile, seconds) of a kernel with products; `number` of the launches of its name in the call."""
         launch = interpret.Launch.of(line)
-        sampled, counts, whole = self.samples(call, positions, name, number, line, tiles)
+        sampled, counts, whole = self.samples(call, name, number, line, tiles)
         resident = self.code.resident(name, launch)
         full, last = launches.waves(launch.blocks, self.machine, resident)
 

@@ -7,6 +7,9 @@
 - [S] Sun et al., "Dissecting Tensor Cores via Microbenchmarks", TPDS 2023: mma.sync and ldmatrix on A100.
 - [L] Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking",
   arXiv:2402.13499: mma.sync and wgmma on H100, latencies of memory.
+
+Latencies are near what [S] and [L] report. What a kernel reaches of a bandwidth or of the data sheet's rate
+(memory_share, l2, library, sustained) is chosen, and so are the queue of simulate.py and the gap between launches.
 """
 
 from dataclasses import dataclass, field
@@ -16,7 +19,7 @@ from dataclasses import dataclass, field
 class Machine:
     name: str
     multiprocessors: int
-    clock: float  # GHz under load with tensor cores, the boost clock of the data sheet
+    clock: float  # GHz at which the data sheet counts products
     tensor_fma: int  # bf16 products per clock and scheduler that the data sheet counts
     mma_fma: float  # and those that mma.sync reaches
     fma_pipes: int  # of 16 lanes per scheduler: IMAD takes the first alone

@@ -74,8 +74,8 @@ def worse(budget, built):
     """What is worse than the budget: messages. Both are {arch: {call: {kernel: figures}}}."""
     found = []
     for arch, by_call in built.items():
-        for call, by_kernel in by_call.items():
-            wanted = budget.get(arch, {}).get(call, {})
+        for call in sorted(set(by_call) | set(budget.get(arch, {}))):
+            by_kernel, wanted = by_call.get(call, {}), budget.get(arch, {}).get(call, {})
             for name in sorted(set(by_kernel) | set(wanted)):
                 where = f"{call}, {name} for {arch}"
                 if name not in wanted or name not in by_kernel:
@@ -123,6 +123,17 @@ def calibration_table(rows):
     return "\n".join(lines)
 
 
+def with_tables(page, tables):
+    """The page with each table between its marks."""
+    for name, table in tables.items():
+        begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+        before, _, rest = page.partition(begin)
+        if end not in rest:
+            raise ValueError(f"no place for the table of {name}: {begin.strip()}, {end}")
+        page = f"{before}{begin}\n{table}\n\n{end}{rest.partition(end)[2]}"
+    return page
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description="what the shipped kernels cost, without a GPU", prog="python -m cuda_model"
@@ -130,6 +141,7 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="compare with the budget")
     parser.add_argument("--write", action="store_true", help="rewrite the budget")
     parser.add_argument("--calibrate", metavar="DIR", help="with checkouts of flash-attention and cutlass")
+    parser.add_argument("--page", type=pathlib.Path, help="a page whose tables are to be rewritten")
     parser.add_argument("--archs", default=",".join(ARCHS))
     parser.add_argument(
         "--cubins", default=kernels.BUILD / "cubins", help="folder of ARCH.cubin, compiled if they are not there"
@@ -151,24 +163,28 @@ def main(argv=None):
         return 3
     cubins = [compile_kernels(arch, options.nvcc, options.cubins) for arch in archs]
     kernels.recorder()
-    short = options.check or options.write
-    shapes, positions = (BUDGETED, (16384,)) if short else (kernels.SHAPES, kernels.POSITIONS)
-    wanted = [calls_of([p for p in kernels.paths_of(x) if not (short and p == "chain")], shapes) for x in archs]
+    everything = options.page or not (options.check or options.write)
+    shapes, positions = (kernels.SHAPES, kernels.POSITIONS) if everything else (BUDGETED, (16384,))
+    wanted = [calls_of([p for p in kernels.paths_of(x) if everything or p != "chain"], shapes) for x in archs]
     with ProcessPoolExecutor(min(len(archs), os.cpu_count() or 1)) as pool:
         modelled = dict(zip(archs, pool.map(model_calls, archs, cubins, wanted, [positions] * len(archs)), strict=True))
     built = {arch: budget_of([x for x in costs if x.call.path != "chain"]) for arch, costs in modelled.items()}
-    print(tile_table(built))
-    if not short:
-        for arch, costs in modelled.items():
-            print("\n" + call_table(arch, costs))
-        print("\n" + calibration_table(calibrate.read()))
-        return 0
+    tables = {"tiles": tile_table(built)}
+    if everything:
+        tables["calls"] = "\n\n".join(call_table(arch, costs) for arch, costs in modelled.items())
+        tables["calibration"] = calibration_table(calibrate.read())
+    print("\n\n".join(tables.values()))
+    if options.page:
+        options.page.write_text(with_tables(options.page.read_text(), tables))
+    names = {call.name for call in calls_of(("fused",), BUDGETED)}
+    budgeted = {arch: {call: x for call, x in by_call.items() if call in names} for arch, by_call in built.items()}
     if options.write:
         old = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
-        BUDGET.write_text(json.dumps({**old, **built}, indent=1, sort_keys=True) + "\n")
+        BUDGET.write_text(json.dumps({**old, **budgeted}, indent=1, sort_keys=True) + "\n")
         print(f"wrote {BUDGET}")
+    if not options.check:
         return 0
-    problems = worse(json.loads(BUDGET.read_text()), built)
+    problems = worse(json.loads(BUDGET.read_text()), budgeted)
     print("\n".join(problems))
-    print(f"{sum(map(len, built.values()))} calls, {len(problems)} worse than the budget")
+    print(f"{sum(map(len, budgeted.values()))} calls, {len(problems)} worse than the budget")
     return 1 if problems else 0

@@ -11,6 +11,7 @@ from cuda_model import arithmetic, banks, bounds, flow, interpret, launches, mac
 from cuda_model.registers import Registers
 
 A100 = machine.MACHINES["8.0"]
+WAIT = "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R0], R2"
 LISTING = """
 		Function : _Z1fPf
         /*0000*/                   S2R R2, SR_CTAID.X ;                        /* 0x0000000000027919 */
@@ -275,6 +276,56 @@ class TestSimulator:
         assert two == pytest.approx(40 * 128, rel=0.05)
 
 
+class TestPhaseBarriers:
+    """One warp waits for bytes that another announces; words after init are 2 (2^20 - arrivals)."""
+
+    WORD = 2 * ((1 << 20) - 1)
+
+    def run(self, *programs):
+        code = program(WAIT, "SYNCS.ARRIVE.TRANS64 RZ, [R0], R1", "NOP")
+        wait, act, end = (units.timing_of(x, 0, A100) for x in code)
+        steps = [
+            [(wait if x[0] == "wait" else act, {"mbarrier": x}) for x in lines] + [(end, None)] for lines in programs
+        ]
+        return simulate.Multiprocessor(A100).run([steps])
+
+    def test_a_wait_takes_as_long_as_the_bytes(self):
+        init, expect, wait = ("init", 8, self.WORD, 1), ("expect", 8, 40000, 1), ("wait", 8, 0, 32)
+        run = self.run([init, expect], [wait])
+        assert run.cycles == pytest.approx(40000 / A100.l2 + A100.latency["copy"] + A100.latency["phase"], abs=5)
+
+    def test_a_ring_of_one_stage_takes_turns(self):
+        """Every load waits for the stage to be given back, every use for the load."""
+        inits = [("init", 8, self.WORD, 1), ("init", 16, self.WORD, 1)]
+        load, use = [], []
+        for turn in range(4):
+            parity = (turn % 2) << 31
+            load += [("wait", 16, parity ^ 1 << 31, 1), ("expect", 8, 4000, 1)]
+            use += [("wait", 8, parity, 32), ("arrive", 16, 0, 1)]
+        run = self.run(inits + load, use)
+        assert run.cycles > 4 * (4000 / A100.l2 + A100.latency["copy"])
+
+    def test_a_phase_that_nobody_completes(self):
+        with pytest.raises(RuntimeError, match="wait at a barrier"):
+            self.run([("init", 8, self.WORD, 1)], [("wait", 8, 0, 32)])
+
+    def test_what_the_interpreter_sees(self):
+        code = program(
+            "MOV R1, 0x8000",
+            "SYNCS.EXCH.64 URZ, [UR8+0x10], UR4",
+            "@P0 SYNCS.ARRIVE.TRANS64 RZ, [R0+0x10], R1",
+            WAIT,
+            "@!P0 BRA 0x30",
+            "BAR.SYNC R3, 0x40",
+            "EXIT",
+        )
+        (steps,) = traced(code)
+        assert steps[1][1] == {"mbarrier": ("init", 0x10, 0, 32)}
+        assert steps[2][1] == interpret.INACTIVE
+        assert steps[3:5] == [(3, {"mbarrier": ("wait", 0, 0, 32)}), (4, interpret.INACTIVE)]
+        assert steps[5][1] == {"barrier": (0, 2)}
+
+
 class TestFlow:
     CODE = (
         "MOV R0, RZ",
@@ -309,8 +360,15 @@ class TestLaunches:
         assert launches.product(A100, 1, 16384, 16384, 4096, 2, 4).bound == "products"
 
 
+def test_tables_of_a_page_are_replaced():
+    page = "a\n<!-- begin t -->\nold\n<!-- end t -->\nb\n"
+    assert report.with_tables(page, {"t": "new"}) == "a\n<!-- begin t -->\n\nnew\n\n<!-- end t -->\nb\n"
+    with pytest.raises(ValueError, match="no place for the table of u"):
+        report.with_tables(page, {"u": "new"})
+
+
 class TestBudget:
-    FIGURES = {"instructions": 1000, "cycles": 5000, "share": 0.5, "bound": "tensor 50%"}
+    FIGURES = {"instructions": 1000, "cycles": 5000, "share": 0.5, "bound": "tensor 50%"}  # noqa: RUF012
 
     @pytest.mark.parametrize(
         ("change", "passes"),
@@ -331,6 +389,7 @@ class TestBudget:
     def test_kernels_that_come_and_go(self):
         assert report.worse({}, {"8.0": {"c": {"f": self.FIGURES}}}) == ["c, f for 8.0: has no budget"]
         assert report.worse({"8.0": {"c": {"f": self.FIGURES}}}, {"8.0": {"c": {}}}) == ["c, f for 8.0: is gone"]
+        assert report.worse({"8.0": {"c": {"f": self.FIGURES}}}, {"8.0": {}}) == ["c, f for 8.0: is gone"]
 
 
 KERNEL = """
