@@ -129,7 +129,7 @@ cuda-build: .venv-cuda/.torch
 	$(CUDA_BIN)/python $(PIP) --no-deps --force-reinstall build/cuda/dnl_ext-*.whl
 	cd build/cuda && ../../$(CUDA_BIN)/python ../../tests/check_cuda_build.py
 	$(CUDA_BIN)/python tests/cuda_budget.py --nvcc $(CUDA_HOME)/bin/nvcc --cubins build/cuda/cubins
-	PYTHONPATH=tests $(CUDA_BIN)/python -m cuda_model --check --cubins build/cuda/cubins
+	PYTHONPATH=tests $(CUDA_BIN)/python -m cuda_model --check --cubins build/cuda/cubins --nvcc $(CUDA_HOME)/bin/nvcc
 
 cuda-budget: .venv-cuda/.torch
 	@test -n "$(CUDA_HOME)" || { echo "no CUDA toolkit found: set CUDA_HOME" >&2; exit 3; }

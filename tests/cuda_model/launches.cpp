@@ -31,12 +31,17 @@
 
 using namespace dnl;
 
+#ifdef DNL_WITH_HOPPER
+static_assert(alignof(TensorMap) == 128 && sizeof(TensorMap) == 128, "as CUtensorMap: parameters lie as on the device");
+#endif
+
 template <class T, class = void>
 struct HasTiles : std::false_type {};
 template <class T>
 struct HasTiles<T, std::void_t<decltype(T::tiles)>> : std::true_type {};
 
 struct RecordingDevice {
+  Gpu on;
   uintptr_t next = uintptr_t(1) << 40;  // of memory that is never touched
 
   template <class T>
@@ -46,10 +51,12 @@ struct RecordingDevice {
     return count ? reinterpret_cast<T*>(address) : nullptr;
   }
 
+  Gpu gpu() const { return on; }
+
   template <class T, class Out>
-  void product(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<Out>& c, int64_t batches, int64_t m,
-               int64_t n, int64_t k) const {
-    static_cast<void>(a), static_cast<void>(b), static_cast<void>(c);
+  void product(const Matrix<const T>&, const Matrix<const T>&, const Matrix<Out>&, int64_t batches, int64_t m,
+               int64_t n, int64_t k, bool accumulate = false) const {
+    static_cast<void>(accumulate);  // costs what the first product does
     std::printf("{\"product\": [%ld, %ld, %ld, %ld], \"bytes\": [%zu, %zu]}\n", long(batches), long(m), long(n),
                 long(k), sizeof(T), sizeof(Out));
   }
@@ -93,10 +100,9 @@ int main(int argc, char** argv) {
   const auto number = [&](int i) { return std::stoll(argv[i]); };
   const int64_t B = number(4), N = number(5), M = number(6), D = number(7), C = number(8);
   const int capability = static_cast<int>(number(9));
-  const Gpu gpu{capability, static_cast<int>(number(10)), shared_bytes_of(capability)};
   const bool channel_first = layout == "channel-first";
 
-  RecordingDevice device;
+  RecordingDevice device{{capability, static_cast<int>(number(10)), shared_bytes_of(capability)}};
   std::vector<std::vector<int64_t>> offsets;
   offsets.reserve(16);
   const auto view = [&](int64_t positions, int64_t channels) {
@@ -117,9 +123,9 @@ int main(int argc, char** argv) {
       pairwise_forward_cuda<T>(args, device);
       return 0;
     }
-    ForwardPlan plan = plan_fused_forward(shape_of<T>(args), gpu);
+    ForwardPlan plan = plan_fused_forward(shape_of<T>(args), device.gpu());
 #ifdef DNL_WITH_HOPPER
-    if (path == "hopper") plan = plan_hopper_forward(shape_of<T>(args), gpu);
+    if (path == "hopper") plan = plan_hopper_forward(shape_of<T>(args), device.gpu());
 #endif
     const int64_t key_tiles = ceil_div_of(M, kForwardTiles[plan.tile].keys);
     std::printf("{\"tiles\": %ld}\n", long(ceil_div_of(key_tiles, plan.splits)));
@@ -141,7 +147,7 @@ int main(int argc, char** argv) {
   args.grad_query = view(N, D), args.grad_key = view(M, D), args.grad_value = view(M, C);
 #ifdef DNL_WITH_HOPPER
   const auto by = path == "hopper" ? BackwardMap::hopper : path == "fused" ? BackwardMap::fused : BackwardMap::products;
-  pairwise_backward_cuda<T>(args, device, {}, {by, gpu.multiprocessors});
+  pairwise_backward_cuda<T>(args, device, {}, {by, device.gpu().multiprocessors});
 #else
   pairwise_backward_cuda<T>(args, device, {}, path == "fused");
 #endif

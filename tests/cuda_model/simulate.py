@@ -35,6 +35,11 @@ class Result:
         return sum(self.waits.values())
 
 
+def turn(time, scheduler):
+    """Schedulers that issue at one time do so in an order that goes round, so that none always comes first."""
+    return (scheduler - int(time)) % SCHEDULERS
+
+
 class Warp:
     __slots__ = ("at", "block", "blocked", "boards", "copies", "id", "ready", "reason", "steps", "wgmma")
 
@@ -110,11 +115,10 @@ class Multiprocessor:
                     schedulers[warp.id % SCHEDULERS].append(warp)
         last = [None] * SCHEDULERS
         waits, now, end, issued = {}, 0.0, 0.0, 0
-        events = [(0.0, s) for s in range(SCHEDULERS) if schedulers[s]]
+        events = [(0.0, turn(0.0, s), s) for s in range(SCHEDULERS) if schedulers[s]]
         self.sleeping = set()
-        self.wake = events
         while events:
-            now, s = heapq.heappop(events)
+            now, _, s = heapq.heappop(events)
             chosen, soonest, reason = None, NEVER, "barrier"
             mine = schedulers[s]
             previous = last[s]
@@ -136,7 +140,7 @@ class Multiprocessor:
             if chosen is None:
                 if soonest < NEVER:
                     waits[reason] = waits.get(reason, 0.0) + soonest - now
-                    heapq.heappush(events, (soonest, s))
+                    heapq.heappush(events, (soonest, turn(soonest, s), s))
                 else:
                     self.sleeping.add(s)
                     waits.setdefault("barrier", 0.0)
@@ -149,14 +153,14 @@ class Multiprocessor:
                 end = max(end, now + 1, chosen.ready)
                 mine.remove(chosen)
             if mine:
-                heapq.heappush(events, (now + 1, s))
+                heapq.heappush(events, (now + 1, turn(now + 1, s), s))
             if self.released:
                 for t in list(self.sleeping):
                     if any(not w.blocked for w in schedulers[t]):
                         waits["barrier"] += now - last[t]
                         last[t] = None
                         self.sleeping.discard(t)
-                        heapq.heappush(events, (now + 1, t))
+                        heapq.heappush(events, (now + 1, turn(now + 1, t), t))
         if self.sleeping or any(x.waiting for x in (*self.barriers.values(), *self.phases.values())):
             raise RuntimeError("warps wait at a barrier to which nobody comes")
         names = {name: n for name, n in zip(units.CLASSES, self.by_class, strict=True) if n}

@@ -386,6 +386,12 @@ class TestBudget:
         )
         assert (not found) == passes
 
+    def test_another_compiler_does_not_fail(self):
+        budget = {"nvcc": "13.0", "8.0": {"call": {"f": self.FIGURES}}}
+        built = {"8.0": {"call": {"f": {**self.FIGURES, "cycles": 6000}}}}
+        assert [report.compare(budget, built, x) for x in ("13.0", "12.8", None)] == [1, 0, 0]
+        assert report.compare(budget, {"8.0": budget["8.0"]}, "13.0") == 0
+
     def test_kernels_that_come_and_go(self):
         assert report.worse({}, {"8.0": {"c": {"f": self.FIGURES}}}) == ["c, f for 8.0: has no budget"]
         assert report.worse({"8.0": {"c": {"f": self.FIGURES}}}, {"8.0": {"c": {}}}) == ["c, f for 8.0: is gone"]
