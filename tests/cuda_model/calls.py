@@ -59,7 +59,7 @@ class Model:
                 number = seen[name] = seen.get(name, 0) + 1
                 if not any(x.opcode in ("HMMA", "HGMMA") for x in self.code.functions[name]):
                     launch = interpret.Launch.of(line)
-                    key = (name, launch.blocks)
+                    key = (call, positions, name, launch.blocks)
                     if key not in self.kept:
                         resident = self.code.resident(name, launch)
                         self.kept[key] = launches.by_bytes(

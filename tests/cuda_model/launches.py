@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from . import interpret, simulate, units
 
 LAUNCH = 2.5e-6  # seconds from one kernel's end to the next one's start, on a stream that is kept full
-LIBRARY_TILE = (128, 256)  # of the result, that a multiprocessor makes at a time
+# Rows and columns of the result that a multiprocessor makes at a time, and the share of the library's rate that it then
+# reaches; the fastest is taken.
+LIBRARY_TILES = ((128, 256, 1.0), (128, 128, 0.92), (64, 128, 0.8))
 
 
 @dataclass
@@ -79,13 +81,19 @@ def by_bytes(program, machine, launch, resident, name):
     return Cost(name, LAUNCH + times[bound], bound, {"bytes": memory, "instructions": issued})
 
 
-def product(machine, batches, m, n, k, element, result, to_memory=True):
+def product(machine, batches, m, n, k, element, result):
     """Cost of a library product: whole waves of tiles at the rate that such products reach, or the bytes."""
-    tiles = batches * -(-m // LIBRARY_TILE[0]) * -(-n // LIBRARY_TILE[1])
-    waves = -(-tiles // machine.multiprocessors)
-    # With too few tiles the library parts the sum among multiprocessors.
-    rounds = waves if tiles >= machine.multiprocessors else tiles / machine.multiprocessors / 0.8
-    flops = 2 * LIBRARY_TILE[0] * LIBRARY_TILE[1] * k * rounds * machine.multiprocessors
+    rounds = []
+    for rows, columns, share in LIBRARY_TILES:
+        tiles = batches * -(-m // rows) * -(-n // columns)
+        # With too few tiles the library parts the sum among multiprocessors.
+        whole = (
+            -(-tiles // machine.multiprocessors)
+            if tiles >= machine.multiprocessors
+            else tiles / machine.multiprocessors
+        )
+        rounds.append(whole * rows * columns / share)
+    flops = 2 * k * min(rounds) * machine.multiprocessors
     size = batches * ((m * k + k * n) * element + m * n * result)
     times = {"products": flops / (machine.library * 1e12), "bytes": size / bandwidth(machine, size)}
     bound = max(times, key=times.get)

@@ -359,6 +359,12 @@ class TestLaunches:
         assert thin.seconds > 16384**2 * 4 / (A100.memory * 1e9)
         assert launches.product(A100, 1, 16384, 16384, 4096, 2, 4).bound == "products"
 
+    def test_a_product_of_few_tiles_takes_the_smaller_ones(self):
+        """128 tiles of 128 x 256 are two rounds of 108 multiprocessors, 512 of 64 x 128 five."""
+        cost = launches.product(A100, 1, 16384, 256, 65536, 2, 2)
+        ideal = 2 * 16384 * 256 * 65536 / (A100.library * 1e12)
+        assert cost.seconds - launches.LAUNCH == pytest.approx(ideal * 5 * 108 / 512 / 0.8)
+
 
 def test_tables_of_a_page_are_replaced():
     page = "a\n<!-- begin t -->\nold\n<!-- end t -->\nb\n"
