@@ -12,7 +12,7 @@ make warps wait for one another.
 """
 
 import heapq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from . import units
 
@@ -28,7 +28,6 @@ class Result:
     by_class: dict  # class: instructions issued
     busy: dict  # unit: cycles of use summed over schedulers, "shared" and "l2" of the multiprocessor
     waits: dict  # reason: cycles in which a scheduler with warps left issued nothing, by what its warps waited for
-    marks: list = field(default_factory=list)  # times at which warp 0 passed the marked step
 
     @property
     def idle(self):
@@ -91,7 +90,8 @@ class PhaseBarrier:
 
 class Multiprocessor:
     """Runs blocks of warps. `traces[block][warp]` are sequences of (timing, extra): extra is None or a dictionary with
-    `wavefronts`, `bytes`, `active` (False: the guard was false for the whole warp), `barrier` (id, warps) or `mark`."""
+    `wavefronts`, `bytes`, `active` (False: the guard was false for the whole warp), `barrier` (id, warps),
+    `mbarrier` (init, expect, arrive or wait; address; operand; lanes)."""
 
     def __init__(self, machine):
         self.machine = machine
@@ -103,7 +103,7 @@ class Multiprocessor:
         self.tensor_free = [0.0] * SCHEDULERS  # of products that run beside the warps
         self.busy = dict.fromkeys((*units.PIPES, "wgmma", "shared", "l2"), 0.0)
         self.by_class = [0] * len(units.CLASSES)
-        self.barriers, self.phases, self.marks, self.block_warps = {}, {}, [], {}
+        self.barriers, self.phases, self.block_warps = {}, {}, {}
         schedulers, warps = [[] for _ in range(SCHEDULERS)], []
         for b, block in enumerate(traces):
             self.block_warps[b] = len(block)
@@ -164,7 +164,7 @@ class Multiprocessor:
         if self.sleeping or any(x.waiting for x in (*self.barriers.values(), *self.phases.values())):
             raise RuntimeError("warps wait at a barrier to which nobody comes")
         names = {name: n for name, n in zip(units.CLASSES, self.by_class, strict=True) if n}
-        return Result(end, issued, names, self.busy, waits, self.marks)
+        return Result(end, issued, names, self.busy, waits)
 
     def when(self, warp, t, s):
         """The earliest time at which the warp's next instruction may issue, and in warp.reason what holds it."""
@@ -205,8 +205,6 @@ class Multiprocessor:
         active = extra is None or extra.get("active", True)
         done = read = now + 1
         kind = t.kind
-        if extra and "mark" in extra and warp.id == 0:
-            self.marks.append(now)
         if kind == "fixed":
             if t.pipe >= 0 and active:
                 pipe = t.pipe
