@@ -113,38 +113,27 @@ class Multiprocessor:
                 warps.append(warp)
                 if steps:
                     schedulers[warp.id % SCHEDULERS].append(warp)
-        last = [None] * SCHEDULERS
-        waits, now, end, issued = {}, 0.0, 0.0, 0
-        events = [(0.0, turn(0.0, s), s) for s in range(SCHEDULERS) if schedulers[s]]
-        self.sleeping = set()
-        while events:
-            now, _, s = heapq.heappop(events)
-            chosen, soonest, reason = None, NEVER, "barrier"
+        self.due = [NEVER] * SCHEDULERS  # when a scheduler looks next
+        self.events = []
+        last = [None] * SCHEDULERS  # the warp that a scheduler issued from
+        idle = [None] * SCHEDULERS  # since when it has nothing to issue, and what for
+        waits, end, issued = {}, 0.0, 0
+        for s, mine in enumerate(schedulers):
+            if mine:
+                self.look(s, 0.0)
+        while self.events:
+            now, _, s = heapq.heappop(self.events)
+            if now != self.due[s]:
+                continue  # it has been woken before
             mine = schedulers[s]
-            previous = last[s]
-            if previous and previous.at < len(previous.steps) and not previous.blocked:
-                step = previous.steps[previous.at][0]
-                if previous.at and previous.steps[previous.at - 1][0].stay and self.when(previous, step, s) <= now:
-                    chosen = previous
+            if idle[s]:
+                since, reason = idle[s]
+                waits[reason] = waits.get(reason, 0.0) + now - since
+                idle[s] = None
+            chosen, soonest, reason = self.choose(mine, last[s], now, s)
             if chosen is None:
-                oldest = NEVER
-                for warp in mine:
-                    if warp.blocked:
-                        continue
-                    at = self.when(warp, warp.steps[warp.at][0], s)
-                    if at <= now:
-                        if at < oldest:
-                            chosen, oldest = warp, at
-                    elif at < soonest:
-                        soonest, reason = at, warp.reason
-            if chosen is None:
-                if soonest < NEVER:
-                    waits[reason] = waits.get(reason, 0.0) + soonest - now
-                    heapq.heappush(events, (soonest, turn(soonest, s), s))
-                else:
-                    self.sleeping.add(s)
-                    waits.setdefault("barrier", 0.0)
-                    last[s] = now  # when it fell asleep
+                idle[s] = now, reason
+                self.look(s, soonest)
                 continue
             self.issue(chosen, now, s)
             issued += 1
@@ -152,19 +141,39 @@ class Multiprocessor:
             if chosen.at >= len(chosen.steps):
                 end = max(end, now + 1, chosen.ready)
                 mine.remove(chosen)
-            if mine:
-                heapq.heappush(events, (now + 1, turn(now + 1, s), s))
+            self.look(s, now + 1 if mine else NEVER)
             if self.released:
-                for t in list(self.sleeping):
-                    if any(not w.blocked for w in schedulers[t]):
-                        waits["barrier"] += now - last[t]
-                        last[t] = None
-                        self.sleeping.discard(t)
-                        heapq.heappush(events, (now + 1, turn(now + 1, t), t))
-        if self.sleeping or any(x.waiting for x in (*self.barriers.values(), *self.phases.values())):
+                for other in range(SCHEDULERS):
+                    if schedulers[other] and self.due[other] > now + 1:
+                        self.look(other, now + 1)
+        if any(schedulers) or any(x.waiting for x in (*self.barriers.values(), *self.phases.values())):
             raise RuntimeError("warps wait at a barrier to which nobody comes")
         names = {name: n for name, n in zip(units.CLASSES, self.by_class, strict=True) if n}
         return Result(end, issued, names, self.busy, waits)
+
+    def look(self, s, time):
+        """Scheduler `s` looks for something to issue at that time, and not before; never, if nothing wakes it."""
+        self.due[s] = time
+        if time < NEVER:
+            heapq.heappush(self.events, (time, turn(time, s), s))
+
+    def choose(self, mine, previous, now, s):
+        """(warp to issue from or None, when one could be issued from, what holds it)."""
+        if previous and previous.at < len(previous.steps) and not previous.blocked:
+            step = previous.steps[previous.at][0]
+            if previous.steps[previous.at - 1][0].stay and self.when(previous, step, s) <= now:
+                return previous, now, ""
+        chosen, oldest, soonest, reason = None, NEVER, NEVER, "barrier"
+        for warp in mine:
+            if warp.blocked:
+                continue
+            at = self.when(warp, warp.steps[warp.at][0], s)
+            if at <= now:
+                if at < oldest:
+                    chosen, oldest = warp, at
+            elif at < soonest:
+                soonest, reason = at, warp.reason
+        return chosen, soonest, reason
 
     def when(self, warp, t, s):
         """The earliest time at which the warp's next instruction may issue, and in warp.reason what holds it."""

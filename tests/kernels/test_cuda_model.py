@@ -65,6 +65,22 @@ class TestSimulator:
         run = simulate.Multiprocessor(A100).run([[[barrier, pause], [pause] * 100 + [barrier, pause]]])
         assert run.cycles == pytest.approx(1500 + A100.latency["barrier"] + 15, abs=3)
 
+    def test_a_released_warp_does_not_wait_for_its_neighbour(self):
+        """Warps 0 and 4 have one scheduler: 4 waits for a copy, 0 at a barrier, which warp 1 soon comes to."""
+        code = program(
+            "BAR.SYNC 0x1",
+            "NOP",
+            "LDGSTS.E.BYPASS.128 [R0], [R2.64]",
+            ("LDGDEPBAR", {"write": 0}),
+            "DEPBAR.LE SB0, 0x0",
+        )
+        barrier, pause, *copy = (units.timing_of(x, i, A100) for i, x in enumerate(code))
+        meet, wait = (barrier, {"barrier": (1, 2)}), [(pause, None)]
+        warps = [[meet, *wait * 400], [*wait * 10, meet], wait, wait, [(x, None) for x in copy]]
+        run = simulate.Multiprocessor(A100).run([warps])
+        assert run.cycles == pytest.approx(10 + A100.latency["barrier"] + 400, abs=5)
+        assert 10 + A100.latency["barrier"] < A100.latency["global"]
+
     def test_a_barrier_nobody_comes_to(self):
         timing = units.timing_of(program("BAR.SYNC 0x0")[0], 0, A100)
         with pytest.raises(RuntimeError, match="wait at a barrier"):
