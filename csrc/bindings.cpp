@@ -128,7 +128,7 @@ PYBIND11_MODULE(_C, m) {
       "cuda_plan",
       [](const std::string& dtype, int64_t batches, int64_t queries, int64_t keys, int64_t width, int64_t channels,
          bool query_channel_first, bool key_channel_first, bool value_channel_first, bool backward, int capability,
-         int multiprocessors, int shared_bytes, std::optional<bool> tf32) {
+         int multiprocessors, int shared_bytes, std::optional<bool> tf32, std::optional<bool> hopper_built) {
         dnl::PairwiseShape shape;
         shape.dtype = dtype_of(dtype);
         shape.tf32 = shape.dtype == dnl::DType::f32 && (tf32 ? *tf32 : dnl::tf32_allowed());
@@ -138,9 +138,10 @@ PYBIND11_MODULE(_C, m) {
         shape.key_channel_first = key_channel_first;
         shape.value_channel_first = value_channel_first;
         const dnl::Gpu gpu{capability, multiprocessors, shared_bytes ? shared_bytes : dnl::shared_bytes_of(capability)};
-        const dnl::PairwisePlan plan = dnl::plan_pairwise(shape, gpu, dnl::requested_cuda_path(), backward);
+        const dnl::PairwisePlan plan = dnl::plan_pairwise(shape, gpu, dnl::requested_cuda_path(), backward,
+                                                          hopper_built.value_or(dnl::kHopperBuilt));
         py::dict result;
-        result["path"] = plan.fused ? "fused" : "chain";
+        result["path"] = plan.hopper ? "hopper" : plan.fused ? "fused" : "chain";
         result["why"] = plan.why;
         const dnl::ForwardPlan& forward = plan.forward;
         if (forward.slices) {
@@ -157,8 +158,10 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("query_channel_first") = false, py::arg("key_channel_first") = false,
       py::arg("value_channel_first") = false, py::arg("backward") = false, py::arg("capability") = 80,
       py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 0, py::arg("tf32") = py::none(),
+      py::arg("hopper_built") = py::none(),
       "Path, reason and tiles that a CUDA call takes under the present DNL_EXT_CUDA_PATH. shared_bytes = 0: what the "
-      "architecture has. tf32 = None: what torch allows now.");
+      "architecture has. tf32 = None: what torch allows now. hopper_built = None: whether this build has code for "
+      "9.0a.");
   m.def(
       "pairwise_compute_type",
       [](const std::string& dtype) {

@@ -3,7 +3,9 @@
 // it.
 
 // clang-format off
+#define DNL_EXT_HOPPER
 #include "emulator.h"
+#include "sm90.h"
 #include "device.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -106,6 +108,7 @@ extern "C" __attribute__((visibility("default"))) void set_emulated_tf32_query(d
 // The same registrations under another name and for the key that CPU tensors have.
 #define dnl_ext dnl_cuda_emulated
 #define CUDA CPU
+#include "ops/pairwise/hopper/backward_map.cuh"
 #include "ops/pairwise/pairwise_cuda.cu"
 #include "ops/unary/unary_cuda.cu"
 #include "ops/whiten/whiten_cuda.cu"

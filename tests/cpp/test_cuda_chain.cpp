@@ -80,7 +80,8 @@ void test_pairwise(const Case& t) {
   {
     HostDevice device;
     device.tf32 = kTf32;
-    pairwise_backward_cuda<T>(args, device, t.limits, t.fused.capability != 0);
+    pairwise_backward_cuda<T>(args, device, t.limits,
+                              {t.fused.capability ? BackwardMap::fused : BackwardMap::products});
   }
   for (Tensor<T>* x : {&y, &dq, &dk, &dv, &dm}) x->read();
 

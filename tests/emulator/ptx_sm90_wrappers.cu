@@ -15,15 +15,17 @@ __global__ void every_wrapper(float* out, const __grid_constant__ TensorMap map)
   __syncthreads();
   if (threadIdx.x == 0) {
     mbarrier_arrive_expect(barrier, 64 * 128);
-    tma_load_2d(shared, map, 0, 64, barrier);
+    tma_load_3d(shared, map, 0, 64, 0, barrier);
     mbarrier_arrive(barrier);
   }
   mbarrier_wait(barrier, 0);
+  fewer_registers<120>();
+  more_registers<160>();
   fence_async_proxy();
   float d[N / 2];
   const uint64_t a = wgmma_descriptor(shared, 0, 1024), b = wgmma_descriptor(right, 64 * 128, 1024);
   wgmma_fence();
-  wgmma<T, N, kA, kB>(d, a, b, false);
+  wgmma<T, N, kA, kB>(d, later(a, 32), b, false);
   wgmma_commit();
   wgmma_wait<0>();
   const uint32_t registers[4] = {pack2<T>(d[0], d[1]), pack2<T>(d[2], d[3]), pack2<T>(d[4], d[5]),

@@ -1,6 +1,6 @@
-// The instructions behind csrc/core/cuda/ptx_sm90.cuh: mbarrier, two-dimensional TMA loads, wgmma. Each runs at the
-// worst moment that the rules allow: a load lands when somebody waits for it, and a product reads its operands and
-// writes its result when the thread waits; until then both destinations are NaN.
+// The instructions behind csrc/core/cuda/ptx_sm90.cuh: mbarrier, TMA loads, wgmma and their fences, setmaxnreg. Each
+// runs at the worst moment that the rules allow: a load lands when somebody waits for it, and a product reads its
+// operands and writes its result when the thread waits; until then both destinations are NaN.
 #pragma once
 
 #include <map>
@@ -36,32 +36,46 @@ constexpr uint32_t swizzled(uint32_t address) {
 // What a block has under way
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A (rows, columns) matrix in global memory, loaded in boxes.
+// A (batches, rows, columns) array in global memory, loaded in boxes of one matrix.
 struct TensorMap {
-  const char* data;
-  int element_bytes;
-  int64_t rows, columns;
-  int64_t pitch_bytes;  // between rows
-  int box_rows, box_columns;
-  bool swizzle;  // in shared memory, by 128 bytes
+  const char* data = nullptr;
+  int element_bytes = 0;
+  int64_t batches = 0, rows = 0, columns = 0;
+  int64_t batch_bytes = 0, pitch_bytes = 0;  // between matrices, between rows
+  int box_rows = 0, box_columns = 0;
+  bool swizzle = false;  // in shared memory, by 128 bytes
 
   int64_t box_bytes() const { return int64_t(box_rows) * box_columns * element_bytes; }
 
   // Throws where cuTensorMapEncodeTiled would refuse. A swizzled box is 128 bytes wide.
-  static TensorMap make(const void* data, int element_bytes, int64_t rows, int64_t columns, int64_t pitch_bytes,
-                        int box_rows, int box_columns, bool swizzle) {
+  static TensorMap make(const void* data, int element_bytes, int64_t batches, int64_t rows, int64_t columns,
+                        int64_t batch_bytes, int64_t pitch_bytes, int box_rows, int box_columns, bool swizzle) {
+    constexpr int64_t kMostElements = int64_t(1) << 32, kMostStride = int64_t(1) << 40;
     const int64_t box_width = int64_t(box_columns) * element_bytes;
     const auto require = [](bool holds, const std::string& what) {
       if (!holds) throw Error("tensor map: " + what);
     };
     require(reinterpret_cast<uintptr_t>(data) % 16 == 0, "the data is not aligned to 16 bytes");
     require(pitch_bytes % 16 == 0, text("rows are ", pitch_bytes, " bytes apart, not a multiple of 16"));
+    require(batch_bytes % 16 == 0, text("matrices are ", batch_bytes, " bytes apart, not a multiple of 16"));
+    require(pitch_bytes < kMostStride && batch_bytes < kMostStride, "a stride of 2^40 bytes or more");
     require(pitch_bytes >= columns * element_bytes, text("rows overlap: ", pitch_bytes, " bytes apart"));
-    require(rows > 0 && columns > 0, "no elements");
+    require(batches == 1 || batch_bytes > 0, "a batch without a stride");
+    require(batches > 0 && rows > 0 && columns > 0, "no elements");
+    require(batches <= kMostElements && rows <= kMostElements && columns <= kMostElements, "more than 2^32 elements");
     require(box_rows >= 1 && box_rows <= 256 && box_columns >= 1 && box_columns <= 256, "a box has 1 to 256 a side");
     require(box_width % 16 == 0, text("a box of ", box_width, " bytes a row, not a multiple of 16"));
     require(!swizzle || box_width == kSwizzleRow, text("a swizzled box has 128 bytes a row, not ", box_width));
-    return {static_cast<const char*>(data), element_bytes, rows, columns, pitch_bytes, box_rows, box_columns, swizzle};
+    return {static_cast<const char*>(data),
+            element_bytes,
+            batches,
+            rows,
+            columns,
+            batch_bytes,
+            pitch_bytes,
+            box_rows,
+            box_columns,
+            swizzle};
   }
 };
 
@@ -69,7 +83,7 @@ struct TensorMap {
 struct Load {
   char* to;
   TensorMap map;
-  int64_t row, column;
+  int64_t batch, row, column;
 };
 
 struct ArrivalBarrier {
@@ -95,6 +109,7 @@ struct ThreadProducts {
   std::vector<size_t> groups;                    // how many in each committed group
   std::map<float*, std::vector<float>> results;  // what the arrays will hold
   size_t issued = 0;
+  bool fenced = false;  // by wgmma.fence, since the thread could last touch registers of a product
 };
 
 // What the four warps of a warpgroup must agree on.
@@ -109,8 +124,11 @@ struct Signature {
 };
 
 constexpr unsigned kWarpgroup = 128;
+constexpr int kRegisterFile = 64 << 10;  // registers of a multiprocessor
 
 struct Hopper : BlockExtension {
+  std::vector<char> async_view;       // dynamic shared memory as TMA and wgmma see it
+  std::map<unsigned, int> registers;  // of each thread that has asked for another number
   std::map<const void*, ArrivalBarrier> barriers;
   std::map<unsigned, ThreadProducts> products;          // of each thread
   std::map<unsigned, std::vector<Signature>> sequence;  // of each warpgroup
@@ -124,11 +142,78 @@ struct Hopper : BlockExtension {
       if (mine.issued != sequence.at(thread / kWarpgroup).size())
         return text("ended with fewer wgmmas in thread ", thread, " than in others of its warpgroup");
     }
-    return "";
+    return registers.empty() ? "" : registers_amiss();
+  }
+
+ private:
+  std::string registers_amiss() const {
+    int64_t total = 0;
+    for (unsigned thread = 0; thread < machine().threads(); ++thread) {
+      const int count = registers_of(thread);
+      if (count != registers_of(thread / kWarpgroup * kWarpgroup))
+        return text("ended with ", count, " registers in thread ", thread, ", others of its warpgroup with ",
+                    registers_of(thread / kWarpgroup * kWarpgroup));
+      total += count;
+    }
+    if (total <= kRegisterFile) return "";
+    return text("waits for registers: its threads ask for ", total, " in all, there are ", kRegisterFile);
+  }
+
+ public:
+  // What a block of that many threads starts with, where they asked for nothing else.
+  int registers_of(unsigned thread) const {
+    const auto found = registers.find(thread);
+    return found != registers.end() ? found->second : kRegisterFile / static_cast<int>(machine().threads()) / 8 * 8;
   }
 };
 
 inline Hopper& hopper() { return machine().extension<Hopper>(); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Proxies: TMA and wgmma see what a thread wrote to shared memory only after fence.proxy.async
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Of the byte at `address`, with bookkeeping unseen.
+inline char& async_byte(const void* address) {
+  std::vector<char>& view = hopper().async_view;
+  if (view.empty()) view.assign(machine().shared_bytes(), static_cast<char>(kPoison));
+  return view[static_cast<const char*>(address) - machine().shared_begin()];
+}
+
+// Looser than a GPU: what all threads wrote becomes visible, not only what this one did.
+inline void fence_async_proxy() {
+  const Unseen unseen;
+  std::memcpy(&async_byte(machine().shared_begin()), machine().shared_begin(), machine().shared_bytes());
+}
+
+// What TMA writes is visible to both.
+inline void async_wrote(const void* address, int64_t bytes) {
+  const Unseen unseen;
+  std::memcpy(&async_byte(address), address, bytes);
+}
+
+inline void check_async_view(const void* address, int64_t bytes) {
+  const Unseen unseen;
+  if (std::memcmp(&async_byte(address), address, bytes))
+    machine().fail("wgmma: reads what a thread wrote without fence.proxy.async");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// setmaxnreg
+// ---------------------------------------------------------------------------------------------------------------------
+
+inline void nothing_together(int* const (&)[kWarpLanes]) {}
+
+inline void set_registers(int count, bool more, const Site& site) {
+  Machine& self = machine();
+  self.meet("setmaxnreg", kEveryLane, count, &nothing_together, site);
+  const Unseen unseen;
+  const unsigned thread = self.thread_index();
+  const int before = hopper().registers_of(thread);
+  if (more ? count < before : count > before)
+    self.fail(text("setmaxnreg: ", count, " registers are not ", more ? "more" : "fewer", " than ", before), site);
+  hopper().registers[thread] = count;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // mbarrier
@@ -190,13 +275,16 @@ inline void land(const Load& load) {
       const int64_t row = load.row + r, column = load.column + c;
       uint32_t offset = static_cast<uint32_t>((r * load.map.box_columns + c) * load.map.element_bytes);
       if (load.map.swizzle) offset = swizzled(offset);  // of the offset too: the box is aligned to the pattern
-      const bool inside = row >= 0 && row < load.map.rows && column >= 0 && column < load.map.columns;
+      const bool inside = row >= 0 && row < load.map.rows && column >= 0 && column < load.map.columns &&
+                          load.batch >= 0 && load.batch < load.map.batches;
+      const char* from = load.map.data + load.batch * load.map.batch_bytes + row * load.map.pitch_bytes +
+                         column * load.map.element_bytes;
       if (inside)
-        std::memcpy(load.to + offset, load.map.data + row * load.map.pitch_bytes + column * load.map.element_bytes,
-                    load.map.element_bytes);
+        std::memcpy(load.to + offset, from, load.map.element_bytes);
       else
         std::memset(load.to + offset, 0, load.map.element_bytes);
     }
+  async_wrote(load.to, load.map.box_bytes());
 }
 
 // Lands the loads that were issued for the barrier: in the eyes of ThreadSanitizer, an access of the thread that waits,
@@ -249,13 +337,15 @@ inline void mbarrier_wait(uint64_t* place, int parity, const Site& site) {
 // TMA
 // ---------------------------------------------------------------------------------------------------------------------
 
-inline void tma_load_2d(void* to, const TensorMap& map, int column, int row, uint64_t* place, const Site& site) {
+inline void tma_load_3d(void* to, const TensorMap& map, int column, int row, int batch, uint64_t* place,
+                        const Site& site) {
   check_shared("TMA load", to, map.box_bytes(), map.swizzle ? kSwizzle : kSwizzleRow, site);
   ArrivalBarrier& barrier = mbarrier_at(place, site);
   std::memset(to, kPoison, map.box_bytes());
+  async_wrote(to, map.box_bytes());
   order_of(barrier, barrier.phase)->release();
   const Unseen unseen;
-  barrier.loads.push_back({static_cast<char*>(to), map, row, column});
+  barrier.loads.push_back({static_cast<char*>(to), map, batch, row, column});
   machine().wake(&barrier);  // somebody who waits already lets it land
 }
 
@@ -282,6 +372,7 @@ float operand_element(const Operand& x, int i, int k) {
                               : i % kWide * sizeof(T) + i / kWide * x.leading + k % 8 * kSwizzleRow + k / 8 * x.stride;
   const char* element = shared_origin() + swizzled(x.start + offset);
   check_shared("wgmma operand", element, sizeof(T), sizeof(T), {});
+  check_async_view(element, sizeof(T));
   return element_of<T>(*reinterpret_cast<const uint16_t*>(element), 0);
 }
 
@@ -352,12 +443,20 @@ void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, uint64_t 
   if (mine.issued == sequence.size()) sequence.push_back(issue.signature);
   if (!issue.agreed || !(sequence[mine.issued] == issue.signature))
     self.fail("wgmma: threads of the warpgroup came with different operands", site);
+  // Products in flight add to the same registers in their order; whatever else touches them needs the fence between.
+  if (!mine.fenced && (a_registers || !mine.results.count(d)))
+    self.fail("wgmma: no wgmma_fence since the thread could last touch its registers", site);
   ++mine.issued;
   Product product{d, run, a, b, {}, accumulate};
   std::memcpy(product.a_registers, issue.quad, sizeof(issue.quad));
   mine.results.try_emplace(d, d, d + N / 2);
   std::fill_n(d, N / 2, std::numeric_limits<float>::quiet_NaN());
   mine.products.push_back(product);
+}
+
+inline void wgmma_fence() {
+  const Unseen unseen;
+  hopper().products[machine().thread_index()].fenced = true;
 }
 
 inline void wgmma_commit() {
@@ -389,7 +488,7 @@ inline void wgmma_wait(size_t left) {
   for (auto entry = mine->results.begin(); entry != mine->results.end();) {
     const bool busy = std::any_of(mine->products.begin(), mine->products.end(),
                                   [&](const Product& product) { return product.result == entry->first; });
-    if (!busy) std::copy(entry->second.begin(), entry->second.end(), entry->first);
+    if (!busy) std::copy(entry->second.begin(), entry->second.end(), entry->first), mine->fenced = false;
     entry = busy ? std::next(entry) : mine->results.erase(entry);
   }
 }

@@ -5,10 +5,16 @@
 // wrapped reads zeros or lands outside the mapping. Each kernel is tested just beyond 2^31 and beyond 2^32 elements.
 #include <sys/mman.h>
 
+// clang-format off
+#define DNL_EXT_HOPPER
+#include "emulator.h"
+#include "sm90.h"
+// clang-format on
 #include "gate.h"
 #include "ops/pairwise/chain/backward.cuh"
 #include "ops/pairwise/chain/forward.cuh"
 #include "ops/pairwise/fused/forward.cuh"
+#include "ops/pairwise/hopper/backward_map.cuh"
 #include "ops/unary/unary_cuda.cuh"
 #include "ops/whiten/standardise_cuda.cuh"
 
@@ -148,9 +154,10 @@ void map_backward(int64_t row) {
   near("map backward", row, "sum of dS", sum[row], want_sum, 1e-2);
 }
 
-// The same step from tiles of operands, the fused kernel: the block that ends with row `row`, first tile of queries.
-template <class T>
-void fused_map(int64_t row) {
+// The same step from tiles of operands, the fused kernel or Hopper's: the block that ends with row `row`, first tile of
+// queries.
+template <class T, bool kHopper>
+void one_kernel_map(int64_t row) {
   constexpr int64_t kWidth = 16;
   const int64_t rows = row + 1;
   const Sparse<T> key(rows * kWidth), value(rows * kWidth), probability(rows * kColumns), grad_logits(rows * kColumns);
@@ -167,25 +174,30 @@ void fused_map(int64_t row) {
   step.delta = {delta.data(), kColumns};
   step.rows = rows, step.columns = kColumns, step.pitch = kColumns;
   step.sign = 1, step.magnitude = kLog2OfE;
-  const auto operand = [&](T* data, int64_t positions) {
-    return FusedOperand<T>(dense(static_cast<const T*>(data), 1, positions, kWidth), positions, kWidth);
+  const auto matrix = [&](T* data, int64_t positions) {
+    return dense(static_cast<const T*>(data), 1, positions, kWidth);
   };
-  const FusedMap<T> op{step,
-                       operand(key.data, rows),
-                       operand(query.data, kColumns),
-                       operand(value.data, rows),
-                       operand(dy.data, kColumns),
-                       nullptr};
-  const int64_t row_blocks = ceil_div_of(rows, kMapTile), column_blocks = ceil_div_of(kColumns, kMapTile);
+  const int64_t row_blocks = ceil_div_of(rows, kMapTile), blocks = row_blocks * ceil_div_of(kColumns, kMapTile);
   auto& only = emulator::machine().options.only_blocks;
   only = {row_blocks - 1};
-  emulator::Launcher().launch(&fused_backward_map_kernel<T>,
-                              LaunchShape{row_blocks * column_blocks, kThreads, kMapSharedBytes}, op);
+  emulator::Launcher launcher;
+  if constexpr (kHopper) {
+    hopper_backward_map<T>(launcher, step, matrix(key.data, rows), matrix(query.data, kColumns),
+                           matrix(value.data, rows), matrix(dy.data, kColumns), nullptr, 1, kWidth, kWidth,
+                           static_cast<int>(blocks));
+  } else {
+    const auto operand = [&](T* data, int64_t positions) {
+      return FusedOperand<T>(matrix(data, positions), positions, kWidth);
+    };
+    fused_backward_map<T>(launcher, step, operand(key.data, rows), operand(query.data, kColumns),
+                          operand(value.data, rows), operand(dy.data, kColumns), nullptr, 1);
+  }
   only.clear();
+  const char* name = kHopper ? "hopper map" : "fused map";
   for (int64_t i : {0, 1, 7}) {
     const double p = std::exp(kWidth * 0.25 * (i % 4) * 0.25 - kShift);
-    near("fused map", row, "P", wide(probability.data[row * kColumns + i]) / (1 << kProbabilityExponent<T>), p, 1e-2);
-    near("fused map", row, "dS", wide(grad_logits.data[row * kColumns + i]), p * (kWidth * 0.5 * 0.125 - 0.5), 1e-2);
+    near(name, row, "P", wide(probability.data[row * kColumns + i]) / (1 << kProbabilityExponent<T>), p, 1e-2);
+    near(name, row, "dS", wide(grad_logits.data[row * kColumns + i]), p * (kWidth * 0.5 * 0.125 - 0.5), 1e-2);
   }
 }
 
@@ -338,14 +350,24 @@ void fused_forward(int64_t row) {
 
 // A case is one kernel family at one size, in turn; arguments as of the other programs.
 int main(int argc, char** argv) {
-  void (*const tests[])(int64_t) = {&map_softmax<float>,   &map_softmax<__nv_bfloat16>,
-                                    &map_softmax<__half>,  &row_backward,
-                                    &part_row_backward,    &map_backward<__nv_bfloat16>,
-                                    &map_backward<__half>, &fused_map<__nv_bfloat16>,
-                                    &fused_map<__half>,    &elementwise,
-                                    &column_sum,           &fused_forward<__nv_bfloat16>,
-                                    &fused_forward<Tf32>,  &standardise,
-                                    &far_softmax,          &row_sum};
+  void (*const tests[])(int64_t) = {&map_softmax<float>,
+                                    &map_softmax<__nv_bfloat16>,
+                                    &map_softmax<__half>,
+                                    &row_backward,
+                                    &part_row_backward,
+                                    &map_backward<__nv_bfloat16>,
+                                    &map_backward<__half>,
+                                    &one_kernel_map<__nv_bfloat16, false>,
+                                    &one_kernel_map<__half, false>,
+                                    &one_kernel_map<__nv_bfloat16, true>,
+                                    &one_kernel_map<__half, true>,
+                                    &elementwise,
+                                    &column_sum,
+                                    &fused_forward<__nv_bfloat16>,
+                                    &fused_forward<Tf32>,
+                                    &standardise,
+                                    &far_softmax,
+                                    &row_sum};
   const int64_t kinds = std::size(tests);
   std::vector<char*> arguments(argv, argv + argc);
   std::string count = std::to_string(2 * kinds);

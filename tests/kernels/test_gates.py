@@ -29,7 +29,10 @@ def test_random_cases(gate):
     assert mutants.verdict(program(gate), 100, "all") is None
 
 
-@pytest.mark.parametrize(("gate", "type"), [("chain", "float"), ("fused", "__nv_bfloat16"), ("fused_forward", "Tf32")])
+@pytest.mark.parametrize(
+    ("gate", "type"),
+    [("chain", "float"), ("fused", "__nv_bfloat16"), ("fused_forward", "Tf32"), ("hopper", "__nv_bfloat16")],
+)
 def test_random_cases_of_pairwise_attention(gate, type):
     assert mutants.verdict(program(gate, "plain", type), 40, "all") is None
 
@@ -117,6 +120,10 @@ ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem"""
     def test_a_kernel_without_budget_and_one_that_is_gone(self):
         assert cuda_budget.worse({}, {"8.0": {"f": self.FIGURES}}) == ["f for 8.0: has no budget"]
         assert cuda_budget.worse({"8.0": {"f": self.FIGURES}}, {"8.0": {}}) == ["f for 8.0: is gone"]
+
+    def test_products_that_became_synchronous(self):
+        text = "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to\nx"
+        assert len(cuda_budget.serialized(text)) == 1 and not cuda_budget.serialized("Used 168 registers, wgmma")
 
     def test_occupancy(self):
         # 64 registers: four blocks of 256 threads use all 65,536, half the threads of a multiprocessor of 8.0.

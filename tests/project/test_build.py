@@ -179,5 +179,18 @@ class TestCuda:
         assert self.choose(CUDA_HOME=home, DNL_EXT_CPU_ONLY=0, FORCE_CUDA="off")[0].home == str(home)
 
 
+@pytest.mark.parametrize(
+    ("archs", "others", "hopper"),
+    [
+        ("8.0;9.0a;9.0+PTX", "8.0;9.0+PTX", True),
+        ("8.0 9.0", "8.0;9.0", False),
+        ("9.0a", "9.0", True),
+        ("8.0, 9.0a+PTX", "8.0;9.0", True),
+    ],
+)
+def test_kernels_of_hopper_are_built_where_9_0a_is_named(archs, others, hopper):
+    assert build_backend.without_hopper(archs) == (others, hopper)
+
+
 def test_the_source_distribution_has_what_builds_it():
     assert "include build_backend.py" in (ROOT / "MANIFEST.in").read_text()

@@ -42,7 +42,11 @@ static void run_backward(PairwiseCall& call, const Tensor& grad_output, const Te
   dispatch_element(call.args.dtype, [&](auto type) {
     using T = decltype(type);
     const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), true);
-    pairwise_backward_cuda<T>(call.args, device, {}, plan.fused);
+    const BackwardMap map{plan.hopper  ? BackwardMap::hopper
+                          : plan.fused ? BackwardMap::fused
+                                       : BackwardMap::products,
+                          device.gpu().multiprocessors};
+    pairwise_backward_cuda<T>(call.args, device, {}, map);
   });
 }
 

@@ -5,6 +5,7 @@
 //   fused   16-bit types, and float where TF32 is       by DNL_EXT_CUDA_PATH=fused
 //           allowed; sm_80 and later; forward with
 //           Dqk <= 256 and tiles that fit
+//   hopper  hopper/hopper_plan.h                        by DNL_EXT_CUDA_PATH=hopper
 //
 // Tiles of the fused forward, in order of preference. The first that serves all channels in one slice is taken, else
 // the one with the fewest slices; slices shrink until they fit.
@@ -24,6 +25,7 @@
 
 #include "core/errors.h"
 #include "core/types.h"
+#include "ops/pairwise/hopper/hopper_plan.h"
 
 namespace dnl {
 
@@ -156,7 +158,7 @@ inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu
 // The choice
 // ---------------------------------------------------------------------------------------------------------------------
 
-enum class CudaPath { by_default, chain, fused };
+enum class CudaPath { by_default, chain, fused, hopper };
 
 // What DNL_EXT_CUDA_PATH asks for.
 inline CudaPath requested_cuda_path() {
@@ -165,11 +167,12 @@ inline CudaPath requested_cuda_path() {
   if (name.empty()) return CudaPath::by_default;
   if (name == "chain") return CudaPath::chain;
   if (name == "fused") return CudaPath::fused;
-  throw ValueError(message("DNL_EXT_CUDA_PATH: expected one of 'chain', 'fused', got '", name, "'"));
+  if (name == "hopper") return CudaPath::hopper;
+  throw ValueError(message("DNL_EXT_CUDA_PATH: expected one of 'chain', 'fused', 'hopper', got '", name, "'"));
 }
 
 struct PairwisePlan {
-  bool fused = false;
+  bool fused = false, hopper = false;  // neither: the chain
   std::string why;
   ForwardPlan forward{};  // of a fused forward
 };
@@ -196,8 +199,17 @@ inline std::string fused_obstacle(const PairwiseShape& shape, const Gpu& gpu, bo
   return "";
 }
 
-inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, CudaPath request, bool backward) {
+inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, CudaPath request, bool backward,
+                                  bool hopper_built = kHopperBuilt) {
   PairwisePlan plan;
+  if (request == CudaPath::hopper) {
+    const std::string obstacle = hopper_obstacle(shape, gpu, backward, hopper_built);
+    if (!obstacle.empty()) throw NotImplementedError(message("DNL_EXT_CUDA_PATH=hopper: ", obstacle));
+    plan.hopper = backward;
+    plan.why =
+        backward ? "DNL_EXT_CUDA_PATH=hopper" : "DNL_EXT_CUDA_PATH=hopper, which has kernels of the backward alone";
+    return plan;
+  }
   if (shape.dtype == DType::f32 && backward) {
     plan.why = "the backward of float32 makes its softmax again, which the chain does";
     return plan;

@@ -9,8 +9,8 @@
 //   dQ += dS K'                      library product into a buffer of its own, then added
 //   dq = scale (dQ - its mean over queries)       once all keys have passed
 //
-// The first three lines are one kernel on the fused path (fused/backward_map.cuh), which writes only P' and
-// dS'.
+// The first three lines are one kernel on the fused path (fused/backward_map.cuh) and on Hopper's
+// (hopper/backward_map.cuh), which writes only P' and dS'.
 //
 // The sum over queries uses dS as rounded, which is what makes the correction exact. Only dQ (queries x width) is held
 // in float over the whole call. Traded away: adding dQ costs a pass over it per chunk, because the product that adds to
@@ -22,6 +22,7 @@
 
 #include "ops/pairwise/chain/backward_rows.cuh"
 #include "ops/pairwise/fused/backward_map.cuh"
+#include "ops/pairwise/hopper/hopper.h"
 
 namespace dnl {
 
@@ -115,6 +116,14 @@ struct SquareOp {
   DNL_HOST_DEVICE void store(int64_t b, int64_t i, A sum) const { out.element(b)[i] = sum; }
 };
 
+// What makes the map of a chunk: library products with a kernel after them, or one kernel.
+struct BackwardMap {
+  enum { products, fused, hopper } by = products;
+  int multiprocessors = 0;  // of the GPU, for Hopper's
+
+  bool one_kernel() const { return by != products; }
+};
+
 template <class T, class Device>
 struct PairwiseBackwardChain {
   static_assert(kHalf<T>, "float and double need P normalised anew");
@@ -124,13 +133,13 @@ struct PairwiseBackwardChain {
   const PairwiseOperands<T, Device> in;
   const PairwiseGradients<T, Device> out;
   const bool need_logits;  // any gradient that goes through dS
-  const bool fused;        // the map by one kernel, without products in float
+  const BackwardMap map_by;
   Matrix<const T> grad_output, centred_key;
   Rows<A> shift, row_factor, delta;
   A *grad_scale = nullptr, *grad_inverse = nullptr;
 
-  PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u, bool fused_map)
-      : args(a), device(d), in(a, d), out(a, d, in, u), need_logits(out.query.data || out.key.data), fused(fused_map) {}
+  PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u, const BackwardMap& map)
+      : args(a), device(d), in(a, d), out(a, d, in, u), need_logits(out.query.data || out.key.data), map_by(map) {}
 
   void run(const ChunkLimits& limits) {
     const auto grad = matrix_of<const T>("grad_output", args.grad_output, args.batches);
@@ -200,15 +209,16 @@ struct PairwiseBackwardChain {
     const bool several = chunks.rows < args.keys;
 
     // S' is done with when dQ is made: its buffer then takes the chunk's part of dQ.
+    const bool one_kernel = map_by.one_kernel();  // so no products in float
     const int64_t part_size = several && out.query.data ? query_size : 0;
-    A* logits = device.template allocate<A>(fused ? part_size : std::max(map, part_size));
-    A* grad = need_logits && !fused ? device.template allocate<A>(map) : nullptr;
+    A* logits = device.template allocate<A>(one_kernel ? part_size : std::max(map, part_size));
+    A* grad = need_logits && !one_kernel ? device.template allocate<A>(map) : nullptr;
     T* probability = out.value.data ? device.template allocate<T>(map) : nullptr;
     T* grad_logits = need_logits ? device.template allocate<T>(map) : nullptr;
     const int64_t widest = std::max(out.key.data ? args.width : 0, out.value.data ? args.channels : 0);
     A* sums = device.template allocate<A>(like_order_size(chunks.group, chunks.rows, widest));
     A* row_sum = out.needs_sum() ? device.template allocate<A>(chunks.group * chunks.rows) : nullptr;
-    A* row_part = row_sum && fused
+    A* row_part = row_sum && one_kernel
                       ? device.template allocate<A>(chunks.group * chunks.rows * ceil_div_of(args.queries, kMapTile))
                       : nullptr;
     A* grad_query = out.query.data ? device.template allocate<A>(query_size) : nullptr;
@@ -232,7 +242,10 @@ struct PairwiseBackwardChain {
                                         in.sign,
                                         args.magnitude<A>(kLog2OfE)};
       const auto key = in.key.from(b, first), value = in.value.from(b, first);
-      if (fused) {
+      if (map_by.by == BackwardMap::hopper) {
+        hopper_backward_map<T>(device, step, key, query, value, dy, row_part, group, args.width, args.channels,
+                               map_by.multiprocessors);
+      } else if (map_by.by == BackwardMap::fused) {
         fused_backward_map(device, step, {key, rows, args.width}, {query, args.queries, args.width},
                            {value, rows, args.channels}, {dy, args.queries, args.channels}, row_part, group);
       } else {
@@ -270,11 +283,11 @@ struct PairwiseBackwardChain {
 
 template <class T, class Device>
 void pairwise_backward_cuda(const PairwiseArgs& args, Device& device, const ChunkLimits& limits = {},
-                            bool fused = false) {
+                            const BackwardMap& map = {}) {
   const UnaryTerm<T> unary(args, device);
   if (!args.grad_query.data && !args.grad_key.data && !args.grad_value.data) return;
   if constexpr (kHalf<T>)
-    PairwiseBackwardChain<T, Device>(args, device, unary, fused).run(limits);
+    PairwiseBackwardChain<T, Device>(args, device, unary, map).run(limits);
   else
     PairwiseBackwardRows<T, Device>(args, device, unary).run(limits);
 }
