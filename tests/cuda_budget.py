@@ -12,7 +12,7 @@ budget:
 - registers above it by more than REGISTER_SLACK, or occupancy below it;
 - static shared memory above it;
 - fewer HMMA;
-- wgmma that the assembler does not leave asynchronous ("serialized");
+- wgmma that the assembler does not leave asynchronous, registers that it does not hand over;
 - a kernel that has no budget, or a budget whose kernel is gone (`make cuda-budget` rewrites it).
 
 Occupancy is the share of a multiprocessor's warps that registers, threads and static shared memory allow: blocks =
@@ -95,9 +95,9 @@ def tensor_instructions(text):
     return counts
 
 
-def serialized(log):
-    """What ptxas says of products that it had to make synchronous, by line."""
-    return [line for line in log.splitlines() if "wgmma" in line and "serialized" in line]
+def lost(log):
+    """What ptxas says it had to give up, by line: products made synchronous ("serialized"), setmaxnreg left out."""
+    return [line for line in log.splitlines() if "Potential Performance Loss" in line]
 
 
 def compile_arch(arch, nvcc, folder):
@@ -117,7 +117,7 @@ def compile_arch(arch, nvcc, folder):
     if done.returncode:
         raise SystemExit(f"cuda_budget: {arch} does not compile:\n{done.stderr[-4000:]}")
     log = done.stdout + done.stderr
-    if found := serialized(log):
+    if found := lost(log):
         raise SystemExit(f"cuda_budget: {arch}: {found[0]}")
     rows = ptxas_table.parse(log.splitlines())
     threads = HOPPER_THREADS if arch in HOPPER_ONLY else THREADS

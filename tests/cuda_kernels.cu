@@ -12,6 +12,7 @@
 #include "ops/pairwise/fused/forward.cuh"
 #ifdef DNL_HOPPER
 #include "ops/pairwise/hopper/backward_map.cuh"
+#include "ops/pairwise/hopper/forward.cuh"
 #endif
 #include "ops/unary/unary_cuda.cuh"
 #include "ops/whiten/standardise_cuda.cuh"
@@ -49,6 +50,7 @@ void name_fused(NamingDevice& device) {
 #ifdef DNL_HOPPER
 template <class T>
 void name_hopper(NamingDevice& device) {
+  pairwise_hopper_forward_cuda<T>(PairwiseArgs{}, device, ForwardPlan{});
   hopper_backward_map<T>(device, SoftmaxBackwardStep<T>{}, Matrix<const T>{}, Matrix<const T>{}, Matrix<const T>{},
                          Matrix<const T>{}, nullptr, 0, 0, 0, 0);
 }

@@ -109,6 +109,7 @@ extern "C" __attribute__((visibility("default"))) void set_emulated_tf32_query(d
 #define dnl_ext dnl_cuda_emulated
 #define CUDA CPU
 #include "ops/pairwise/hopper/backward_map.cuh"
+#include "ops/pairwise/hopper/forward.cuh"
 #include "ops/pairwise/pairwise_cuda.cu"
 #include "ops/unary/unary_cuda.cu"
 #include "ops/whiten/whiten_cuda.cu"

@@ -102,6 +102,9 @@ struct Product {
   uint64_t a, b;               // descriptors
   uint32_t a_registers[4][4];  // or those of the four lanes that share the thread's rows
   bool accumulate;
+  const uint32_t* own_registers;  // of this lane, which must keep them until the product is waited for
+  unsigned own;                   // which of the four it is
+  Site site;
 };
 
 struct ThreadProducts {
@@ -190,12 +193,6 @@ inline void fence_async_proxy() {
 inline void async_wrote(const void* address, int64_t bytes) {
   const Unseen unseen;
   std::memcpy(&async_byte(address), address, bytes);
-}
-
-inline void check_async_view(const void* address, int64_t bytes) {
-  const Unseen unseen;
-  if (std::memcmp(&async_byte(address), address, bytes))
-    machine().fail("wgmma: reads what a thread wrote without fence.proxy.async");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -363,18 +360,38 @@ struct Operand {
         stride((descriptor >> 32 & 0x3fff) << 4) {}
 };
 
-// Element (i, k) of an operand of 16-bit elements, i along M or N.
+// Reads the 16-bit elements of an operand in shared memory.
 template <class T, bool kAlongK>
-float operand_element(const Operand& x, int i, int k) {
-  const int kWide = kSwizzleRow / int(sizeof(T));  // elements of a row of the pattern
-  const uint32_t offset = kAlongK
-                              ? i % 8 * kSwizzleRow + i / 8 * x.stride + k * sizeof(T)
-                              : i % kWide * sizeof(T) + i / kWide * x.leading + k % 8 * kSwizzleRow + k / 8 * x.stride;
-  const char* element = shared_origin() + swizzled(x.start + offset);
-  check_shared("wgmma operand", element, sizeof(T), sizeof(T), {});
-  check_async_view(element, sizeof(T));
-  return element_of<T>(*reinterpret_cast<const uint16_t*>(element), 0);
-}
+class OperandReader {
+ public:
+  explicit OperandReader(uint64_t descriptor) : operand_(descriptor) {
+    const Unseen unseen;
+    origin_ = shared_origin();
+    begin_ = machine().shared_begin();
+    bytes_ = machine().shared_bytes();
+    async_view_ = &async_byte(begin_);
+  }
+
+  // Element (i, k), i along M or N.
+  float operator()(int i, int k) const {
+    constexpr int kWide = kSwizzleRow / int(sizeof(T));  // elements of a row of the pattern
+    const uint32_t offset =
+        kAlongK ? i % 8 * kSwizzleRow + i / 8 * operand_.stride + k * sizeof(T)
+                : i % kWide * sizeof(T) + i / kWide * operand_.leading + k % 8 * kSwizzleRow + k / 8 * operand_.stride;
+    const char* element = origin_ + swizzled(operand_.start + offset);
+    const int64_t byte = element - begin_;
+    if (byte < 0 || byte + int64_t(sizeof(T)) > bytes_) check_shared("wgmma operand", element, sizeof(T), 2, {});
+    const uint16_t bits = *reinterpret_cast<const uint16_t*>(element);
+    if (std::memcmp(async_view_ + byte, &bits, sizeof(bits)))
+      machine().fail("wgmma: reads what a thread wrote without fence.proxy.async");
+    return element_of<T>(bits, 0);
+  }
+
+ private:
+  Operand operand_;
+  const char *origin_, *begin_, *async_view_;
+  int64_t bytes_;
+};
 
 inline void check_descriptor(uint64_t descriptor, bool along_k, const Site& site) {
   const Operand x(descriptor);
@@ -389,17 +406,18 @@ template <class T, int N, bool kRegisters, bool kAAlongK, bool kBAlongK>
 void run_product(const Product& product, std::vector<float>& sums, unsigned thread) {
   constexpr int kInner = 16;
   const int lane = thread % kWarpLanes, warp = thread % kWarpgroup / kWarpLanes;
-  const Operand a_operand(product.a), b_operand(product.b);
+  const OperandReader<T, kAAlongK> a_operand(product.a);
+  const OperandReader<T, kBAlongK> b_operand(product.b);
   float a[2][kInner];  // rows lane / 4 and lane / 4 + 8 of the warp's sixteen
   for (int half = 0; half < 2; ++half)
     for (int k = 0; k < kInner; ++k)
       a[half][k] = kRegisters ? element_of<T>(product.a_registers[k % 8 / 2][k / 8 * 2 + half], k % 2)
-                              : operand_element<T, kAAlongK>(a_operand, warp * 16 + lane / 4 + half * 8, k);
+                              : a_operand(warp * 16 + lane / 4 + half * 8, k);
   for (int first = 0; first < N; first += 8)
     for (int pair = 0; pair < 2; ++pair) {
       const int column = first + lane % 4 * 2 + pair;
       float b[kInner];
-      for (int k = 0; k < kInner; ++k) b[k] = operand_element<T, kBAlongK>(b_operand, column, k);
+      for (int k = 0; k < kInner; ++k) b[k] = b_operand(column, k);
       for (int half = 0; half < 2; ++half) {
         float& sum = sums[first / 2 + half * 2 + pair];
         if (!product.accumulate) sum = 0;
@@ -447,7 +465,7 @@ void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, uint64_t 
   if (!mine.fenced && (a_registers || !mine.results.count(d)))
     self.fail("wgmma: no wgmma_fence since the thread could last touch its registers", site);
   ++mine.issued;
-  Product product{d, run, a, b, {}, accumulate};
+  Product product{d, run, a, b, {}, accumulate, a_registers, self.lane() % 4, site};
   std::memcpy(product.a_registers, issue.quad, sizeof(issue.quad));
   mine.results.try_emplace(d, d, d + N / 2);
   std::fill_n(d, N / 2, std::numeric_limits<float>::quiet_NaN());
@@ -482,8 +500,12 @@ inline void wgmma_wait(size_t left) {
     mine->products.erase(mine->products.begin(), mine->products.begin() + count);
   }
   if (!finishing.empty()) machine().defer();
-  for (const Product& product : finishing)
+  for (const Product& product : finishing) {
+    if (product.own_registers &&
+        std::memcmp(product.own_registers, product.a_registers[product.own], sizeof(product.a_registers[0])))
+      machine().fail("wgmma: registers of its operand changed before the wait", product.site);
     product.run(product, mine->results.at(product.result), machine().thread_index());
+  }
   const Unseen unseen;
   for (auto entry = mine->results.begin(); entry != mine->results.end();) {
     const bool busy = std::any_of(mine->products.begin(), mine->products.end(),

@@ -88,8 +88,8 @@ __global__ void one_tile(float* out,  // (kTile, kTile)
   if (kFault == kNoLoadWait || kFault == kWrongParity) mbarrier_wait(barrier, 0);  // so that nothing is under way
 }
 
-// Q K^T of tiles that the threads write themselves, a row of the pattern each.
-template <bool kFenced>
+// Q K^T of tiles that the threads write themselves, a row of the pattern each. Q goes to the products in registers.
+template <bool kFenced, bool kOverwritten>
 __global__ void written_tiles(float* out, const Element* q, const Element* k) {  // (kTile, kTile) each
   DNL_DYNAMIC_SHARED_TILES(unsigned char, shared);
   const int tile = threadIdx.x / kTile, row = threadIdx.x % kTile;
@@ -100,8 +100,16 @@ __global__ void written_tiles(float* out, const Element* q, const Element* k) { 
   if (kFenced) fence_async_proxy();
   __syncthreads();
   float d[kTile / 2] = {};
-  multiply_tiles(d, shared, shared + kTileBytes, false);
+  uint32_t a[kSlices][4];
+  const int first = threadIdx.x / kWarp * 16 + threadIdx.x % kWarp / 4, member = threadIdx.x % 4;
+  for (int slice = 0; slice < kSlices; ++slice)
+    for (int r = 0; r < 4; ++r)
+      std::memcpy(&a[slice][r], q + (first + r % 2 * 8) * kTile + slice * 16 + member * 2 + r / 2 * 8, 4);
+  wgmma_fence();
+  for (int slice = 0; slice < kSlices; ++slice)
+    wgmma<Element, kTile>(d, a[slice], wgmma_descriptor(shared + kTileBytes + slice * kSliceBytes, 16, kPattern), true);
   wgmma_commit();
+  if (kOverwritten) a[kSlices - 1][3] ^= 1;
   wgmma_wait<0>();
   store_tile(out, d);
 }

@@ -69,6 +69,7 @@ __global__ void product_kernel(float* d, const uint16_t* a_image, const uint16_t
   fence_async_proxy();
   __syncthreads();
   float sums[N / 2];
+  uint32_t fragment[kInner / 16][4];
   wgmma_fence();
   for (int slice = 0; slice < kInner / 16; ++slice) {
     // 16 k: 32 bytes along a row, or two groups of rows.
@@ -78,9 +79,8 @@ __global__ void product_kernel(float* d, const uint16_t* a_image, const uint16_t
     };
     const uint64_t b_operand = descriptor(shared + kA_bytes, kB);
     if constexpr (kRegisters) {
-      uint32_t fragment[4];
-      for (int r = 0; r < 4; ++r) fragment[r] = a_registers[(threadIdx.x * (kInner / 16) + slice) * 4 + r];
-      wgmma<T, N, kB>(sums, fragment, b_operand, slice > 0);
+      for (int r = 0; r < 4; ++r) fragment[slice][r] = a_registers[(threadIdx.x * (kInner / 16) + slice) * 4 + r];
+      wgmma<T, N, kB>(sums, fragment[slice], b_operand, slice > 0);
     } else {
       wgmma<T, N, kA, kB>(sums, descriptor(shared, kA), b_operand, slice > 0);
     }
@@ -270,12 +270,12 @@ std::function<bool()> one(int threads = kWarpgroup) {
 }
 
 // Q K^T of the first tiles, copied to shared memory by the threads.
-template <bool kFenced>
+template <bool kFenced, bool kOverwritten = false>
 std::function<bool()> written() {
   return [] {
     std::vector<float> out(kTile * kTile, std::numeric_limits<float>::quiet_NaN());
-    emulator::Launcher().launch(&written_tiles<kFenced>, LaunchShape{1, kWarpgroup, 2 * kTileBytes}, out.data(),
-                                inputs().q.data(), inputs().k.data());
+    emulator::Launcher().launch(&written_tiles<kFenced, kOverwritten>, LaunchShape{1, kWarpgroup, 2 * kTileBytes},
+                                out.data(), inputs().q.data(), inputs().k.data());
     for (int i = 0; i < kTile; ++i)
       for (int j = 0; j < kTile; ++j)
         if (!(out[i * kTile + j] == inputs().dot(i, j))) return false;
@@ -320,6 +320,7 @@ int main(int argc, char** argv) {
       {"missing warp", one<kNone>(), one<kMissingWarp>(), By::message, "ended with fewer wgmmas in thread 96"},
       {"operand one row low", one<kNone>(), one<kOneRowLow>(), By::message, "does not begin in the first row"},
       {"no fence before the product", one<kNone>(), one<kNoFence>(), By::message, "no wgmma_fence since"},
+      {"left operand overwritten", written<true>(), written<true, true>(), By::message, "changed before the wait"},
       {"no fence of the proxy", written<true>(), written<false>(), By::message, "without fence.proxy.async"},
       {"part of a warpgroup", one<kNone>(), one<kNone>(96), By::message, "the warpgroup is not whole"},
       {"stage not emptied", piped<kRight>(), piped<kNotEmptied>(), By::sometimes, "mbarrier"},

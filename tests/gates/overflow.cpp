@@ -15,6 +15,7 @@
 #include "ops/pairwise/chain/forward.cuh"
 #include "ops/pairwise/fused/forward.cuh"
 #include "ops/pairwise/hopper/backward_map.cuh"
+#include "ops/pairwise/hopper/forward.cuh"
 #include "ops/unary/unary_cuda.cuh"
 #include "ops/whiten/standardise_cuda.cuh"
 
@@ -318,9 +319,9 @@ struct LastTile {
   }
 };
 
-// The fused forward and the merge of its splits, where queries x channels is that large.
-template <class T>
-void fused_forward(int64_t row) {
+// The fused forward or Hopper's, and the merge of its splits, where queries x channels is that large.
+template <class T, bool kHopper>
+void one_kernel_forward(int64_t row) {
   using Result = ResultOf<T>;
   constexpr int64_t kWidth = 16, kKeys = 130, kChannels = 512;
   const int64_t queries = row * kColumns / kChannels + 1;
@@ -335,14 +336,20 @@ void fused_forward(int64_t row) {
   args.value = {value.data, &first, kChannels, 1}, args.output = {output.data, &first, kChannels, 1};
   args.stats = stats.data, args.dtype = kType<Result>, args.scale = 1;
   args.batches = 1, args.queries = queries, args.keys = kKeys, args.width = kWidth, args.channels = kChannels;
-  ForwardPlan plan = plan_fused_forward(shape_of<Result>(args), Gpu{90, 132, shared_bytes_of(90)});
+  const Gpu gpu{90, 132, shared_bytes_of(90)};
+  const PairwiseShape shape = shape_of<Result>(args);
+  ForwardPlan plan = kHopper ? plan_hopper_forward(shape, gpu) : plan_fused_forward(shape, gpu);
   for (int splits : {1, 2}) {
     plan.splits = splits;
     LastTile device{{}, ceil_div_of(queries, kForwardTiles[plan.tile].queries)};
     output.data[queries * kChannels - 1] = rounded<Result>(-1), stats.data[2 * queries - 1] = -1;
-    pairwise_fused_forward_cuda<T>(args, device, plan);
-    near("fused forward", row, "y", wide(output.data[queries * kChannels - 1]), 2, 1e-2);
-    near("fused forward", row, "factor", stats.data[2 * queries - 1], 1.0 / kKeys, 1e-5);
+    if constexpr (kHopper)
+      pairwise_hopper_forward_cuda<T>(args, device, plan);
+    else
+      pairwise_fused_forward_cuda<T>(args, device, plan);
+    const char* name = kHopper ? "hopper forward" : "fused forward";
+    near(name, row, "y", wide(output.data[queries * kChannels - 1]), 2, 1e-2);
+    near(name, row, "factor", stats.data[2 * queries - 1], 1.0 / kKeys, 1e-5);
   }
 }
 
@@ -363,8 +370,9 @@ int main(int argc, char** argv) {
                                     &one_kernel_map<__half, true>,
                                     &elementwise,
                                     &column_sum,
-                                    &fused_forward<__nv_bfloat16>,
-                                    &fused_forward<Tf32>,
+                                    &one_kernel_forward<__nv_bfloat16, false>,
+                                    &one_kernel_forward<__nv_bfloat16, true>,
+                                    &one_kernel_forward<Tf32, false>,
                                     &standardise,
                                     &far_softmax,
                                     &row_sum};

@@ -121,9 +121,9 @@ ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem"""
         assert cuda_budget.worse({}, {"8.0": {"f": self.FIGURES}}) == ["f for 8.0: has no budget"]
         assert cuda_budget.worse({"8.0": {"f": self.FIGURES}}, {"8.0": {}}) == ["f for 8.0: is gone"]
 
-    def test_products_that_became_synchronous(self):
+    def test_what_the_assembler_gave_up(self):
         text = "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to\nx"
-        assert len(cuda_budget.serialized(text)) == 1 and not cuda_budget.serialized("Used 168 registers, wgmma")
+        assert len(cuda_budget.lost(text)) == 1 and not cuda_budget.lost("Used 168 registers, wgmma")
 
     def test_occupancy(self):
         # 64 registers: four blocks of 256 threads use all 65,536, half the threads of a multiprocessor of 8.0.

@@ -187,6 +187,14 @@ DNL_DEVICE void wgmma_fence() {
 #endif
 }
 
+// The registers hold these values from here on: the compiler does not move what makes them to behind a later wgmma,
+// where it would have to wait for that one.
+DNL_DEVICE void settle([[maybe_unused]] uint32_t (&a)[4]) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+#endif
+}
+
 // Ends a group of wgmmas.
 DNL_DEVICE void wgmma_commit() {
 #ifdef __CUDACC__

@@ -28,6 +28,8 @@ static void run_forward(const PairwiseCall& call, const Tensor& query, const Ten
   dispatch_element(call.args.dtype, [&](auto type) {
     using T = decltype(type);
     const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), false);
+    if constexpr (kHalf<T>)
+      if (plan.hopper) return pairwise_hopper_forward_cuda<T>(call.args, device, plan.forward);
     if constexpr (!std::is_same_v<T, double>)
       if (plan.fused) return pairwise_fused_forward_cuda<FusedOf<T>>(call.args, device, plan.forward);
     pairwise_forward_cuda<T>(call.args, device);

@@ -5,7 +5,8 @@
 //   fused   16-bit types, and float where TF32 is       by DNL_EXT_CUDA_PATH=fused
 //           allowed; sm_80 and later; forward with
 //           Dqk <= 256 and tiles that fit
-//   hopper  hopper/hopper_plan.h                        by DNL_EXT_CUDA_PATH=hopper
+//   hopper  16-bit types; compute capability 9.0;       by DNL_EXT_CUDA_PATH=hopper
+//           forward with Dqk <= 256 (hopper_plan.h)
 //
 // Tiles of the fused forward, in order of preference. The first that serves all channels in one slice is taken, else
 // the one with the fewest slices; slices shrink until they fit.
@@ -154,6 +155,19 @@ inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu
   return best;
 }
 
+// Hopper's forward: tiles of kForwardTiles[kHopperForwardTile], slices of all its channels.
+inline ForwardPlan plan_hopper_forward(const PairwiseShape& shape, const Gpu& gpu) {
+  const ForwardTile& tile = kForwardTiles[kHopperForwardTile];
+  ForwardPlan plan;
+  plan.tile = kHopperForwardTile;
+  plan.slices = static_cast<int>((shape.channels + tile.channels - 1) / tile.channels);
+  plan.slice_channels = tile.channels;
+  const int64_t blocks = shape.batches * ((shape.queries + tile.queries - 1) / tile.queries);
+  plan.splits = forward_splits(blocks, (shape.keys + tile.keys - 1) / tile.keys, gpu.multiprocessors);
+  plan.shared.bytes = kHopperForwardBytes;
+  return plan;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The choice
 // ---------------------------------------------------------------------------------------------------------------------
@@ -203,11 +217,11 @@ inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, Cu
                                   bool hopper_built = kHopperBuilt) {
   PairwisePlan plan;
   if (request == CudaPath::hopper) {
-    const std::string obstacle = hopper_obstacle(shape, gpu, backward, hopper_built);
+    const std::string obstacle = hopper_obstacle(shape, gpu, backward, kFusedWidth, hopper_built);
     if (!obstacle.empty()) throw NotImplementedError(message("DNL_EXT_CUDA_PATH=hopper: ", obstacle));
-    plan.hopper = backward;
-    plan.why =
-        backward ? "DNL_EXT_CUDA_PATH=hopper" : "DNL_EXT_CUDA_PATH=hopper, which has kernels of the backward alone";
+    plan.hopper = true;
+    plan.why = "DNL_EXT_CUDA_PATH=hopper";
+    if (!backward) plan.forward = plan_hopper_forward(shape, gpu);
     return plan;
   }
   if (shape.dtype == DType::f32 && backward) {

@@ -5,7 +5,7 @@
 #include <stdexcept>
 
 #include "ops/pairwise/chain/backward_map.cuh"
-#include "ops/pairwise/hopper/hopper_plan.h"
+#include "ops/pairwise/pairwise_plan.h"
 
 namespace dnl {
 
@@ -19,6 +19,17 @@ void hopper_backward_map(Device& device, const SoftmaxBackwardStep<T>& step,
                          const Matrix<const T>& grad,   // (group, columns, channels)
                          float* row_part,               // (group, rows, tiles of columns), or null as step.row_sum is
                          int64_t group, int64_t width, int64_t channels, int multiprocessors)
+#ifdef DNL_EXT_HOPPER
+    ;
+#else
+{
+  throw std::logic_error("dnl_ext: built without kernels for 9.0a");
+}
+#endif
+
+// Forward of halves; the plan is that of a Hopper path.
+template <class T, class Device>
+void pairwise_hopper_forward_cuda(const PairwiseArgs& args, Device& device, const ForwardPlan& plan)
 #ifdef DNL_EXT_HOPPER
     ;
 #else

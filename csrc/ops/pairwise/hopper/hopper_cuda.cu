@@ -1,15 +1,17 @@
 // Hopper's kernels and what launches them: compiled for 9.0a alone, beside the other files (setup.py).
 #include "core/cuda/launch.h"
 #include "ops/pairwise/hopper/backward_map.cuh"
+#include "ops/pairwise/hopper/forward.cuh"
 
 namespace dnl {
 
-#define DNL_BACKWARD_MAP(T)                                                                                            \
+#define DNL_HOPPER_KERNELS(T)                                                                                          \
+  template void pairwise_hopper_forward_cuda<T, CudaDevice>(const PairwiseArgs&, CudaDevice&, const ForwardPlan&);     \
   template void hopper_backward_map<T, CudaDevice>(CudaDevice&, const SoftmaxBackwardStep<T>&, const Matrix<const T>&, \
                                                    const Matrix<const T>&, const Matrix<const T>&,                     \
                                                    const Matrix<const T>&, float*, int64_t, int64_t, int64_t, int)
-DNL_BACKWARD_MAP(__nv_bfloat16);
-DNL_BACKWARD_MAP(__half);
-#undef DNL_BACKWARD_MAP
+DNL_HOPPER_KERNELS(__nv_bfloat16);
+DNL_HOPPER_KERNELS(__half);
+#undef DNL_HOPPER_KERNELS
 
 }  // namespace dnl

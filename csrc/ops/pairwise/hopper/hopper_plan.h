@@ -18,9 +18,12 @@ constexpr bool kHopperBuilt = true;
 constexpr bool kHopperBuilt = false;
 #endif
 
+constexpr int kHopperForwardTile = 0;        // of kForwardTiles (pairwise_plan.h)
+constexpr int kHopperForwardBytes = 230744;  // of shared memory, for every size (hopper/forward.cuh)
+
 // Why Hopper's kernels cannot take a call; empty where they can. Shape is PairwiseShape (pairwise_plan.h).
 template <class Shape>
-std::string hopper_obstacle(const Shape& shape, const Gpu& gpu, [[maybe_unused]] bool backward, bool built) {
+std::string hopper_obstacle(const Shape& shape, const Gpu& gpu, bool backward, int most_width, bool built) {
   if (shape.dtype != DType::bf16 && shape.dtype != DType::f16)
     return message("the Hopper path takes bfloat16 and float16, got ",
                    shape.dtype == DType::f32 ? "float32" : "float64");
@@ -29,6 +32,8 @@ std::string hopper_obstacle(const Shape& shape, const Gpu& gpu, [[maybe_unused]]
   if (!built) return "the Hopper path needs a build with 9.0a in TORCH_CUDA_ARCH_LIST";
   if (shape.width == 0 || shape.channels == 0)
     return message("the Hopper path needs query and value channels, got ", shape.width, " and ", shape.channels);
+  if (!backward && shape.width > most_width)
+    return message("the Hopper forward takes at most ", most_width, " query channels, got ", shape.width);
   return "";
 }
 

@@ -31,6 +31,12 @@ static_assert(kPatternBytes == kSwizzleAlignment, "tiles begin with the pattern"
 // Operands
 // ---------------------------------------------------------------------------------------------------------------------
 
+// Whether a product operand is dense along its positions.
+template <class T>
+bool is_channel_first(const Matrix<const T>& x, int64_t channels) {
+  return !(x.channel == 1 && x.position % (16 / int64_t(sizeof(T))) == 0 && x.position >= channels);
+}
+
 // A (batches, positions, channels) matrix, loaded in tiles of 64 channels.
 struct TmaOperand {
   TensorMap map;
@@ -43,11 +49,12 @@ struct TmaOperand {
   TmaOperand(const Matrix<const T>& x, int64_t batches, int64_t positions, int64_t channels, int tile_positions) {
     static_assert(kSwizzleElements<T> == kBox, "16-bit elements");
     const int64_t batch = x.batch.dims ? x.batch.stride[0] : 0;
-    channel_first = !(x.channel == 1 && x.position % (16 / int64_t(sizeof(T))) == 0 && x.position >= channels);
+    channel_first = is_channel_first(x, channels);
     shared_batch = batch == 0;
     const int64_t matrices = shared_batch ? 1 : batches;
-    map = channel_first ? tensor_map(x.element(0), matrices, channels, positions, batch, x.channel, kBox)
-                        : tensor_map(x.element(0), matrices, positions, channels, batch, x.position, tile_positions);
+    map = channel_first
+              ? tensor_map(x.element(0), matrices, channels, positions, batch, x.channel, kBox, kBox)
+              : tensor_map(x.element(0), matrices, positions, channels, batch, x.position, tile_positions, kBox);
   }
 
   // By one thread: kPositions positions from `position`, 64 channels from `channel`, to a tile of kPositions rows of
