@@ -90,8 +90,8 @@ class TestProve:
         (outcome,) = prove.prove(["launches"], prove.Context(1.0, 1), lambda line: None)
         assert not outcome.passes and "no compiler" in outcome.failures[0]
 
-    def test_stages_fit_into_50_minutes(self):
-        assert sum(seconds for _, _, seconds, _ in prove.STAGES.values()) <= 50 * 60
+    def test_stages_fit_into_an_hour(self):
+        assert sum(seconds for _, _, seconds, _ in prove.STAGES.values()) <= 60 * 60
 
     def test_the_command_lists_its_stages(self):
         done = subprocess.run([sys.executable, ROOT / "tests/prove.py", "--list"], capture_output=True, text=True)

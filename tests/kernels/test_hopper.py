@@ -34,6 +34,15 @@ class TestError:
 
 
 class TestPath:
+    def test_differs_from_the_chain_in_roundings_only(self, hopper, monkeypatch):
+        """That Hopper's kernels ran at all: equal bits would be the chain's."""
+        inputs = [torch.randn(2, *shape).to(torch.bfloat16) for shape in ((70, 40), (90, 40), (90, 72), (90,))]
+        ours = dnl_ext.disentangled_attention(*inputs)
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", "chain")
+        chain = dnl_ext.disentangled_attention(*inputs)
+        assert not torch.equal(ours, chain)
+        torch.testing.assert_close(ours.double(), chain.double(), rtol=0, atol=2.0**-5 * chain.abs().max())
+
     def test_repeats_are_bit_equal(self, hopper):
         inputs = [torch.randn(2, *shape).to(torch.bfloat16) for shape in ((140, 40), (200, 40), (200, 72), (200,))]
 
@@ -60,12 +69,20 @@ class TestPlan:
         options = {"hopper_built": True, "backward": True, **options}
         return dnl_ext._C.cuda_plan(dtype, 1, 16384, 16384, width, channels, capability=capability, **options)
 
-    def test_backward(self):
+    def test_types(self):
         for dtype in ("bfloat16", "float16"):
             assert self.plan(dtype)["path"] == "hopper" and self.plan(dtype)["why"] == "DNL_EXT_CUDA_PATH=hopper"
 
-    def test_forward_is_the_chain(self):
-        assert self.plan(backward=False)["path"] == "chain"
+    def test_forward(self):
+        for channels, slices in ((1, 1), (256, 1), (257, 2), (1024, 4)):
+            plan = self.plan(channels=channels, backward=False, multiprocessors=132)
+            assert plan["path"] == "hopper" and plan["slices"] == slices and plan["splits"] == 1
+            assert plan["shared_bytes"] <= 227 * 1024
+
+    def test_width_is_bounded_in_the_forward_alone(self):
+        assert self.plan(width=300)["path"] == "hopper"
+        with pytest.raises(NotImplementedError, match="at most 256 query channels, got 300"):
+            self.plan(width=300, backward=False)
 
     @pytest.mark.parametrize(
         ("options", "words"),

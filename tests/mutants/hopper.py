@@ -291,23 +291,23 @@ MUTANTS = [
     of_forward(
         "hopper forward: values given back while they are read",
         FORWARD,
-        "      wgmma_wait<0>();\n      ring.release();  // the values\n",
-        "      ring.release();\n      wgmma_wait<0>();\n",
+        "      rescale(out, correction);\n      ring.release();  // the values\n",
+        "      ring.release();\n      rescale(out, correction);\n",
         mode="order",
         cases=90,
     ),
     of_forward(
         "hopper forward: O rescaled while products add to it",
         FORWARD,
-        "      make_probability(s, correction);\n      wgmma_wait<0>();",
-        "      make_probability(s, correction);\n      rescale(out, correction);\n      wgmma_wait<0>();",
+        "      wgmma_wait<0>();\n      for (int e",
+        "      for (int e",
         cases=60,
     ),
     of_forward(
         "hopper forward: P overwritten while products read it",
         FORWARD,
-        "      make_probability(s, correction);\n      wgmma_wait<0>();",
-        "      make_probability(s, correction);\n      round_probability(s, p);\n      wgmma_wait<0>();",
+        "      rescale(out, correction);\n",
+        "      round_probability(s, p);\n      rescale(out, correction);\n",
         cases=60,
     ),
     of_forward(
@@ -356,15 +356,21 @@ MUTANTS = [
     of_forward(
         "hopper forward: a row's maximum of two lanes",
         FORWARD,
-        "step <= 2; step *= 2) {\n          const float other",
-        "step <= 1; step *= 2) {\n          const float other",
+        "step <= 2; step *= 2) largest",
+        "step <= 1; step *= 2) largest",
         cases=60,
     ),
     of_forward("hopper forward: sum not rescaled", FORWARD, "      sum[h] *= correction[h];\n", "", cases=90),
     of_forward(
         "hopper forward: sum as rounded not rescaled", FORWARD, "      stored[h] *= correction[h];\n", "", cases=90
     ),
-    of_forward("hopper forward: O not rescaled", FORWARD, "      rescale(out, correction);\n", "", cases=90),
+    of_forward(
+        "hopper forward: O not rescaled",
+        FORWARD,
+        "      for (int e = 0; e < kOutputs; ++e) out[e] *= correction[e / 2 % 2];\n",
+        "",
+        cases=90,
+    ),
     of_forward(
         "hopper forward: O rescaled for the first rows alone",
         FORWARD,

@@ -187,11 +187,17 @@ DNL_DEVICE void wgmma_fence() {
 #endif
 }
 
-// The registers hold these values from here on: the compiler does not move what makes them to behind a later wgmma,
-// where it would have to wait for that one.
+// The registers hold these values from here on: the compiler does not move what makes them to behind a wgmma or a wait
+// for one that comes later.
 DNL_DEVICE void settle([[maybe_unused]] uint32_t (&a)[4]) {
 #ifdef __CUDACC__
   asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+#endif
+}
+template <int N>
+DNL_DEVICE void settle([[maybe_unused]] float (&x)[N]) {
+#ifdef __CUDACC__
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 #endif
 }
 

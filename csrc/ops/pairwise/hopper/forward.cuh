@@ -165,12 +165,9 @@ struct ForwardConsumer {
       if (!at.known()) {
         float largest = lowest();
         for (int n = 0; n < kHopperKeys / 8; ++n)
-          for (int u = 0; u < 2; ++u) largest = s[4 * n + 2 * h + u] > largest ? s[4 * n + 2 * h + u] : largest;
-        for (int step = 1; step <= 2; step *= 2) {
-          const float other = __shfl_xor_sync(kAllLanes, largest, step);
-          largest = other > largest ? other : largest;
-        }
-        most[h] = largest > before ? largest : before;
+          for (int u = 0; u < 2; ++u) largest = fmaxf(largest, s[4 * n + 2 * h + u]);  // the one that is no NaN
+        for (int step = 1; step <= 2; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+        most[h] = fmaxf(largest, before);
       }
       off[h] = most[h] == lowest() ? 0.0f : most[h];  // -inf less -inf would be NaN
       correction[h] = at.known() ? 1.0f : exp2_approx((before - off[h]) * op.magnitude);
@@ -180,6 +177,7 @@ struct ForwardConsumer {
     for (int e = 0; e < kScores; ++e) s[e] = exp2_approx((s[e] - off[e / 2 % 2]) * op.magnitude);
     for (int n = 0; n < kHopperKeys / 8; ++n)
       for (int h = 0; h < 2; ++h) sum[h] += s[4 * n + 2 * h] + s[4 * n + 2 * h + 1];
+    settle(s);
   }
 
   // P as rounded, for wgmma: eight columns of S are eight k, registers r = 2 (n % 2) + h of the slice n / 2. Only while
@@ -195,9 +193,15 @@ struct ForwardConsumer {
     for (int slice = 0; slice < kSlices; ++slice) settle(p[slice]);
   }
 
+  // Waits for O and rescales it where a maximum of the warp's rows grew. The branch comes before the wait on purpose:
+  // what makes P stays before it, while products run, where ptxas would move it behind a wait in the same straight
+  // line.
   DNL_DEVICE void rescale(float (&out)[kOutputs], const float (&correction)[2]) const {
-    if (!__any_sync(kAllLanes, correction[0] != 1.0f || correction[1] != 1.0f)) return;
-    for (int e = 0; e < kOutputs; ++e) out[e] *= correction[e / 2 % 2];
+    if (__any_sync(kAllLanes, correction[0] != 1.0f || correction[1] != 1.0f)) {
+      wgmma_wait<0>();
+      for (int e = 0; e < kOutputs; ++e) out[e] *= correction[e / 2 % 2];
+    }
+    wgmma_wait<0>();
   }
 
   // Statistics of the rows; returns in `inverse` what makes y of O.
@@ -273,9 +277,8 @@ struct ForwardConsumer {
       make_scores(s, bias, tile);
       ring.release();  // the keys and their bias
       make_probability(s, correction);
-      wgmma_wait<0>();
-      ring.release();  // the values
       rescale(out, correction);
+      ring.release();  // the values
       round_probability(s, p);
     }
     multiply_values(out, p);
