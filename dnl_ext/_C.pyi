@@ -37,5 +37,6 @@ def cuda_plan(
     multiprocessors: int = 108,
     shared_bytes: int = 0,
     tf32: bool | None = None,
+    hopper_built: bool | None = None,
 ) -> dict[str, Any]: ...
 def pairwise_compute_type(dtype: str, /) -> str: ...

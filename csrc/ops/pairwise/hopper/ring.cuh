@@ -69,8 +69,7 @@ struct TmaOperand {
   }
 };
 
-// Descriptor of a tile from its 64 `first_positions`-th positions on, whose k are its channels (64) or, across a tile
-// of 64 positions, its positions.
+// Descriptor of what begins at `tile`: a box, or the first of several that follow one another along m or n.
 template <Along kAlong>
 DNL_DEVICE uint64_t tile_descriptor(const unsigned char* tile) {
   return wgmma_descriptor(tile, kAlong == Along::k ? 16 : kBoxBytes, kPatternBytes);
