@@ -55,8 +55,8 @@ MUTANTS = [
         RING,
         "    __syncwarp();  // lanes of a warp do not wait together\n",
         "",
-        mode="order",
-        cases=60,
+        mode="tsan",
+        cases=20,
     ),
     of_backward(
         "operands: the first batch element of all",
