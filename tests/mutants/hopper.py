@@ -283,8 +283,8 @@ MUTANTS = [
     of_forward(
         "hopper forward: keys given back while they are read",
         FORWARD,
-        "      wgmma_wait<1>();\n      make_scores(s, bias, tile);\n      ring.release();  // the keys and their bias\n",
-        "      ring.release();\n      wgmma_wait<1>();\n      make_scores(s, bias, tile);\n",
+        "      wgmma_wait<1>();\n      make_scores(s, bias, tile);\n      ring.release();",
+        "      ring.release();\n      wgmma_wait<1>();\n      make_scores(s, bias, tile);",
         mode="order",
         cases=60,
     ),
