@@ -31,7 +31,7 @@ help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 	@echo "  make test-slow   the long form of the suites"
 	@echo "  make test-integrations  mmsegmentation, mmdetection, mmaction2, torchvision and timm, in .venv-integrations"
-	@echo "  make prove       all that is proven of the kernels without a GPU, with counts: 50 minutes on two cores"
+	@echo "  make prove       all that is proven of the kernels without a GPU, with counts: an hour on two cores"
 	@echo "  make bench       time and memory against every peer that runs here"
 	@echo "  make host-test   the kernels without torch or Python, under CMake and CTest"
 	@echo "  make cuda-build  build the CUDA extension (no GPU needed) and check that it loads"

@@ -25,7 +25,7 @@ OLDEST_TORCH = (2, 10)
 USUAL_TOOLKIT = "/usr/local/cuda"
 #: Architectures that are built for, and the CUDA release whose nvcc first knows them. PTX is that of 9.0: what has no
 #: machine code here, such as 11.0, compiles it at its first call.
-ARCHS = {"8.0": (11, 0), "9.0+PTX": (11, 8), "10.0": (12, 8), "12.0": (12, 8)}
+ARCHS = {"8.0": (11, 0), "9.0a": (12, 0), "9.0+PTX": (11, 8), "10.0": (12, 8), "12.0": (12, 8)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,3 +197,17 @@ def choose_cuda(torch_version, torch_cuda, environ):
     if force:
         raise SystemExit(f"FORCE_CUDA=1, but CUDA cannot be built: {why}")
     return None, why
+
+
+def without_hopper(archs):
+    """The architectures that files other than Hopper's kernels are compiled for, and whether those are to be built.
+
+    Args:
+        archs: TORCH_CUDA_ARCH_LIST. Hopper's kernels are for 9.0a and nothing else is: 9.0a asks for them.
+    """
+    names = [name for name in re.split(r"[;, ]+", archs) if name]
+    others = [name for name in names if name.removesuffix("+PTX") != "9.0a"]
+    hopper = len(others) < len(names)
+    if hopper and not {"9.0", "9.0+PTX"}.intersection(others):
+        others.append("9.0")  # a GPU that is named by 9.0a alone runs the other kernels too
+    return ";".join(others), hopper

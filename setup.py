@@ -4,7 +4,8 @@ Environment:
     DNL_EXT_CPU_ONLY=1      leave CUDA out even where it could be built
     FORCE_CUDA=1            fail where CUDA cannot be built, and build it with a toolkit that seems incomplete
     CUDA_HOME               the CUDA toolkit, default: that of the nvcc on PATH, then /usr/local/cuda
-    TORCH_CUDA_ARCH_LIST    architectures, default "8.0;9.0+PTX;10.0;12.0", without the last two before CUDA 12.8
+    TORCH_CUDA_ARCH_LIST    architectures, default "8.0;9.0a;9.0+PTX;10.0;12.0", without the last two before CUDA 12.8;
+                            9.0a adds Hopper's kernels, which have no other
     MAX_JOBS                parallel compilations
 """
 
@@ -22,6 +23,7 @@ import build_backend
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "dnl_ext.libdnl_ext"
 MACOS = sys.platform == "darwin"
+HOPPER = "csrc/ops/pairwise/hopper/hopper_cuda.cu"  # compiled for 9.0a alone, all else for the other architectures
 # The stable ABI version the operators are written for; a binary built with a later torch runs with this one too.
 TORCH_TARGET = "0x020a000000000000"
 
@@ -37,8 +39,11 @@ def extensions(torch, cpp_extension, toolkit, left_out):
     arguments = {"cxx": cxx.split()}
     includes, libraries = [str(ROOT / "csrc")], []
     if toolkit:
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build_backend.default_archs(toolkit.version))
+        archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or build_backend.default_archs(toolkit.version)
+        os.environ["TORCH_CUDA_ARCH_LIST"], hopper = build_backend.without_hopper(archs)
         sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu"))
+        sources.remove(HOPPER)
+        defines += [("DNL_EXT_HOPPER", None)] if hopper else []
         defines += [("DNL_EXT_WITH_CUDA", None), ("USE_CUDA", None), ("DNL_EXT_CUDA_ARCHS", f'"{archs}"')]
         arguments["nvcc"] = ["-O3", "-lineinfo", "-Xptxas=-v", "--expt-relaxed-constexpr"]
         # torch adds those of CUDA_HOME itself. Those of the system are the compiler's own, and come in its order.
@@ -68,6 +73,8 @@ def build_command(cpp_extension):
 
         def build_extension(self, ext):
             is_library = ext.name == LIBRARY
+            if is_library and ("DNL_EXT_HOPPER", None) in ext.define_macros:
+                ext.extra_objects += self.compile_hopper(ext)
             if not is_library:
                 ext.extra_link_args.append(self.get_ext_fullpath(LIBRARY))
             if MACOS:  # Python modules are bundles there, which nothing can link to
@@ -76,6 +83,20 @@ def build_command(cpp_extension):
                     words = getattr(self.compiler, linker, [])
                     words[:] = [word for word in words if word != "-bundle"]
             super().build_extension(ext)
+
+        def compile_hopper(self, ext):
+            """Object files of HOPPER: with an architecture among its arguments, torch adds none."""
+            arguments = copy.deepcopy(ext.extra_compile_args)
+            arguments["nvcc"].append("-gencode=arch=compute_90a,code=sm_90a")
+            return self.compiler.compile(
+                [HOPPER],
+                output_dir=os.path.join(self.build_temp, "hopper"),
+                macros=ext.define_macros,
+                include_dirs=ext.include_dirs,
+                debug=self.debug,
+                extra_postargs=arguments,
+                depends=ext.depends,
+            )
 
     return Build
 

@@ -183,7 +183,7 @@ PYBIND11_MODULE(_C, m) {
       [](const std::string& dtype, int64_t batches, int64_t queries, int64_t keys, int64_t width, int64_t channels,
          bool query_channel_first, bool key_channel_first, bool value_channel_first, bool backward, int capability,
          int multiprocessors, int shared_bytes, std::optional<bool> tf32, const std::string& path,
-         const std::string& advised) {
+         const std::string& advised, std::optional<bool> hopper_built) {
         dnl::PairwiseShape shape;
         shape.dtype = dtype_of(dtype);
         shape.tf32 = shape.dtype == dnl::DType::f32 && (tf32 ? *tf32 : dnl::tf32_allowed());
@@ -195,9 +195,10 @@ PYBIND11_MODULE(_C, m) {
         const dnl::Gpu gpu{capability, multiprocessors, shared_bytes ? shared_bytes : dnl::shared_bytes_of(capability)};
         const dnl::CudaPath request = path.empty() ? dnl::requested_path() : dnl::path_named(path, "path");
         const dnl::PairwisePlan plan =
-            dnl::plan_pairwise(shape, gpu, request, backward, dnl::path_named(advised, "advised"));
+            dnl::plan_pairwise(shape, gpu, request, backward, dnl::path_named(advised, "advised"),
+                               hopper_built.value_or(dnl::kHopperBuilt));
         py::dict result;
-        result["path"] = plan.fused ? "fused" : "chain";
+        result["path"] = plan.hopper ? "hopper" : plan.fused ? "fused" : "chain";
         result["why"] = plan.why;
         result["advised"] = plan.advised;
         const dnl::ForwardPlan& forward = plan.forward;
@@ -215,10 +216,10 @@ PYBIND11_MODULE(_C, m) {
       py::kw_only(), py::arg("query_channel_first") = false, py::arg("key_channel_first") = false,
       py::arg("value_channel_first") = false, py::arg("backward") = false, py::arg("capability") = 80,
       py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 0, py::arg("tf32") = py::none(), py::arg("path") = "",
-      py::arg("advised") = "",
+      py::arg("advised") = "", py::arg("hopper_built") = py::none(),
       "Path, reason and tiles that a CUDA call takes. shared_bytes = 0: what the architecture has. tf32 = None: what "
       "torch allows now. path: what it must take, by default that of DNL_EXT_CUDA_PATH; advised: what it takes where "
-      "it can and nothing else is asked for.");
+      "it can and nothing else is asked for. hopper_built = None: whether this build has code for 9.0a.");
   m.def(
       "cuda_paths",
       [] {

@@ -325,6 +325,7 @@ def _cpu_workspace(
 
 CHAIN = "GEMM chain: cuBLAS products over chunks of the map, own kernels between them"
 FUSED = "fused: the map made and used on chip by mma.sync kernels"
+HOPPER = "hopper: the map made on chip by wgmma kernels, fed by TMA"
 
 
 def _cuda_path(dtype: str, sizes: Sequence[int], channel_first: dict[str, bool]) -> dict[str, Any]:
@@ -380,7 +381,7 @@ def cuda_plan(
         forward, backward = plan(False), plan(True)
     except (NotImplementedError, ValueError) as error:
         return {"path": "none", "why": str(error)}
-    paths = {"chain": CHAIN, "fused": FUSED}
+    paths = {"chain": CHAIN, "fused": FUSED, "hopper": HOPPER}
     tf32 = dtype == "float32" and _C.tf32_allowed()
     call = {
         "path": paths[forward["path"]],

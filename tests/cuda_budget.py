@@ -3,14 +3,16 @@
     python tests/cuda_budget.py [--write] [--archs 8.0,9.0] [--nvcc nvcc] [--cubins FOLDER]
 
 Compiles tests/cuda_kernels.cu, which names every kernel: all of them for 8.0 and 9.0, the fused ones for 8.9, 10.0 and
-12.0 too. Per kernel and architecture: registers of a thread, bytes of stack and of spills, static shared memory of a
-block, occupancy, and how many tensor-core instructions (HMMA) its machine code has, where cuobjdump is found (PATH,
-CUDA_HOME, or the one in the triton package). Exits 1 where a build is worse than the budget:
+12.0 too, Hopper's for 9.0a alone. Per kernel and architecture: registers of a thread, bytes of stack and of spills,
+static shared memory of a block, occupancy, and how many tensor-core instructions (HMMA, HGMMA) its machine code has,
+where cuobjdump is found (PATH, CUDA_HOME, or the one in the triton package). Exits 1 where a build is worse than the
+budget:
 
 - spills or stack beyond it;
 - registers above it by more than REGISTER_SLACK, or occupancy below it;
 - static shared memory above it;
 - fewer HMMA;
+- wgmma that the assembler does not leave asynchronous, registers that it does not hand over;
 - a kernel that has no budget, or a budget whose kernel is gone (`make cuda-budget` rewrites it).
 
 Occupancy is the share of a multiprocessor's warps that registers, threads and static shared memory allow: blocks =
@@ -33,16 +35,20 @@ import ptxas_table
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUDGET = ROOT / "tests/cuda_budget.json"
-EVERY_KERNEL, FUSED_ONLY = ("8.0", "9.0"), ("8.9", "10.0", "12.0")
+EVERY_KERNEL, FUSED_ONLY, HOPPER_ONLY = ("8.0", "9.0"), ("8.9", "10.0", "12.0"), ("9.0a",)
+#: Architectures of which some kernels are compiled: the macro that says so, and how their names begin.
+PART = dict.fromkeys(FUSED_ONLY, ("DNL_FUSED", "fused_")) | dict.fromkeys(HOPPER_ONLY, ("DNL_HOPPER", "hopper_"))
 REGISTER_SLACK = 8  # what another release of the compiler may cost
 
-THREADS = 256  # of a block, for every kernel (core/cuda/device.cuh)
+THREADS = 256  # of a block (core/cuda/device.cuh)
+HOPPER_THREADS = 384  # ops/pairwise/hopper/ring.cuh
 # CUDA C++ programming guide, technical specifications: most threads, blocks and KiB of shared memory of a
 # multiprocessor. It has 65,536 registers everywhere, given out in units of 8 per thread.
 LIMITS = {
     "8.0": (2048, 32, 164),
     "8.9": (1536, 24, 100),
     "9.0": (2048, 32, 228),
+    "9.0a": (2048, 32, 228),
     "10.0": (2048, 32, 228),
     "12.0": (1536, 24, 100),
 }
@@ -89,7 +95,12 @@ def tensor_instructions(text):
     return counts
 
 
-def compile_arch(arch, nvcc, folder, fused):
+def lost(log):
+    """What ptxas says it had to give up, by line: products made synchronous ("serialized"), setmaxnreg left out."""
+    return [line for line in log.splitlines() if "Potential Performance Loss" in line]
+
+
+def compile_arch(arch, nvcc, folder):
     """{kernel: figures} of one architecture."""
     cubin = pathlib.Path(folder) / f"{arch}.cubin"
     flags = [
@@ -100,18 +111,23 @@ def compile_arch(arch, nvcc, folder, fused):
         "-cubin",
         f"-arch=sm_{arch.replace('.', '')}",
     ]
-    command = [nvcc, *flags, *(["-DDNL_FUSED"] if fused else []), f"-I{ROOT}/csrc", f"{ROOT}/tests/cuda_kernels.cu"]
+    macro, prefix = PART.get(arch, (None, ""))
+    command = [nvcc, *flags, *([f"-D{macro}"] if macro else []), f"-I{ROOT}/csrc", f"{ROOT}/tests/cuda_kernels.cu"]
     done = subprocess.run([*command, "-o", cubin], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"cuda_budget: {arch} does not compile:\n{done.stderr[-4000:]}")
-    rows = ptxas_table.parse((done.stdout + done.stderr).splitlines())
+    log = done.stdout + done.stderr
+    if found := lost(log):
+        raise SystemExit(f"cuda_budget: {arch}: {found[0]}")
+    rows = ptxas_table.parse(log.splitlines())
+    threads = HOPPER_THREADS if arch in HOPPER_ONLY else THREADS
     tool = cuobjdump()
     counts = {}
     if tool:
         counts = tensor_instructions(subprocess.run([tool, "-sass", cubin], capture_output=True, text=True).stdout)
     figures = {}
     for name, row in zip(short([row.kernel for row in rows]), rows, strict=True):
-        if fused and not name.startswith("fused_"):
+        if not name.startswith(prefix):
             continue
         if name in figures:
             raise SystemExit(f"cuda_budget: two kernels of {arch} are called {name}")
@@ -120,7 +136,7 @@ def compile_arch(arch, nvcc, folder, fused):
             "stack": row.stack,
             "spill": row.spill,
             "shared": row.shared,
-            "occupancy": round(occupancy(arch, row.registers, row.shared), 4),
+            "occupancy": round(occupancy(arch, row.registers, row.shared, threads), 4),
             "hmma": counts.get(row.kernel),
         }
     return figures
@@ -164,7 +180,7 @@ def table(built):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="rewrite the budget from this build")
-    parser.add_argument("--archs", default=",".join((*EVERY_KERNEL, *FUSED_ONLY)))
+    parser.add_argument("--archs", default=",".join((*EVERY_KERNEL, *PART)))
     parser.add_argument("--cubins", help="folder to keep the compiled kernels in, as ARCH.cubin")
     parser.add_argument("--nvcc", default=shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
     options = parser.parse_args()
@@ -176,7 +192,7 @@ def main():
         folder = pathlib.Path(options.cubins or scratch)
         folder.mkdir(parents=True, exist_ok=True)
         for arch in options.archs.split(","):
-            built[arch] = compile_arch(arch, options.nvcc, folder, arch in FUSED_ONLY)
+            built[arch] = compile_arch(arch, options.nvcc, folder)
             if not built[arch]:
                 raise SystemExit(f"cuda_budget: no kernel found for {arch}")
             if options.write:  # after each: an end in between keeps what there is

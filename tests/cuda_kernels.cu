@@ -1,12 +1,19 @@
 // Every kernel of csrc, instantiated without torch and without a GPU, to look at what the compiler makes of them
 // (cuda_budget.py). The drivers run nowhere: they name the kernels that they would launch.
 //
-// -DDNL_FUSED: the fused kernels alone.
+// -DDNL_FUSED: the fused kernels alone. -DDNL_HOPPER: Hopper's, for 9.0a, which the others leave out.
+#ifdef DNL_HOPPER
+#define DNL_EXT_HOPPER
+#endif
 #include <cuda_runtime.h>
 
 #include "ops/pairwise/chain/backward.cuh"
 #include "ops/pairwise/chain/forward.cuh"
 #include "ops/pairwise/fused/forward.cuh"
+#ifdef DNL_HOPPER
+#include "ops/pairwise/hopper/backward_map.cuh"
+#include "ops/pairwise/hopper/forward.cuh"
+#endif
 #include "ops/unary/unary_cuda.cuh"
 #include "ops/whiten/standardise_cuda.cuh"
 #include "ops/whiten/whiten_cuda.cuh"
@@ -40,6 +47,15 @@ void name_fused(NamingDevice& device) {
                           FusedOperand<T>{}, nullptr, 0);
 }
 
+#ifdef DNL_HOPPER
+template <class T>
+void name_hopper(NamingDevice& device) {
+  pairwise_hopper_forward_cuda<T>(PairwiseArgs{}, device, ForwardPlan{});
+  hopper_backward_map<T>(device, SoftmaxBackwardStep<T>{}, Matrix<const T>{}, Matrix<const T>{}, Matrix<const T>{},
+                         Matrix<const T>{}, nullptr, 0, 0, 0, 0);
+}
+#endif
+
 template <class T>
 void name_all(NamingDevice& device) {
   whiten_cuda<T>(WhitenArgs{}, device);
@@ -54,7 +70,10 @@ void name_all(NamingDevice& device) {
 }
 
 void name_kernels(NamingDevice& device) {
-#ifdef DNL_FUSED
+#if defined(DNL_HOPPER)
+  name_hopper<__nv_bfloat16>(device);
+  name_hopper<__half>(device);
+#elif defined(DNL_FUSED)
   name_fused<__nv_bfloat16>(device);
   name_fused<__half>(device);
   name_fused<Tf32>(device);

@@ -3,7 +3,9 @@
 // it. It links to libdnl_ext.so for what operators ask of it: the settings of torch, and the path of a call.
 
 // clang-format off
+#define DNL_EXT_HOPPER
 #include "emulator.h"
+#include "sm90.h"
 #include "device.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -168,6 +170,8 @@ extern "C" __attribute__((visibility("default"))) void take_host_work(HostWork* 
 // The same registrations under another name and for the key that CPU tensors have.
 #define dnl_ext dnl_cuda_emulated
 #define CUDA CPU
+#include "ops/pairwise/hopper/backward_map.cuh"
+#include "ops/pairwise/hopper/forward.cuh"
 #include "ops/pairwise/pairwise_cuda.cu"
 #include "ops/unary/unary_cuda.cu"
 #include "ops/whiten/whiten_cuda.cu"

@@ -70,7 +70,8 @@ void test_pairwise(const Case& t) {
     HostDevice device;
     device.blas.tf32 = kTf32;
     device.whole_lines = !t.fused.capability || !kHalf<T>;  // the backward of float is the chain's
-    pairwise_backward_cuda<T>(args, device, t.limits, t.fused.capability != 0);
+    pairwise_backward_cuda<T>(args, device, t.limits,
+                              {t.fused.capability ? BackwardMap::fused : BackwardMap::products});
   }
   for (Tensor<T>* x : {&y, &dq, &dk, &dv, &dm}) x->read();
 

@@ -4,8 +4,9 @@
 namespace dnl {
 
 template <class T, int N, Along kA, Along kB>
-__global__ void every_wrapper(float* out, const __grid_constant__ TensorMap map) {  // one warpgroup
-  DNL_DYNAMIC_SHARED_TILES(unsigned char, shared);                                  // an operand each side, an mbarrier
+__global__ void __launch_bounds__(kWarpgroup, 1)
+    every_wrapper(float* out, const __grid_constant__ TensorMap map) {  // one warpgroup
+  DNL_DYNAMIC_SHARED_TILES(unsigned char, shared);                      // an operand each side, an mbarrier
   unsigned char* right = shared + 64 * 128;
   auto* barrier = reinterpret_cast<uint64_t*>(right + N * 128);
   if (threadIdx.x == 0) {
@@ -15,15 +16,17 @@ __global__ void every_wrapper(float* out, const __grid_constant__ TensorMap map)
   __syncthreads();
   if (threadIdx.x == 0) {
     mbarrier_arrive_expect(barrier, 64 * 128);
-    tma_load_2d(shared, map, 0, 64, barrier);
+    tma_load_3d(shared, map, 0, 64, 0, barrier);
     mbarrier_arrive(barrier);
   }
   mbarrier_wait(barrier, 0);
+  fewer_registers<240>();
+  more_registers<248>();
   fence_async_proxy();
   float d[N / 2];
   const uint64_t a = wgmma_descriptor(shared, 0, 1024), b = wgmma_descriptor(right, 64 * 128, 1024);
   wgmma_fence();
-  wgmma<T, N, kA, kB>(d, a, b, false);
+  wgmma<T, N, kA, kB>(d, later(a, 32), b, false);
   wgmma_commit();
   wgmma_wait<0>();
   const uint32_t registers[4] = {pack2<T>(d[0], d[1]), pack2<T>(d[2], d[3]), pack2<T>(d[4], d[5]),

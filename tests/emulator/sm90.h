@@ -1,134 +1,51 @@
-// The instructions behind csrc/core/cuda/ptx_sm90.cuh: mbarrier, two-dimensional TMA loads, wgmma. Each runs at the
-// worst moment that the rules allow: a load lands when somebody waits for it, and a product reads its operands and
-// writes its result when the thread waits; until then both destinations are NaN.
+// The instructions behind csrc/core/cuda/ptx_sm90.cuh: mbarrier, TMA loads, wgmma and their fences, setmaxnreg. Each
+// runs at the worst moment that the rules allow: a load lands when somebody waits for it, and a product reads its
+// operands and writes its result when the thread waits; until then both destinations are NaN.
 #pragma once
 
-#include <map>
-
-#include "instructions.h"
+#include "sm90_state.h"
 
 namespace emulator {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Addresses in shared memory and the 128-byte swizzle
+// Proxies: TMA and wgmma see what a thread wrote to shared memory only after fence.proxy.async
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int kSwizzleRow = 128;           // bytes
-constexpr int kSwizzle = 8 * kSwizzleRow;  // the pattern repeats
-constexpr int kSwizzleChunk = 16;
-
-// As on a GPU, 0 is a multiple of every alignment in use, and the block's memory begins somewhere above.
-inline char* shared_origin() {
-  const auto begin = reinterpret_cast<uintptr_t>(machine().shared_begin());
-  return reinterpret_cast<char*>(begin / kSwizzle * kSwizzle);
-}
-inline uint32_t shared_address(const void* shared) {
-  return static_cast<uint32_t>(static_cast<const char*>(shared) - shared_origin());
+// Of the byte at `address`, with bookkeeping unseen.
+inline char& async_byte(const void* address) {
+  std::vector<char>& view = hopper().async_view;
+  if (view.empty()) view.assign(machine().shared_bytes(), static_cast<char>(kPoison));
+  return view[static_cast<const char*>(address) - machine().shared_begin()];
 }
 
-// The row of an address picks which 16-byte chunks change places.
-constexpr uint32_t swizzled(uint32_t address) {
-  const uint32_t row = address / kSwizzleRow % 8;
-  return address ^ row * kSwizzleChunk;
+// Looser than a GPU: what all threads wrote becomes visible, not only what this one did.
+inline void fence_async_proxy() {
+  const Unseen unseen;
+  std::memcpy(&async_byte(machine().shared_begin()), machine().shared_begin(), machine().shared_bytes());
+}
+
+// What TMA writes is visible to both.
+inline void async_wrote(const void* address, int64_t bytes) {
+  const Unseen unseen;
+  std::memcpy(&async_byte(address), address, bytes);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What a block has under way
+// setmaxnreg
 // ---------------------------------------------------------------------------------------------------------------------
 
-// A (rows, columns) matrix in global memory, loaded in boxes.
-struct TensorMap {
-  const char* data;
-  int element_bytes;
-  int64_t rows, columns;
-  int64_t pitch_bytes;  // between rows
-  int box_rows, box_columns;
-  bool swizzle;  // in shared memory, by 128 bytes
+inline void nothing_together(int* const (&)[kWarpLanes]) {}
 
-  int64_t box_bytes() const { return int64_t(box_rows) * box_columns * element_bytes; }
-
-  // Throws where cuTensorMapEncodeTiled would refuse. A swizzled box is 128 bytes wide.
-  static TensorMap make(const void* data, int element_bytes, int64_t rows, int64_t columns, int64_t pitch_bytes,
-                        int box_rows, int box_columns, bool swizzle) {
-    const int64_t box_width = int64_t(box_columns) * element_bytes;
-    const auto require = [](bool holds, const std::string& what) {
-      if (!holds) throw Error("tensor map: " + what);
-    };
-    require(reinterpret_cast<uintptr_t>(data) % 16 == 0, "the data is not aligned to 16 bytes");
-    require(pitch_bytes % 16 == 0, text("rows are ", pitch_bytes, " bytes apart, not a multiple of 16"));
-    require(pitch_bytes >= columns * element_bytes, text("rows overlap: ", pitch_bytes, " bytes apart"));
-    require(rows > 0 && columns > 0, "no elements");
-    require(box_rows >= 1 && box_rows <= 256 && box_columns >= 1 && box_columns <= 256, "a box has 1 to 256 a side");
-    require(box_width % 16 == 0, text("a box of ", box_width, " bytes a row, not a multiple of 16"));
-    require(!swizzle || box_width == kSwizzleRow, text("a swizzled box has 128 bytes a row, not ", box_width));
-    return {static_cast<const char*>(data), element_bytes, rows, columns, pitch_bytes, box_rows, box_columns, swizzle};
-  }
-};
-
-// A box on its way.
-struct Load {
-  char* to;
-  TensorMap map;
-  int64_t row, column;
-};
-
-struct ArrivalBarrier {
-  int expected = 0, missing = 0;  // arrivals
-  int64_t bytes = 0;              // that loads have yet to bring; negative if they came before they were announced
-  uint64_t phase = 0;
-  uint32_t address = 0;
-  std::vector<std::unique_ptr<Order>> orders;  // of each phase
-  std::vector<Load> loads;
-};
-
-// One wgmma of one thread: what of it is this thread's to compute.
-struct Product {
-  float* result;
-  void (*run)(const Product&, std::vector<float>& sums, unsigned thread);
-  uint64_t a, b;               // descriptors
-  uint32_t a_registers[4][4];  // or those of the four lanes that share the thread's rows
-  bool accumulate;
-};
-
-struct ThreadProducts {
-  std::vector<Product> products;                 // oldest first
-  std::vector<size_t> groups;                    // how many in each committed group
-  std::map<float*, std::vector<float>> results;  // what the arrays will hold
-  size_t issued = 0;
-};
-
-// What the four warps of a warpgroup must agree on.
-struct Signature {
-  void (*run)(const Product&, std::vector<float>&, unsigned);
-  uint64_t a, b;
-  bool accumulate;
-
-  bool operator==(const Signature& other) const {
-    return run == other.run && a == other.a && b == other.b && accumulate == other.accumulate;
-  }
-};
-
-constexpr unsigned kWarpgroup = 128;
-
-struct Hopper : BlockExtension {
-  std::map<const void*, ArrivalBarrier> barriers;
-  std::map<unsigned, ThreadProducts> products;          // of each thread
-  std::map<unsigned, std::vector<Signature>> sequence;  // of each warpgroup
-
-  std::string unfinished() const override {
-    for (const auto& [place, barrier] : barriers)
-      if (!barrier.loads.empty())
-        return text("ended with a TMA load under way, for the mbarrier at ", barrier.address, " in shared memory");
-    for (const auto& [thread, mine] : products) {
-      if (!mine.products.empty()) return text("ended with a wgmma under way in thread ", thread);
-      if (mine.issued != sequence.at(thread / kWarpgroup).size())
-        return text("ended with fewer wgmmas in thread ", thread, " than in others of its warpgroup");
-    }
-    return "";
-  }
-};
-
-inline Hopper& hopper() { return machine().extension<Hopper>(); }
+inline void set_registers(int count, bool more, const Site& site) {
+  Machine& self = machine();
+  self.meet("setmaxnreg", kEveryLane, count, &nothing_together, site);
+  const Unseen unseen;
+  const unsigned thread = self.thread_index();
+  const int before = hopper().registers_of(thread);
+  if (more ? count < before : count > before)
+    self.fail(text("setmaxnreg: ", count, " registers are not ", more ? "more" : "fewer", " than ", before), site);
+  hopper().registers[thread] = count;
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // mbarrier
@@ -190,13 +107,16 @@ inline void land(const Load& load) {
       const int64_t row = load.row + r, column = load.column + c;
       uint32_t offset = static_cast<uint32_t>((r * load.map.box_columns + c) * load.map.element_bytes);
       if (load.map.swizzle) offset = swizzled(offset);  // of the offset too: the box is aligned to the pattern
-      const bool inside = row >= 0 && row < load.map.rows && column >= 0 && column < load.map.columns;
+      const bool inside = row >= 0 && row < load.map.rows && column >= 0 && column < load.map.columns &&
+                          load.batch >= 0 && load.batch < load.map.batches;
+      const char* from = load.map.data + load.batch * load.map.batch_bytes + row * load.map.pitch_bytes +
+                         column * load.map.element_bytes;
       if (inside)
-        std::memcpy(load.to + offset, load.map.data + row * load.map.pitch_bytes + column * load.map.element_bytes,
-                    load.map.element_bytes);
+        std::memcpy(load.to + offset, from, load.map.element_bytes);
       else
         std::memset(load.to + offset, 0, load.map.element_bytes);
     }
+  async_wrote(load.to, load.map.box_bytes());
 }
 
 // Lands the loads that were issued for the barrier: in the eyes of ThreadSanitizer, an access of the thread that waits,
@@ -249,13 +169,15 @@ inline void mbarrier_wait(uint64_t* place, int parity, const Site& site) {
 // TMA
 // ---------------------------------------------------------------------------------------------------------------------
 
-inline void tma_load_2d(void* to, const TensorMap& map, int column, int row, uint64_t* place, const Site& site) {
+inline void tma_load_3d(void* to, const TensorMap& map, int column, int row, int batch, uint64_t* place,
+                        const Site& site) {
   check_shared("TMA load", to, map.box_bytes(), map.swizzle ? kSwizzle : kSwizzleRow, site);
   ArrivalBarrier& barrier = mbarrier_at(place, site);
   std::memset(to, kPoison, map.box_bytes());
+  async_wrote(to, map.box_bytes());
   order_of(barrier, barrier.phase)->release();
   const Unseen unseen;
-  barrier.loads.push_back({static_cast<char*>(to), map, row, column});
+  barrier.loads.push_back({static_cast<char*>(to), map, batch, row, column});
   machine().wake(&barrier);  // somebody who waits already lets it land
 }
 
@@ -273,17 +195,38 @@ struct Operand {
         stride((descriptor >> 32 & 0x3fff) << 4) {}
 };
 
-// Element (i, k) of an operand of 16-bit elements, i along M or N.
+// Reads the 16-bit elements of an operand in shared memory.
 template <class T, bool kAlongK>
-float operand_element(const Operand& x, int i, int k) {
-  const int kWide = kSwizzleRow / int(sizeof(T));  // elements of a row of the pattern
-  const uint32_t offset = kAlongK
-                              ? i % 8 * kSwizzleRow + i / 8 * x.stride + k * sizeof(T)
-                              : i % kWide * sizeof(T) + i / kWide * x.leading + k % 8 * kSwizzleRow + k / 8 * x.stride;
-  const char* element = shared_origin() + swizzled(x.start + offset);
-  check_shared("wgmma operand", element, sizeof(T), sizeof(T), {});
-  return element_of<T>(*reinterpret_cast<const uint16_t*>(element), 0);
-}
+class OperandReader {
+ public:
+  explicit OperandReader(uint64_t descriptor) : operand_(descriptor) {
+    const Unseen unseen;
+    origin_ = shared_origin();
+    begin_ = machine().shared_begin();
+    bytes_ = machine().shared_bytes();
+    async_view_ = &async_byte(begin_);
+  }
+
+  // Element (i, k), i along M or N.
+  float operator()(int i, int k) const {
+    constexpr int kWide = kSwizzleRow / int(sizeof(T));  // elements of a row of the pattern
+    const uint32_t offset =
+        kAlongK ? i % 8 * kSwizzleRow + i / 8 * operand_.stride + k * sizeof(T)
+                : i % kWide * sizeof(T) + i / kWide * operand_.leading + k % 8 * kSwizzleRow + k / 8 * operand_.stride;
+    const char* element = origin_ + swizzled(operand_.start + offset);
+    const int64_t byte = element - begin_;
+    if (byte < 0 || byte + int64_t(sizeof(T)) > bytes_) check_shared("wgmma operand", element, sizeof(T), 2, {});
+    const uint16_t bits = *reinterpret_cast<const uint16_t*>(element);
+    if (std::memcmp(async_view_ + byte, &bits, sizeof(bits)))
+      machine().fail("wgmma: reads what a thread wrote without fence.proxy.async");
+    return element_of<T>(bits, 0);
+  }
+
+ private:
+  Operand operand_;
+  const char *origin_, *begin_, *async_view_;
+  int64_t bytes_;
+};
 
 inline void check_descriptor(uint64_t descriptor, bool along_k, const Site& site) {
   const Operand x(descriptor);
@@ -298,17 +241,18 @@ template <class T, int N, bool kRegisters, bool kAAlongK, bool kBAlongK>
 void run_product(const Product& product, std::vector<float>& sums, unsigned thread) {
   constexpr int kInner = 16;
   const int lane = thread % kWarpLanes, warp = thread % kWarpgroup / kWarpLanes;
-  const Operand a_operand(product.a), b_operand(product.b);
+  const OperandReader<T, kAAlongK> a_operand(product.a);
+  const OperandReader<T, kBAlongK> b_operand(product.b);
   float a[2][kInner];  // rows lane / 4 and lane / 4 + 8 of the warp's sixteen
   for (int half = 0; half < 2; ++half)
     for (int k = 0; k < kInner; ++k)
       a[half][k] = kRegisters ? element_of<T>(product.a_registers[k % 8 / 2][k / 8 * 2 + half], k % 2)
-                              : operand_element<T, kAAlongK>(a_operand, warp * 16 + lane / 4 + half * 8, k);
+                              : a_operand(warp * 16 + lane / 4 + half * 8, k);
   for (int first = 0; first < N; first += 8)
     for (int pair = 0; pair < 2; ++pair) {
       const int column = first + lane % 4 * 2 + pair;
       float b[kInner];
-      for (int k = 0; k < kInner; ++k) b[k] = operand_element<T, kBAlongK>(b_operand, column, k);
+      for (int k = 0; k < kInner; ++k) b[k] = b_operand(column, k);
       for (int half = 0; half < 2; ++half) {
         float& sum = sums[first / 2 + half * 2 + pair];
         if (!product.accumulate) sum = 0;
@@ -352,12 +296,20 @@ void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, uint64_t 
   if (mine.issued == sequence.size()) sequence.push_back(issue.signature);
   if (!issue.agreed || !(sequence[mine.issued] == issue.signature))
     self.fail("wgmma: threads of the warpgroup came with different operands", site);
+  // Products in flight add to the same registers in their order; whatever else touches them needs the fence between.
+  if (!mine.fenced && (a_registers || !mine.results.count(d)))
+    self.fail("wgmma: no wgmma_fence since the thread could last touch its registers", site);
   ++mine.issued;
-  Product product{d, run, a, b, {}, accumulate};
+  Product product{d, run, a, b, {}, accumulate, a_registers, self.lane() % 4, site};
   std::memcpy(product.a_registers, issue.quad, sizeof(issue.quad));
   mine.results.try_emplace(d, d, d + N / 2);
   std::fill_n(d, N / 2, std::numeric_limits<float>::quiet_NaN());
   mine.products.push_back(product);
+}
+
+inline void wgmma_fence() {
+  const Unseen unseen;
+  hopper().products[machine().thread_index()].fenced = true;
 }
 
 inline void wgmma_commit() {
@@ -383,13 +335,17 @@ inline void wgmma_wait(size_t left) {
     mine->products.erase(mine->products.begin(), mine->products.begin() + count);
   }
   if (!finishing.empty()) machine().defer();
-  for (const Product& product : finishing)
+  for (const Product& product : finishing) {
+    if (product.own_registers &&
+        std::memcmp(product.own_registers, product.a_registers[product.own], sizeof(product.a_registers[0])))
+      machine().fail("wgmma: registers of its operand changed before the wait", product.site);
     product.run(product, mine->results.at(product.result), machine().thread_index());
+  }
   const Unseen unseen;
   for (auto entry = mine->results.begin(); entry != mine->results.end();) {
     const bool busy = std::any_of(mine->products.begin(), mine->products.end(),
                                   [&](const Product& product) { return product.result == entry->first; });
-    if (!busy) std::copy(entry->second.begin(), entry->second.end(), entry->first);
+    if (!busy) std::copy(entry->second.begin(), entry->second.end(), entry->first), mine->fenced = false;
     entry = busy ? std::next(entry) : mine->results.erase(entry);
   }
 }

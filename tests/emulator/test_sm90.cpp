@@ -69,6 +69,7 @@ __global__ void product_kernel(float* d, const uint16_t* a_image, const uint16_t
   fence_async_proxy();
   __syncthreads();
   float sums[N / 2];
+  uint32_t fragment[kInner / 16][4];
   wgmma_fence();
   for (int slice = 0; slice < kInner / 16; ++slice) {
     // 16 k: 32 bytes along a row, or two groups of rows.
@@ -78,9 +79,8 @@ __global__ void product_kernel(float* d, const uint16_t* a_image, const uint16_t
     };
     const uint64_t b_operand = descriptor(shared + kA_bytes, kB);
     if constexpr (kRegisters) {
-      uint32_t fragment[4];
-      for (int r = 0; r < 4; ++r) fragment[r] = a_registers[(threadIdx.x * (kInner / 16) + slice) * 4 + r];
-      wgmma<T, N, kB>(sums, fragment, b_operand, slice > 0);
+      for (int r = 0; r < 4; ++r) fragment[slice][r] = a_registers[(threadIdx.x * (kInner / 16) + slice) * 4 + r];
+      wgmma<T, N, kB>(sums, fragment[slice], b_operand, slice > 0);
     } else {
       wgmma<T, N, kA, kB>(sums, descriptor(shared, kA), b_operand, slice > 0);
     }
@@ -158,48 +158,55 @@ void test_products() {
 
 // The bytes that a load leaves in shared memory.
 template <int>
-__global__ void load_kernel(uint16_t* out, const __grid_constant__ TensorMap map, int row, int column) {
+__global__ void load_kernel(uint16_t* out, const __grid_constant__ TensorMap map, int batch, int row, int column) {
   DNL_DYNAMIC_SHARED_TILES(unsigned char, shared);
   auto* barrier = reinterpret_cast<uint64_t*>(shared + kTileBytes);
   if (threadIdx.x == 0) mbarrier_init(barrier, 1);
   __syncthreads();
   if (threadIdx.x == 0) {
     mbarrier_arrive_expect(barrier, 16 * 64 * 2);
-    tma_load_2d(shared, map, column, row, barrier);
+    tma_load_3d(shared, map, column, row, batch, barrier);
   }
   mbarrier_wait(barrier, 0);
   for (int i = threadIdx.x; i < 16 * 64; i += kWarp) out[i] = reinterpret_cast<uint16_t*>(shared)[i];
 }
 
 void test_load() {
-  constexpr int kRows = 19, kColumns = 70, kPitch = 72;
-  alignas(16) static uint16_t data[(kRows - 1) * kPitch + kColumns];  // ends with the last element
+  constexpr int kBatches = 3, kRows = 19, kColumns = 70, kPitch = 72, kBatch = 20 * kPitch;
+  alignas(16) static uint16_t data[(kBatches - 1) * kBatch + (kRows - 1) * kPitch + kColumns];  // to the last element
   for (int i = 0; i < int(sizeof(data) / 2); ++i) data[i] = uint16_t(i + 1);
-  const int firsts[][2] = {{0, 0}, {8, 3}, {-5, -9}, {12, 40}, {30, 0}, {0, 100}};
+  const int firsts[][3] = {{0, 0, 0},  {1, 8, 3},   {2, -5, -9}, {2, 12, 40},
+                           {1, 30, 0}, {0, 0, 100}, {3, 0, 0},   {-1, 0, 0}};
   for (bool swizzle : {true, false}) {
-    const auto map = emulator::TensorMap::make(data, 2, kRows, kColumns, kPitch * 2, 16, 64, swizzle);
+    const auto map =
+        emulator::TensorMap::make(data, 2, kBatches, kRows, kColumns, kBatch * 2, kPitch * 2, 16, 64, swizzle);
     for (const auto& first : firsts) {
       std::vector<uint16_t> out(16 * 64);
       emulator::Launcher().launch(&load_kernel<0>, LaunchShape{1, kWarp, kTileBytes + 8}, out.data(), map, first[0],
-                                  first[1]);
+                                  first[1], first[2]);
       int wrong = 0;
       for (int r = 0; r < 16; ++r)
         for (int c = 0; c < 64; ++c) {
-          const int row = first[0] + r, column = first[1] + c;
-          const bool inside = row >= 0 && row < kRows && column >= 0 && column < kColumns;
+          const int batch = first[0], row = first[1] + r, column = first[2] + c;
+          const bool inside =
+              batch >= 0 && batch < kBatches && row >= 0 && row < kRows && column >= 0 && column < kColumns;
           const int offset = swizzle ? placed(r, c) : r * 128 + c * 2;
-          wrong += out[offset / 2] != (inside ? data[row * kPitch + column] : 0);
+          wrong += out[offset / 2] != (inside ? data[batch * kBatch + row * kPitch + column] : 0);
         }
-      CHECK(wrong == 0, "%d elements of the box at (%d, %d), swizzle %d", wrong, first[0], first[1], swizzle);
+      CHECK(wrong == 0, "%d elements of the box at (%d, %d, %d), swizzle %d", wrong, first[0], first[1], first[2],
+            swizzle);
     }
   }
-  const auto error = [](int64_t pitch, int box_columns, bool swizzle) {
-    return error_of(
-        [=] { return emulator::TensorMap::make(data, 2, kRows, 64, pitch, 16, box_columns, swizzle).swizzle; });
+  const auto error = [](int64_t pitch, int box_columns, bool swizzle, int64_t batch = 4096) {
+    return error_of([=] {
+      return emulator::TensorMap::make(data, 2, kBatches, kRows, 64, batch, pitch, 16, box_columns, swizzle).swizzle;
+    });
   };
   CHECK(error(128, 64, true) == "no error", "a good one");
   CHECK(has(error(140, 64, true), "rows are 140 bytes apart"), "pitch");
   CHECK(has(error(112, 64, true), "rows overlap"), "pitch of less than a row");
+  CHECK(has(error(128, 64, true, 4104), "matrices are 4104 bytes apart"), "stride of the batch");
+  CHECK(has(error(128, 64, true, 0), "a batch without a stride"), "stride of the batch");
   CHECK(has(error(128, 32, true), "a swizzled box has 128 bytes a row, not 64"), "box");
   CHECK(has(error(128, 12, false), "a box of 24 bytes a row"), "box of partial chunks");
 }
@@ -226,8 +233,8 @@ struct Inputs {
       q[i] = rounded<Element>(float(i * 7 % 11 - 5));
       k[i] = rounded<Element>(float(i * 5 % 13 - 6));
     }
-    q_map = TensorMap::make(q.data(), 2, kRows, kTile, kTile * 2, kTile, kTile, true);
-    k_map = TensorMap::make(k.data(), 2, kRows, kTile, kTile * 2, kTile, kTile, true);
+    q_map = TensorMap::make(q.data(), 2, 1, kRows, kTile, 0, kTile * 2, kTile, kTile, true);
+    k_map = TensorMap::make(k.data(), 2, 1, kRows, kTile, 0, kTile * 2, kTile, kTile, true);
   }
   // Of rows i of Q and j of K.
   float dot(int i, int j) const {
@@ -262,6 +269,29 @@ std::function<bool()> one(int threads = kWarpgroup) {
                  [](int i, int j) { return kFirst + j < kRows ? inputs().dot(i, kFirst + j) : 0; });
 }
 
+// Q K^T of the first tiles, copied to shared memory by the threads.
+template <bool kFenced, bool kOverwritten = false>
+std::function<bool()> written() {
+  return [] {
+    std::vector<float> out(kTile * kTile, std::numeric_limits<float>::quiet_NaN());
+    emulator::Launcher().launch(&written_tiles<kFenced, kOverwritten>, LaunchShape{1, kWarpgroup, 2 * kTileBytes},
+                                out.data(), inputs().q.data(), inputs().k.data());
+    for (int i = 0; i < kTile; ++i)
+      for (int j = 0; j < kTile; ++j)
+        if (!(out[i * kTile + j] == inputs().dot(i, j))) return false;
+    return true;
+  };
+}
+
+template <RegisterFault kFault>
+std::function<bool()> handed() {
+  return [] {
+    std::vector<int> out(3 * kWarpgroup);
+    emulator::Launcher().launch(&hand_registers<kFault>, LaunchShape{1, 3 * kWarpgroup, 16}, out.data());
+    return std::count(out.begin(), out.end(), 1) == 3 * kWarpgroup;
+  };
+}
+
 template <PipelineFault kFault>
 std::function<bool()> piped() {
   return tile_of(&pipeline<kFault>, kWarpgroup + kWarp, kTiles, [](int i, int j) {
@@ -289,10 +319,16 @@ int main(int argc, char** argv) {
       {"other operands", one<kNone>(), one<kOtherOperands>(), By::message, "came with different operands"},
       {"missing warp", one<kNone>(), one<kMissingWarp>(), By::message, "ended with fewer wgmmas in thread 96"},
       {"operand one row low", one<kNone>(), one<kOneRowLow>(), By::message, "does not begin in the first row"},
+      {"no fence before the product", one<kNone>(), one<kNoFence>(), By::message, "no wgmma_fence since"},
+      {"left operand overwritten", written<true>(), written<true, true>(), By::message, "changed before the wait"},
+      {"no fence of the proxy", written<true>(), written<false>(), By::message, "without fence.proxy.async"},
       {"part of a warpgroup", one<kNone>(), one<kNone>(96), By::message, "the warpgroup is not whole"},
       {"stage not emptied", piped<kRight>(), piped<kNotEmptied>(), By::sometimes, "mbarrier"},
       {"stage released early", piped<kRight>(), piped<kReleasedEarly>(), By::values_or_race},
       {"stale stage", piped<kRight>(), piped<kReadStale>(), By::sometimes, "cannot go on"},
+      {"registers of three warps", handed<kHanded>(), handed<kThreeWarps>(), By::message, "ended with 168 registers"},
+      {"registers that nobody gave", handed<kHanded>(), handed<kNobodyGave>(), By::message, "threads ask for 82944"},
+      {"fewer registers by the wrong name", handed<kHanded>(), handed<kWrongWay>(), By::message, "are not more than"},
   };
   return test_twins(list, argc, argv, &test_the_rest);
 }

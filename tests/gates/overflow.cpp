@@ -5,10 +5,17 @@
 // wrapped reads zeros or lands outside the mapping. Each kernel is tested just beyond 2^31 and beyond 2^32 elements.
 #include <sys/mman.h>
 
+// clang-format off
+#define DNL_EXT_HOPPER
+#include "emulator.h"
+#include "sm90.h"
+// clang-format on
 #include "gate.h"
 #include "ops/pairwise/chain/backward.cuh"
 #include "ops/pairwise/chain/forward.cuh"
 #include "ops/pairwise/fused/forward.cuh"
+#include "ops/pairwise/hopper/backward_map.cuh"
+#include "ops/pairwise/hopper/forward.cuh"
 #include "ops/unary/unary_cuda.cuh"
 #include "ops/whiten/standardise_cuda.cuh"
 
@@ -141,9 +148,10 @@ void map_backward(int64_t row) {
   near("map backward", row, "sum of dS", sum[row], want_sum, 1e-2);
 }
 
-// The same step from tiles of operands, the fused kernel: the block that ends with row `row`, first tile of queries.
-template <class T>
-void fused_map(int64_t row) {
+// The same step from tiles of operands, the fused kernel or Hopper's: the block that ends with row `row`, first tile of
+// queries.
+template <class T, bool kHopper>
+void one_kernel_map(int64_t row) {
   constexpr int64_t kWidth = 16;
   const int64_t rows = row + 1;
   const Sparse<T> key(rows * kWidth), value(rows * kWidth), probability(rows * kColumns), grad_logits(rows * kColumns);
@@ -160,25 +168,30 @@ void fused_map(int64_t row) {
   step.delta = {delta.data(), kColumns};
   step.rows = rows, step.columns = kColumns, step.pitch = kColumns;
   step.sign = 1, step.magnitude = kLog2OfE;
-  const auto operand = [&](T* data, int64_t positions) {
-    return FusedOperand<T>(dense(static_cast<const T*>(data), 1, positions, kWidth), positions, kWidth);
+  const auto matrix = [&](T* data, int64_t positions) {
+    return dense(static_cast<const T*>(data), 1, positions, kWidth);
   };
-  const FusedMap<T> op{step,
-                       operand(key.data, rows),
-                       operand(query.data, kColumns),
-                       operand(value.data, rows),
-                       operand(dy.data, kColumns),
-                       nullptr};
-  const int64_t row_blocks = ceil_div_of(rows, kMapTile), column_blocks = ceil_div_of(kColumns, kMapTile);
+  const int64_t row_blocks = ceil_div_of(rows, kMapTile), blocks = row_blocks * ceil_div_of(kColumns, kMapTile);
   auto& only = emulator::machine().options.only_blocks;
   only = {row_blocks - 1};
-  emulator::Launcher().launch(&fused_backward_map_kernel<T>,
-                              LaunchShape{row_blocks * column_blocks, kThreads, kMapSharedBytes}, op);
+  emulator::Launcher launcher;
+  if constexpr (kHopper) {
+    hopper_backward_map<T>(launcher, step, matrix(key.data, rows), matrix(query.data, kColumns),
+                           matrix(value.data, rows), matrix(dy.data, kColumns), nullptr, 1, kWidth, kWidth,
+                           static_cast<int>(blocks));
+  } else {
+    const auto operand = [&](T* data, int64_t positions) {
+      return FusedOperand<T>(matrix(data, positions), positions, kWidth);
+    };
+    fused_backward_map<T>(launcher, step, operand(key.data, rows), operand(query.data, kColumns),
+                          operand(value.data, rows), operand(dy.data, kColumns), nullptr, 1);
+  }
   only.clear();
+  const char* name = kHopper ? "hopper map" : "fused map";
   for (int64_t i : {0, 1, 7}) {
     const double p = std::exp(kWidth * 0.25 * (i % 4) * 0.25 - kShift);
-    near("fused map", row, "P", wide(probability.data[row * kColumns + i]) / (1 << kProbabilityExponent<T>), p, 1e-2);
-    near("fused map", row, "dS", wide(grad_logits.data[row * kColumns + i]), p * (kWidth * 0.5 * 0.125 - 0.5), 1e-2);
+    near(name, row, "P", wide(probability.data[row * kColumns + i]) / (1 << kProbabilityExponent<T>), p, 1e-2);
+    near(name, row, "dS", wide(grad_logits.data[row * kColumns + i]), p * (kWidth * 0.5 * 0.125 - 0.5), 1e-2);
   }
 }
 
@@ -295,9 +308,9 @@ struct LastTile {
   }
 };
 
-// The fused forward and the merge of its splits, where queries x channels is that large.
-template <class T>
-void fused_forward(int64_t row) {
+// The fused forward or Hopper's, and the merge of its splits, where queries x channels is that large.
+template <class T, bool kHopper>
+void one_kernel_forward(int64_t row) {
   using Result = ResultOf<T>;
   constexpr int64_t kWidth = 16, kKeys = 130, kChannels = 512;
   const int64_t queries = row * kColumns / kChannels + 1;
@@ -312,14 +325,20 @@ void fused_forward(int64_t row) {
   args.value = {value.data, &first, kChannels, 1}, args.output = {output.data, &first, kChannels, 1};
   args.stats = stats.data, args.dtype = kType<Result>, args.scale = 1;
   args.batches = 1, args.queries = queries, args.keys = kKeys, args.width = kWidth, args.channels = kChannels;
-  ForwardPlan plan = plan_fused_forward(shape_of<Result>(args), Gpu{90, 132, shared_bytes_of(90)});
+  const Gpu gpu{90, 132, shared_bytes_of(90)};
+  const PairwiseShape shape = shape_of<Result>(args);
+  ForwardPlan plan = kHopper ? plan_hopper_forward(shape, gpu) : plan_fused_forward(shape, gpu);
   for (int splits : {1, 2}) {
     plan.splits = splits;
     LastTile device{{}, ceil_div_of(queries, kForwardTiles[plan.tile].queries)};
     output.data[queries * kChannels - 1] = rounded<Result>(-1), stats.data[2 * queries - 1] = -1;
-    pairwise_fused_forward_cuda<T>(args, device, plan);
-    near("fused forward", row, "y", wide(output.data[queries * kChannels - 1]), 2, 1e-2);
-    near("fused forward", row, "factor", stats.data[2 * queries - 1], 1.0 / kKeys, 1e-5);
+    if constexpr (kHopper)
+      pairwise_hopper_forward_cuda<T>(args, device, plan);
+    else
+      pairwise_fused_forward_cuda<T>(args, device, plan);
+    const char* name = kHopper ? "hopper forward" : "fused forward";
+    near(name, row, "y", wide(output.data[queries * kChannels - 1]), 2, 1e-2);
+    near(name, row, "factor", stats.data[2 * queries - 1], 1.0 / kKeys, 1e-5);
   }
 }
 
@@ -327,14 +346,25 @@ void fused_forward(int64_t row) {
 
 // A case is one kernel family at one size, in turn; arguments as of the other programs.
 int main(int argc, char** argv) {
-  void (*const tests[])(int64_t) = {&map_softmax<float>,   &map_softmax<__nv_bfloat16>,
-                                    &map_softmax<__half>,  &row_backward,
-                                    &part_row_backward,    &map_backward<__nv_bfloat16>,
-                                    &map_backward<__half>, &fused_map<__nv_bfloat16>,
-                                    &fused_map<__half>,    &elementwise,
-                                    &column_sum,           &fused_forward<__nv_bfloat16>,
-                                    &fused_forward<Tf32>,  &standardise,
-                                    &far_softmax,          &row_sum};
+  void (*const tests[])(int64_t) = {&map_softmax<float>,
+                                    &map_softmax<__nv_bfloat16>,
+                                    &map_softmax<__half>,
+                                    &row_backward,
+                                    &part_row_backward,
+                                    &map_backward<__nv_bfloat16>,
+                                    &map_backward<__half>,
+                                    &one_kernel_map<__nv_bfloat16, false>,
+                                    &one_kernel_map<__half, false>,
+                                    &one_kernel_map<__nv_bfloat16, true>,
+                                    &one_kernel_map<__half, true>,
+                                    &elementwise,
+                                    &column_sum,
+                                    &one_kernel_forward<__nv_bfloat16, false>,
+                                    &one_kernel_forward<__nv_bfloat16, true>,
+                                    &one_kernel_forward<Tf32, false>,
+                                    &standardise,
+                                    &far_softmax,
+                                    &row_sum};
   const int64_t kinds = std::size(tests);
   std::vector<char*> arguments(argv, argv + argc);
   std::string count = std::to_string(2 * kinds);

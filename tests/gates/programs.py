@@ -22,7 +22,12 @@ MODES = {
     "tsan": ("tsan", "-O1", "-g"),
 }
 ENVIRONMENT = {"TSAN_OPTIONS": "halt_on_error=1", "ASAN_OPTIONS": "detect_leaks=0"}
-FUSED = {"fused": 3, "fused_forward": 1, "fused_backward": 2}  # GATE_FUSED of fused.cpp
+# Gates of one source: its name, and the macro that says what it runs.
+PARTS = {
+    f"{source}{part}": (source, f"GATE_{source.upper()}={bits}")
+    for source in ("fused", "hopper")
+    for part, bits in {"": 3, "_forward": 1, "_backward": 2}.items()
+}
 
 
 @dataclass(frozen=True)
@@ -41,10 +46,9 @@ def command(program, csrc, out):
     purpose, *flags = MODES[program.mode]
     if lacking := compilers.missing(purpose):
         raise BuildError(f"needs {lacking}")
-    source = ROOT / "tests/gates" / ("fused.cpp" if program.gate in FUSED else f"{program.gate}.cpp")
-    defines = [f"-DGATE_TYPE={program.type}"] if program.type else []
-    if program.gate in FUSED:
-        defines.append(f"-DGATE_FUSED={FUSED[program.gate]}")
+    name, *macros = PARTS.get(program.gate, (program.gate,))
+    source = ROOT / "tests/gates" / f"{name}.cpp"
+    defines = [f"-D{macro}" for macro in (*macros, *([f"GATE_TYPE={program.type}"] if program.type else []))]
     includes = [f"-I{csrc}", *(f"-I{ROOT / 'tests' / name}" for name in ("emulator", "cpp", "gates"))]
     return [*compilers.find(purpose), *flags, "-std=c++17", "-w", *defines, *includes, str(source), "-o", str(out)]
 

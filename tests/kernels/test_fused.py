@@ -203,7 +203,7 @@ class TestPath:
         with pytest.raises((NotImplementedError, RuntimeError), match=r"compute capability 8.0 or later, got 7.5"):
             dnl_ext.disentangled_attention(*inputs)
         monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fast")
-        with pytest.raises(ValueError, match="DNL_EXT_CUDA_PATH: expected one of 'chain', 'fused', got 'fast'"):
+        with pytest.raises(ValueError, match=r"DNL_EXT_CUDA_PATH: expected one of .*, got 'fast'"):
             dnl_ext.disentangled_attention(*inputs)
 
 

@@ -29,7 +29,10 @@ def test_random_cases(gate):
     assert mutants.verdict(program(gate), 100, "all") is None
 
 
-@pytest.mark.parametrize(("gate", "type"), [("chain", "float"), ("fused", "__nv_bfloat16"), ("fused_forward", "Tf32")])
+@pytest.mark.parametrize(
+    ("gate", "type"),
+    [("chain", "float"), ("fused", "__nv_bfloat16"), ("fused_forward", "Tf32"), ("hopper", "__nv_bfloat16")],
+)
 def test_random_cases_of_pairwise_attention(gate, type):
     assert mutants.verdict(program(gate, "plain", type), 40, "all") is None
 
@@ -87,8 +90,8 @@ class TestProve:
         (outcome,) = prove.prove(["launches"], prove.Context(1.0, 1), lambda line: None)
         assert not outcome.passes and "no compiler" in outcome.failures[0]
 
-    def test_stages_fit_into_50_minutes(self):
-        assert sum(seconds for _, _, seconds, _ in prove.STAGES.values()) <= 50 * 60
+    def test_stages_fit_into_an_hour(self):
+        assert sum(seconds for _, _, seconds, _ in prove.STAGES.values()) <= 60 * 60
 
     def test_the_command_lists_its_stages(self):
         done = subprocess.run([sys.executable, ROOT / "tests/prove.py", "--list"], capture_output=True, text=True)
@@ -117,6 +120,10 @@ ptxas info    : Used 40 registers, used 1 barriers, 1024 bytes smem"""
     def test_a_kernel_without_budget_and_one_that_is_gone(self):
         assert cuda_budget.worse({}, {"8.0": {"f": self.FIGURES}}) == ["f for 8.0: has no budget"]
         assert cuda_budget.worse({"8.0": {"f": self.FIGURES}}, {"8.0": {}}) == ["f for 8.0: is gone"]
+
+    def test_what_the_assembler_gave_up(self):
+        text = "ptxas info : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to\nx"
+        assert len(cuda_budget.lost(text)) == 1 and not cuda_budget.lost("Used 168 registers, wgmma")
 
     def test_occupancy(self):
         # 64 registers: four blocks of 256 threads use all 65,536, half the threads of a multiprocessor of 8.0.

@@ -30,7 +30,7 @@ REPORTS = (
     ("AddressSanitizer", r"ERROR: AddressSanitizer: (\S+)"),
     ("UndefinedBehaviorSanitizer", r"runtime error: (.*)"),
     ("ThreadSanitizer", r"WARNING: ThreadSanitizer: (data race)"),
-    ("emulator", r"gate.h:\d+: false  (.*?) (?:at |\[block)"),
+    ("emulator", r"(?m)gate.h:\d+: false  (.*?)(?: at | \[block|$)"),
     ("promise", r"cuda_host.h:\d+: .*?  (.*)"),
     ("values", r"gate.h:\d+: error <= bar  (.*?): error"),
     ("plan", r"plan_checks.h:\d+: .*?  (.*)"),

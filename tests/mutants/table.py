@@ -1,30 +1,7 @@
-"""The mutants: one fault each, planted into a kernel of csrc or into the code that launches it.
+"""The mutants: one fault each (mutant.py), planted into a kernel of csrc or into the code that launches it."""
 
-A mutant replaces `old`, which must occur exactly once in `file` (under csrc), by `new`. `gate` is the program of
-tests/gates that must reject it; `mode` how that program is built and run:
-
-- ``plain``: values and the emulator's own errors, thread orders in rotation;
-- ``order``: the same in each of the three orders, for faults that some orders hide;
-- ``asan``: AddressSanitizer and UndefinedBehaviorSanitizer;
-- ``tsan``: ThreadSanitizer.
-
-`type` is the element type that is compiled; `cases` how many random cases may be spent on finding it.
-"""
-
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Mutant:
-    name: str
-    file: str
-    old: str
-    new: str
-    gate: str
-    mode: str = "plain"
-    type: str = "float"
-    cases: int = 200
-
+import hopper
+from mutant import BF16, F16, TF32, Mutant
 
 REDUCE, AFFINE, DEVICE = "core/cuda/reduce.cuh", "core/cuda/affine.cuh", "core/cuda/device.cuh"
 UNARY, SHARED = "ops/unary/unary_cuda.cuh", "ops/pairwise/chain/operands.cuh"
@@ -39,7 +16,6 @@ OUTPUT = "ops/pairwise/fused/output.cuh"
 FUSED_MAP = "ops/pairwise/fused/backward_map.cuh"
 ONLINE = "core/online_softmax.h"
 PLAN, PTX = "ops/pairwise/pairwise_plan.h", "core/cuda/ptx.cuh"
-BF16, F16, TF32 = "__nv_bfloat16", "__half", "Tf32"
 
 # fmt: off
 MUTANTS = [
@@ -378,6 +354,7 @@ MUTANTS = [
            "double(wide(column[i * x.position])) * (w ? double(w[i]) : 1.0);\n      }\n      sums",
            "double(wide(column[static_cast<int>(i * x.position)])) * (w ? double(w[i]) : 1.0);\n      }\n      sums",
            "overflow"),
+    *hopper.MUTANTS,
 ]
 # fmt: on
 

@@ -195,9 +195,22 @@ class TestCuda:
         assert self.choose(CUDA_HOME=home, DNL_EXT_CPU_ONLY=1) == (None, "DNL_EXT_CPU_ONLY is set")
         assert self.choose(CUDA_HOME=home, DNL_EXT_CPU_ONLY=0, FORCE_CUDA="off")[0].home == str(home)
 
-    @pytest.mark.parametrize(("release", "archs"), [("13.0", "8.0;9.0+PTX;10.0;12.0"), ("12.6", "8.0;9.0+PTX")])
+    @pytest.mark.parametrize(("release", "archs"), [("13.0", "8.0;9.0a;9.0+PTX;10.0;12.0"), ("12.6", "8.0;9.0a;9.0+PTX")])
     def test_architectures_are_those_that_its_nvcc_knows(self, release, archs):
         assert build_backend.default_archs(release) == archs
+
+
+@pytest.mark.parametrize(
+    ("archs", "others", "hopper"),
+    [
+        ("8.0;9.0a;9.0+PTX", "8.0;9.0+PTX", True),
+        ("8.0 9.0", "8.0;9.0", False),
+        ("9.0a", "9.0", True),
+        ("8.0, 9.0a+PTX", "8.0;9.0", True),
+    ],
+)
+def test_kernels_of_hopper_are_built_where_9_0a_is_named(archs, others, hopper):
+    assert build_backend.without_hopper(archs) == (others, hopper)
 
 
 def test_the_source_distribution_has_what_builds_it():

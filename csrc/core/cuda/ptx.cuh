@@ -14,11 +14,13 @@
 
 #include "core/cuda/device.cuh"
 
-// The line of a call, for the emulator's reports: a last parameter that nvcc never sees.
+// The line of a call, for the emulator's reports: a last (or only) parameter that nvcc never sees.
 #ifdef __CUDACC__
 #define DNL_SITE
+#define DNL_ONLY_SITE
 #else
-#define DNL_SITE , emulator::Site site = emulator::Site::here()
+#define DNL_ONLY_SITE emulator::Site site = emulator::Site::here()
+#define DNL_SITE , DNL_ONLY_SITE
 #endif
 
 // Dynamic shared memory of the block as T* name, aligned to kSharedAlignment.

@@ -1,6 +1,6 @@
-// Hopper's instructions (compute capability 9.0): mbarriers, two-dimensional loads by the tensor memory accelerator
-// (TMA) and products of a warpgroup (wgmma). As in ptx.cuh, every wrapper has a body for nvcc and one that calls the
-// emulator, which must have seen emulator.h and sm90.h before. Compile for sm_90a.
+// Hopper's instructions (compute capability 9.0): mbarriers, loads by the tensor memory accelerator (TMA), products of
+// a warpgroup (wgmma), registers handed from one warpgroup to another. As in ptx.cuh, every wrapper has a body for nvcc
+// and one that calls the emulator, which must have seen emulator.h and sm90.h before. Compile for sm_90a.
 //
 // Operands of wgmma lie in shared memory in the 128-byte swizzle: memory in rows of 128 bytes, where 16-byte chunk c of
 // row r lies in place of chunk c ^ (r % 8). Tiles begin at multiples of 1024 bytes. TMA writes them that way.
@@ -88,24 +88,26 @@ DNL_DEVICE void mbarrier_wait(uint64_t* barrier, int parity DNL_SITE) {
 // TMA
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Describes a matrix in global memory; a kernel takes it as `const __grid_constant__ TensorMap`.
+// Describes a batch of matrices in global memory (tensor_map.cuh makes one); a kernel takes it in a parameter that is
+// `const __grid_constant__`, since TMA reads it where it lies.
 #ifdef __CUDACC__
 using TensorMap = CUtensorMap;
 #else
 using TensorMap = emulator::TensorMap;
 #endif
 
-// By one thread: the box whose first element is (row, column), to `shared`. Elements outside of the matrix become 0.
-// Its bytes count towards the barrier's phase.
-DNL_DEVICE void tma_load_2d(void* shared, const TensorMap& map, int column, int row, uint64_t* barrier DNL_SITE) {
+// By one thread: the box whose first element is (row, column) of matrix `batch`, to `shared`. Elements outside of the
+// matrix become 0. Its bytes, those outside included, count towards the barrier's phase.
+DNL_DEVICE void tma_load_3d(void* shared, const TensorMap& map, int column, int row, int batch,
+                            uint64_t* barrier DNL_SITE) {
 #ifdef __CUDACC__
   asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-          "r"(shared_address(shared)),
-      "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier))
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(shared_address(shared)),
+      "l"(&map), "r"(column), "r"(row), "r"(batch), "r"(shared_address(barrier))
       : "memory");
 #else
-  emulator::tma_load_2d(shared, map, column, row, barrier, site);
+  emulator::tma_load_3d(shared, map, column, row, batch, barrier, site);
 #endif
 }
 
@@ -113,6 +115,34 @@ DNL_DEVICE void tma_load_2d(void* shared, const TensorMap& map, int column, int 
 DNL_DEVICE void fence_async_proxy() {
 #ifdef __CUDACC__
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#else
+  emulator::fence_async_proxy();
+#endif
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Registers. A block starts with as many for every thread; a warpgroup that needs few gives them up to one that needs
+// many. All threads of the warpgroup take part. N is a multiple of 8.
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <int N>
+DNL_DEVICE void fewer_registers(DNL_ONLY_SITE) {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256, "what setmaxnreg takes");
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
+#else
+  emulator::set_registers(N, false, site);
+#endif
+}
+
+// Waits until others have given up enough.
+template <int N>
+DNL_DEVICE void more_registers(DNL_ONLY_SITE) {
+  static_assert(N % 8 == 0 && N >= 24 && N <= 256, "what setmaxnreg takes");
+#ifdef __CUDACC__
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));
+#else
+  emulator::set_registers(N, true, site);
 #endif
 }
 
@@ -126,8 +156,14 @@ DNL_DEVICE void fence_async_proxy() {
 enum class Along { k, mn };
 
 // An operand that begins at `shared`. Along::k: rows of 64 k, eight to a pattern, `stride_bytes` from one pattern to
-// the next eight rows; 16 further k begin 32 bytes on. Along::mn: rows of 64 m or n for one k each; `stride_bytes` to
-// the next eight k, `leading_bytes` to the next 64 m or n.
+// the next eight rows; 16 further k begin 32 bytes on, and `leading_bytes` is not looked at. Along::mn: rows of 64 m or
+// n for one k each; `stride_bytes` to the next eight k, `leading_bytes` to the next 64 m or n.
+//
+// Fields, PTX ISA, "Asynchronous warpgroup-level matrix shared memory layout", matrix descriptor format, byte counts
+// without their last four bits: 0-13 address, 16-29 leading dimension offset, 32-45 stride dimension offset, 49-51 base
+// offset (0: patterns begin at multiples of 1024 bytes), 62-63 swizzle (1: 128 bytes). What the two offsets mean for
+// either order of a swizzled operand: there under "Strides", and CUTLASS, cute/atom/mma_traits_sm90_gmma.hpp, the
+// canonical layouts B128 of make_gmma_desc.
 DNL_DEVICE uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes) {
 #ifdef __CUDACC__
   const uint32_t address = shared_address(shared);
@@ -139,10 +175,29 @@ DNL_DEVICE uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int 
   return field(address) | field(leading_bytes) << 16 | field(stride_bytes) << 32 | kSwizzle128;
 }
 
+// The operand that begins `bytes` later: shared memory ends below 2^18 bytes, so the address stays in its field.
+DNL_DEVICE uint64_t later(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
+
 // Before the first wgmma of a warpgroup, and after registers that one will use have been written.
 DNL_DEVICE void wgmma_fence() {
 #ifdef __CUDACC__
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#else
+  emulator::wgmma_fence();
+#endif
+}
+
+// The registers hold these values from here on: the compiler does not move what makes them to behind a wgmma or a wait
+// for one that comes later.
+DNL_DEVICE void settle([[maybe_unused]] uint32_t (&a)[4]) {
+#ifdef __CUDACC__
+  asm volatile("" : "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])::"memory");
+#endif
+}
+template <int N>
+DNL_DEVICE void settle([[maybe_unused]] float (&x)[N]) {
+#ifdef __CUDACC__
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(x[i])::"memory");
 #endif
 }
 

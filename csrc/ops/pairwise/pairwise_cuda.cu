@@ -26,6 +26,8 @@ static void run_forward(const PairwiseCall& call, const Tensor& query) {
     using T = decltype(type);
     const PairwisePlan plan = plan_of<T>(call.args, query, device.gpu(), false);
     with_workspace(device, [&](auto& on) {
+      if constexpr (kHalf<T>)
+        if (plan.hopper) return pairwise_hopper_forward_cuda<T>(call.args, on, plan.forward);
       if constexpr (!std::is_same_v<T, double>)
         if (plan.fused) return pairwise_fused_forward_cuda<FusedOf<T>>(call.args, on, plan.forward);
       pairwise_forward_cuda<T>(call.args, on);
@@ -39,7 +41,11 @@ static void run_backward(PairwiseCall& call, const Tensor& query) {
   dispatch_element(call.args.dtype, [&](auto type) {
     using T = decltype(type);
     const PairwisePlan plan = plan_of<T>(call.args, query, device.gpu(), true);
-    with_workspace(device, [&](auto& on) { pairwise_backward_cuda<T>(call.args, on, {}, plan.fused); });
+    const BackwardMap map{plan.hopper  ? BackwardMap::hopper
+                          : plan.fused ? BackwardMap::fused
+                                       : BackwardMap::products,
+                          device.gpu().multiprocessors};
+    with_workspace(device, [&](auto& on) { pairwise_backward_cuda<T>(call.args, on, {}, map); });
   });
 }
 

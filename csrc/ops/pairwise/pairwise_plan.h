@@ -3,8 +3,9 @@
 //   path    for
 //   chain   every size and type
 //   fused   16-bit types, and float where TF32 is allowed; forward with Dqk <= 256 and tiles that fit
+//   hopper  16-bit types on compute capability 9.0; forward with Dqk <= 256 (hopper_plan.h)
 //
-// Both need sm_80: the chain for its products of bfloat16 with float results, the fused one for mma.sync in its types.
+// All need sm_80: the chain for its products of bfloat16 with float results, the fused one for mma.sync in its types.
 // The path is that of DNL_EXT_CUDA_PATH, else what this GPU was found to prefer (path_choice.h), else the chain.
 //
 // Tiles of the fused forward, in order of preference. The first that serves all channels in one slice is taken, else
@@ -25,6 +26,7 @@
 
 #include "core/errors.h"
 #include "core/types.h"
+#include "ops/pairwise/hopper/hopper_plan.h"
 
 namespace dnl {
 
@@ -153,17 +155,31 @@ inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu
   return best;
 }
 
+// Hopper's forward: tiles of kForwardTiles[kHopperForwardTile], slices of all its channels.
+inline ForwardPlan plan_hopper_forward(const PairwiseShape& shape, const Gpu& gpu) {
+  const ForwardTile& tile = kForwardTiles[kHopperForwardTile];
+  ForwardPlan plan;
+  plan.tile = kHopperForwardTile;
+  plan.slices = static_cast<int>((shape.channels + tile.channels - 1) / tile.channels);
+  plan.slice_channels = tile.channels;
+  const int64_t blocks = shape.batches * ((shape.queries + tile.queries - 1) / tile.queries);
+  plan.splits = forward_splits(blocks, (shape.keys + tile.keys - 1) / tile.keys, gpu.multiprocessors);
+  plan.shared.bytes = kHopperForwardBytes;
+  return plan;
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // The choice
 // ---------------------------------------------------------------------------------------------------------------------
 
-enum class CudaPath { by_default, chain, fused };
+enum class CudaPath { by_default, chain, fused, hopper };
 
 struct NamedPath {
   const char* name;
   CudaPath path;
 };
-constexpr NamedPath kCudaPaths[] = {{"chain", CudaPath::chain}, {"fused", CudaPath::fused}};
+constexpr NamedPath kCudaPaths[] = {
+    {"chain", CudaPath::chain}, {"fused", CudaPath::fused}, {"hopper", CudaPath::hopper}};
 
 inline const char* name_of(CudaPath path) {
   for (const NamedPath& known : kCudaPaths)
@@ -191,8 +207,8 @@ inline CudaPath path_of_environment() {
 constexpr int kOldestCapability = 80;
 
 struct PairwisePlan {
-  bool fused = false;
-  bool advised = false;  // it is what was advised
+  bool fused = false, hopper = false;  // neither: the chain
+  bool advised = false;                // it is what was advised
   std::string why;
   ForwardPlan forward{};  // of a fused forward
 };
@@ -224,25 +240,33 @@ inline std::string fused_obstacle(const PairwiseShape& shape, const Gpu& gpu, bo
 
 // `request`: what the call must take; where it leaves the choice, `advised` is taken if it can run.
 inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, CudaPath request, bool backward,
-                                  CudaPath advised = CudaPath::by_default) {
+                                  CudaPath advised = CudaPath::by_default, bool hopper_built = kHopperBuilt) {
   if (gpu.capability < kOldestCapability)
     throw NotImplementedError(message("attention on CUDA needs compute capability 8.0 or later, got ",
                                       gpu.capability / 10, ".", gpu.capability % 10));
   PairwisePlan plan;
-  if (shape.dtype == DType::f32 && backward) {
+  const bool asked = request != CudaPath::by_default;
+  const CudaPath wanted = asked ? request : advised;
+  if (wanted != CudaPath::hopper && shape.dtype == DType::f32 && backward) {
     plan.why = "the backward of float32 makes its softmax again, which the chain does";
     return plan;
   }
-  std::string obstacle = fused_obstacle(shape, gpu, backward);
-  if (obstacle.empty() && !backward) {
-    plan.forward = plan_fused_forward(shape, gpu);
-    if (plan.forward.slices == 0) obstacle = "no tile of the fused forward fits into the GPU's shared memory";
+  std::string obstacle;
+  if (wanted == CudaPath::hopper) {
+    obstacle = hopper_obstacle(shape, gpu, backward, kFusedWidth, hopper_built);
+    if (obstacle.empty() && !backward) plan.forward = plan_hopper_forward(shape, gpu);
+  } else {
+    obstacle = fused_obstacle(shape, gpu, backward);
+    if (obstacle.empty() && !backward) {
+      plan.forward = plan_fused_forward(shape, gpu);
+      if (plan.forward.slices == 0) obstacle = "no tile of the fused forward fits into the GPU's shared memory";
+    }
   }
-  const bool asked = request != CudaPath::by_default;
-  const CudaPath wanted = asked ? request : advised;
-  const bool can = wanted != CudaPath::fused || obstacle.empty();
+  const bool other = wanted == CudaPath::fused || wanted == CudaPath::hopper;  // than the chain, which can always
+  const bool can = !other || obstacle.empty();
   if (asked && !can) throw NotImplementedError(message("DNL_EXT_CUDA_PATH=", name_of(request), ": ", obstacle));
   plan.fused = wanted == CudaPath::fused && can;
+  plan.hopper = wanted == CudaPath::hopper && can;
   plan.advised = !asked && wanted != CudaPath::by_default && can;
   plan.why = asked               ? message("DNL_EXT_CUDA_PATH=", name_of(request))
              : !obstacle.empty() ? obstacle

@@ -9,8 +9,9 @@
 //   dQ += dS K'                      library product that adds to its result
 //   dq = scale (dQ - its mean over queries)       once all keys have passed
 //
-// The first three lines are one kernel on the fused path (fused/backward_map.cuh), which writes only P' and
-// dS'. Its map has no zeros beyond the last key, so that its products are of exact extents.
+// The first three lines are one kernel on the fused path (fused/backward_map.cuh) and on Hopper's
+// (hopper/backward_map.cuh), which writes only P' and dS'. Its map has no zeros beyond the last key, so that its
+// products are of exact extents.
 //
 // The sum over queries uses dS as rounded, which is what makes the correction exact. Only dQ (queries x width) is held
 // in float over the whole call.
@@ -21,6 +22,7 @@
 
 #include "ops/pairwise/chain/backward_rows.cuh"
 #include "ops/pairwise/fused/backward_map.cuh"
+#include "ops/pairwise/hopper/hopper.h"
 
 namespace dnl {
 
@@ -114,6 +116,14 @@ struct SquareOp {
   DNL_HOST_DEVICE void store(int64_t b, int64_t i, A sum) const { out.element(b)[i] = sum; }
 };
 
+// What makes the map of a chunk: library products with a kernel after them, or one kernel.
+struct BackwardMap {
+  enum { products, fused, hopper } by = products;
+  int multiprocessors = 0;  // of the GPU, for Hopper's
+
+  bool one_kernel() const { return by != products; }
+};
+
 template <class T, class Device>
 struct PairwiseBackwardChain {
   static_assert(kHalf<T>, "float and double need P normalised anew");
@@ -123,13 +133,13 @@ struct PairwiseBackwardChain {
   const PairwiseOperands<T, Device> in;
   const PairwiseGradients<T, Device> out;
   const bool need_logits;  // any gradient that goes through dS
-  const bool fused;        // the map by one kernel, without products in float
+  const BackwardMap map_by;
   Matrix<const T> grad_output, centred_key;
   Rows<A> shift, row_factor, delta;
   A *grad_scale = nullptr, *grad_inverse = nullptr;
 
-  PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u, bool fused_map)
-      : args(a), device(d), in(a, d), out(a, d, in, u), need_logits(out.query.data || out.key.data), fused(fused_map) {}
+  PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u, const BackwardMap& map)
+      : args(a), device(d), in(a, d), out(a, d, in, u), need_logits(out.query.data || out.key.data), map_by(map) {}
 
   void run(const ChunkLimits& limits) {
     const auto grad = matrix_of<const T>("grad_output", args.grad_output, args.batches);
@@ -198,13 +208,14 @@ struct PairwiseBackwardChain {
         {out.key.data ? args.width : args.queries, out.value.data ? args.channels : args.queries, args.queries});
     const Chunks chunks(args.batches, args.keys, args.queries, sizeof(A),
                         rows_of_waves(narrowest, device.gpu().multiprocessors), limits);
-    const auto extent = [&](int64_t n) { return fused ? n : pitch_of(n); };
+    const auto extent = [&](int64_t n) { return map_by.one_kernel() ? n : pitch_of(n); };
     const int64_t pitch = pitch_of(args.queries), map = chunks.group * chunks.buffer_rows() * pitch;
     const int64_t queries = extent(args.queries), width = extent(args.width), channels = extent(args.channels);
 
+    const bool one_kernel = map_by.one_kernel();
     A *logits = nullptr, *grad = nullptr;
     T *probability = nullptr, *grad_logits = nullptr;
-    if (fused) {
+    if (one_kernel) {
       if (out.value.data) probability = device.template allocate<T>(map);
       if (need_logits) grad_logits = device.template allocate<T>(map);
     } else {
@@ -216,7 +227,7 @@ struct PairwiseBackwardChain {
     const int64_t widest = std::max(out.key.data ? args.width : 0, out.value.data ? args.channels : 0);
     A* sums = device.template allocate<A>(like_order_size(chunks.group, chunks.rows, widest));
     A* row_sum = out.needs_sum() ? device.template allocate<A>(chunks.group * chunks.rows) : nullptr;
-    A* row_part = row_sum && fused
+    A* row_part = row_sum && one_kernel
                       ? device.template allocate<A>(chunks.group * chunks.rows * ceil_div_of(args.queries, kMapTile))
                       : nullptr;
     A* grad_query =
@@ -244,9 +255,13 @@ struct PairwiseBackwardChain {
                                         lines};
       const auto key = in.key.from(b, first), value = in.value.from(b, first);
       Matrix<const T> p, ds;
-      if (fused) {
-        fused_backward_map(device, step, {key, rows, args.width}, {query, args.queries, args.width},
-                           {value, rows, args.channels}, {dy, args.queries, args.channels}, row_part, group);
+      if (map_by.one_kernel()) {
+        if (map_by.by == BackwardMap::hopper)
+          hopper_backward_map<T>(device, step, key, query, value, dy, row_part, group, args.width, args.channels,
+                                 map_by.multiprocessors);
+        else
+          fused_backward_map(device, step, {key, rows, args.width}, {query, args.queries, args.width},
+                             {value, rows, args.channels}, {dy, args.queries, args.channels}, row_part, group);
         p = dense(static_cast<const T*>(probability), group, rows, pitch);
         ds = dense(static_cast<const T*>(grad_logits), group, rows, pitch);
       } else {
@@ -279,11 +294,11 @@ struct PairwiseBackwardChain {
 
 template <class T, class Device>
 void pairwise_backward_cuda(const PairwiseArgs& args, Device& device, const ChunkLimits& limits = {},
-                            bool fused = false) {
+                            const BackwardMap& map = {}) {
   const UnaryTerm<T> unary(args, device);
   if (!args.grad_query.data && !args.grad_key.data && !args.grad_value.data) return;
   if constexpr (kHalf<T>)
-    PairwiseBackwardChain<T, Device>(args, device, unary, fused).run(limits);
+    PairwiseBackwardChain<T, Device>(args, device, unary, map).run(limits);
   else
     PairwiseBackwardRows<T, Device>(args, device, unary).run(limits);
 }

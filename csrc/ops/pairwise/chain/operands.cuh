@@ -43,16 +43,20 @@ constexpr double kLog2OfE = 1.4426950408889634;  // logits times it are exponent
 // Operands
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Whether the library multiplies x where it lies, at full speed: whole lines, one batch stride, one dimension dense,
-// rows aligned.
+// One batch stride, one dimension dense, rows aligned.
 template <class T>
-bool is_product_operand(const Matrix<const T>& x, int64_t positions, int64_t channels) {
+bool has_aligned_rows(const Matrix<const T>& x, int64_t positions, int64_t channels) {
   constexpr int64_t kAlign = 16 / sizeof(T);
-  if (positions % kPitch || channels % kPitch) return false;
   if (x.batch.dims > 1 || (x.batch.dims == 1 && x.batch.stride[0] % kAlign)) return false;
   if (reinterpret_cast<uintptr_t>(x.data) % 16) return false;
   if (x.channel == 1) return x.position >= channels && x.position % kAlign == 0;
   return x.position == 1 && x.channel >= positions && x.channel % kAlign == 0;
+}
+
+// Whether the library multiplies x where it lies, at full speed: its extents too are whole lines.
+template <class T>
+bool is_product_operand(const Matrix<const T>& x, int64_t positions, int64_t channels) {
+  return positions % kPitch == 0 && channels % kPitch == 0 && has_aligned_rows(x, positions, channels);
 }
 
 // x less `mean` (batches, channels; null: nothing), rounded to E, as an operand of products, of which
