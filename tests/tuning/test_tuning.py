@@ -279,6 +279,12 @@ class TestSelfCheck:
         _tuned.forget()  # as another process would read it
         assert "self-check" in _tuned.choice(MACHINE, 80, CALL).why
 
+    def test_a_default_that_cannot_take_a_call_is_not_checked_for_it(self, emulated, calls_of):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attend(width=300)
+        assert calls_of == ["chain"] and _tuned.known().verdicts == []
+
     def test_the_explanation_is_what_a_call_takes(self, emulated, calls_of):
         from dnl_ext.config import cuda_plan
 
