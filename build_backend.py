@@ -120,6 +120,13 @@ def inspect_toolkit(home):
     )
 
 
+def cublas_include(toolkit):
+    """The folder of cublas_v2.h: the toolkit's, else that of NVIDIA's package that torch has cuBLAS from, else ""."""
+    packages = (glob.glob(f"{glob.escape(folder)}/nvidia/*/include") for folder in [*target_folders(), *sys.path])
+    folders = [toolkit.include, *sorted({path for found in packages for path in found})]
+    return next((folder for folder in folders if folder and Path(folder, "cublas_v2.h").is_file()), "")
+
+
 def output_of(*command):
     """What a command writes, or nothing if it does not run."""
     try:
@@ -182,6 +189,9 @@ def choose_cuda(torch_version, torch_cuda, environ):
     elif toolkit.major != major(torch_cuda):
         why = f"the CUDA toolkit in {toolkit.home} is {toolkit.version}, torch {torch_version} is for {torch_cuda}"
         why += f": set CUDA_HOME to a toolkit of {major(torch_cuda)}"
+    elif not (force or cublas_include(toolkit)):
+        why = f"cublas_v2.h is neither in the CUDA toolkit in {toolkit.home} nor in a package of NVIDIA's beside torch"
+        why += ": install the headers of cuBLAS, or FORCE_CUDA=1 to build all the same"
     else:
         return toolkit, ""
     if force:

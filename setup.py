@@ -42,7 +42,8 @@ def extensions(torch, cpp_extension, toolkit, left_out):
         defines += [("DNL_EXT_WITH_CUDA", None), ("USE_CUDA", None), ("DNL_EXT_CUDA_ARCHS", f'"{archs}"')]
         arguments["nvcc"] = ["-O3", "-lineinfo", "-Xptxas=-v", "--expt-relaxed-constexpr"]
         # torch adds those of CUDA_HOME itself. Those of the system are the compiler's own, and come in its order.
-        includes += [toolkit.include] if toolkit.include not in ("", "/usr/include") else []
+        headers = dict.fromkeys([toolkit.include, build_backend.cublas_include(toolkit)])
+        includes += [folder for folder in headers if folder not in ("", "/usr/include")]
         libraries += [toolkit.libraries] if toolkit.libraries else []
     common = {"include_dirs": includes, "define_macros": defines, "extra_compile_args": arguments}
     extension = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension

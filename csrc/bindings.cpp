@@ -13,7 +13,7 @@
 
 #include "core/cpu/kernels.h"
 #include "core/errors.h"
-#include "core/matmul_settings.h"
+#include "core/tf32.h"
 #include "ops/pairwise/path_choice.h"
 
 #ifndef DNL_EXT_CUDA_ARCHS
@@ -35,14 +35,12 @@ static dnl::DType dtype_of(const std::string& name) {
                               : dnl::DType::f32;
 }
 
-// TF32: asks torch's newer setting, fp32_precision, where there is one: allow_tf32 writes to it too, and raises when it
+// Asks torch's newer setting, fp32_precision, where there is one: allow_tf32 writes to it too, and raises when it
 // is read after both have been used.
-static bool torch_allows(dnl::MatmulSetting setting) {
+static bool torch_allows_tf32() {
   if (!Py_IsInitialized()) return false;
   const py::gil_scoped_acquire gil;
   const py::module_ torch = py::module_::import("torch._C");
-  if (setting == dnl::MatmulSetting::fp16_accumulation)
-    return torch.attr("_get_cublas_allow_fp16_accumulation")().cast<bool>();
   if (py::hasattr(torch, "_get_fp32_precision_getter"))
     return torch.attr("_get_fp32_precision_getter")("cuda", "matmul").cast<std::string>() == "tf32";
   return torch.attr("_get_cublas_allow_tf32")().cast<bool>();
@@ -101,11 +99,8 @@ PYBIND11_MODULE(_C, m) {
     }
   });
 
-  dnl::set_matmul_query(&torch_allows);
+  dnl::set_tf32_query(&torch_allows_tf32);
   m.def("tf32_allowed", &dnl::tf32_allowed, "Whether torch lets products of float32 on CUDA use TF32.");
-  m.def(
-      "fp16_accumulation_allowed", [] { return dnl::allowed(dnl::MatmulSetting::fp16_accumulation); },
-      "Whether torch lets products of float16 on CUDA add up in float16.");
 
   m.def("build_info", [] {
     py::dict info;

@@ -93,6 +93,20 @@ def configure(turns="ascending", seed=0, max_threads=1024):
     library.configure_emulator(TURNS.index(turns), ctypes.c_uint64(seed), ctypes.c_int64(max_threads))
 
 
+class HostWork(ctypes.Structure):
+    """What the emulated operators asked of torch: tensors that were allocated, calls of its dispatcher, views."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("allocations", "dispatcher_calls", "views"))
+
+
+def take_host_work():
+    """The HostWork since the last call of this."""
+    library, *_ = emulated_library()
+    work = HostWork()
+    library.take_host_work(ctypes.byref(work))
+    return work
+
+
 def on_gpu(name, *arguments):
     """An operator of CPU tensors, on the GPU."""
     moved = [onto(x, "cuda:0") if isinstance(x, torch.Tensor) else x for x in arguments]

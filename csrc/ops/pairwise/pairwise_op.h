@@ -72,8 +72,10 @@ struct PairwiseCall {
     stats = dnl::empty(query, leading(query, 1) + std::initializer_list<int64_t>{2}, accumulate_type(query));
     residual = save_residual && query.element_size() == 2 ? empty_like_layout(query, sizes_of(output))
                                                           : absent(query, query.scalar_type());
-    pooled = absent(query, accumulate_type(query));
-    mask_lse = absent(query, accumulate_type(query));
+    if (!mask_logits) {
+      pooled = absent(query, accumulate_type(query));
+      mask_lse = absent(query, accumulate_type(query));
+    }
     set(query, key, value, scale);
   }
 
