@@ -57,9 +57,14 @@ def off(results):
 
 @pytest.fixture
 def endless():
-    """A fault that does not end before the test does."""
+    """A fault that does not end before the test does, and then goes no further: the emulator has one thread."""
     end = threading.Event()
-    yield lambda results: end.wait() and results
+
+    def fault(results):
+        end.wait()
+        raise RuntimeError("the test is over")
+
+    yield fault
     end.set()
 
 
