@@ -280,8 +280,9 @@ def driver() -> str:
 
 @functools.cache
 def machine_of(device: int) -> Machine:
-    """The machine with the GPU of this index."""
-    return Machine(torch.cuda.get_device_name(device), driver(), torch.__version__, __version__)
+    """The machine with the GPU of this index; below 0, that of kernels that run on no GPU, as in the tests."""
+    name = torch.cuda.get_device_name(device) if device >= 0 else "no GPU"
+    return Machine(name, driver(), torch.__version__, __version__)
 
 
 def measured(machine: Machine, call: Call) -> Measured | None:

@@ -11,7 +11,8 @@ import torch
 
 from .. import _tuned
 from .._load import _C
-from .._tuned import Call
+from .._tuned import Call, Choice, Machine
+from .trial import runnable
 from .tuner import Target, self_check, tune
 
 #: Held by the thread that measures or checks; others take what is known until it has.
@@ -37,7 +38,7 @@ def advise(
     first = layout["query_channel_first"], layout["key_channel_first"], layout["value_channel_first"]
     call = Call(dtype, backward, (batches, queries, keys, width, channels), first)
     machine = _tuned.machine_of(device)
-    choice = _tuned.choice(machine, capability, call)
+    choice = _choice(machine, capability, multiprocessors, call)
     record = _tuned.measured(machine, call)
     new = _asked_to_tune() and (record is None or record.call != call)
     if not new and not choice.unchecked:
@@ -55,10 +56,10 @@ def advise(
         )
         if new:
             _measure(call, target)
-            choice = _tuned.choice(machine, capability, call)
+            choice = _choice(machine, capability, multiprocessors, call)
         if choice.unchecked:
             _check(choice.path, call, target)
-            choice = _tuned.choice(machine, capability, call)
+            choice = _choice(machine, capability, multiprocessors, call)
     except Exception as error:  # such as no memory for a second problem beside the user's own
         text = str(error).strip().splitlines()
         _warn(f"{call.describe()} could not be measured ({text[0] if text else type(error).__name__})")
@@ -66,6 +67,14 @@ def advise(
     finally:
         _at_work.release()
     return choice.path, True
+
+
+def _choice(machine: Machine, capability: int, multiprocessors: int, call: Call) -> Choice:
+    """What is known now, and the chain where the default cannot take the call: then there is nothing to check."""
+    choice = _tuned.choice(machine, capability, call)
+    if choice.unchecked and not runnable(call, capability, multiprocessors, [choice.path]):
+        return Choice("chain", f"{choice.path}, the default of this architecture, cannot take it")
+    return choice
 
 
 def capturing(device: int) -> bool:

@@ -68,6 +68,7 @@ AOTITorchError counted_view(Arguments... arguments) {
 
 #include "core/cuda/gemm.h"
 #include "core/cuda/ptx.cuh"
+#include "core/tf32.h"
 #include "ops/pairwise/pairwise_plan.h"
 
 namespace dnl {

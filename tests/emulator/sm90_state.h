@@ -36,7 +36,7 @@ constexpr uint32_t swizzled(uint32_t address) {
 // ---------------------------------------------------------------------------------------------------------------------
 
 // A (batches, rows, columns) array in global memory, loaded in boxes of one matrix.
-struct TensorMap {
+struct alignas(128) TensorMap {
   const char* data = nullptr;
   int element_bytes = 0;
   int64_t batches = 0, rows = 0, columns = 0;

@@ -203,7 +203,7 @@ class TestPath:
         with pytest.raises((NotImplementedError, RuntimeError), match=r"compute capability 8.0 or later, got 7.5"):
             dnl_ext.disentangled_attention(*inputs)
         monkeypatch.setenv("DNL_EXT_CUDA_PATH", "fast")
-        with pytest.raises(ValueError, match=r"DNL_EXT_CUDA_PATH: expected one of .*, got 'fast'"):
+        with pytest.raises(ValueError, match=r"DNL_EXT_CUDA_PATH: expected one of 'chain', 'fused'.*, got 'fast'"):
             dnl_ext.disentangled_attention(*inputs)
 
 
@@ -280,7 +280,7 @@ class TestPlan:
         assert plan(advised="fused", dtype="float32", tf32=True, backward=True)["path"] == "chain"
         monkeypatch.setenv("DNL_EXT_CUDA_PATH", "chain")
         assert plan(advised="fused")["path"] == "chain" and plan(path="fused")["path"] == "fused"
-        with pytest.raises(ValueError, match="advised: expected one of 'chain', 'fused', got 'fast'"):
+        with pytest.raises(ValueError, match=r"advised: expected one of 'chain', 'fused'.*, got 'fast'"):
             plan(advised="fast")
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])

@@ -57,9 +57,14 @@ def off(results):
 
 @pytest.fixture
 def endless():
-    """A fault that does not end before the test does."""
+    """A fault that does not end before the test does, and then goes no further: the emulator has one thread."""
     end = threading.Event()
-    yield lambda results: end.wait() and results
+
+    def fault(results):
+        end.wait()
+        raise RuntimeError("the test is over")
+
+    yield fault
     end.set()
 
 
@@ -278,6 +283,12 @@ class TestSelfCheck:
         assert len(said) == 1 and calls_of == ["chain", "chain"]
         _tuned.forget()  # as another process would read it
         assert "self-check" in _tuned.choice(MACHINE, 80, CALL).why
+
+    def test_a_default_that_cannot_take_a_call_is_not_checked_for_it(self, emulated, calls_of):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            attend(width=300)
+        assert calls_of == ["chain"] and _tuned.known().verdicts == []
 
     def test_the_explanation_is_what_a_call_takes(self, emulated, calls_of):
         from dnl_ext.config import cuda_plan
