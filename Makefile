@@ -37,7 +37,7 @@ help:
 	@echo "  make cuda-build  build the CUDA extension (no GPU needed) and check that it loads"
 	@echo "  make cuda-budget rewrite the budget of registers, spills and tensor-core instructions (tests/cuda_budget.json)"
 	@echo "  make cuda-model  what the kernels cost by a model of a multiprocessor, beside eager PyTorch (docs/gpu-model.md)"
-	@echo "  make gpu-check   on a machine with a GPU: build, test, sanitize and time, in 8 minutes"
+	@echo "  make gpu-check   on a machine with a GPU: build, time, test and sanitize, in 8 minutes"
 	@echo "  make dist        sdist and wheel, the wheel built from the sdist"
 	@echo "  make lint        formatting, lint and types;  make format  mends what it can"
 	@echo "  make docs        the documentation site, build/docs/html/index.html"
