@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import pathlib
+import shutil
 import subprocess
 from dataclasses import dataclass
 
@@ -48,18 +49,34 @@ def recorder():
     """The program of launches.cpp, built for the sources as they are."""
     command = [*compilers.find("plain"), "-std=c++17", "-O0", "-w", "-rdynamic"]
     command += [f"-I{ROOT}/csrc", f"-I{ROOT}/tests/emulator", str(pathlib.Path(__file__).parent / "launches.cpp")]
-    key = hashlib.sha256(repr(command).encode())
-    for folder in (ROOT / "csrc", ROOT / "tests/emulator", pathlib.Path(__file__).parent):
-        for path in sorted(folder.rglob("*")):
-            if path.suffix in (".h", ".cuh", ".cpp"):
-                key.update(path.read_bytes())
-    program = BUILD / f"launches-{key.hexdigest()[:12]}"
+    sources = [*sources_of("csrc"), *sources_of("tests/emulator"), *sources_of("tests/cuda_model")]
+    program = BUILD / f"launches-{key_of(command, sources)}"
     if not program.exists():
         BUILD.mkdir(parents=True, exist_ok=True)
         for old in BUILD.glob("launches-*"):
             old.unlink()
         subprocess.run([*command, "-o", str(program), "-ldl"], check=True)
     return program
+
+
+def cubins(nvcc):
+    """The folder of the kernels compiled from the sources as they are; older ones are removed."""
+    folder = BUILD / f"cubins-{key_of([str(nvcc)], [*sources_of('csrc'), ROOT / 'tests/cuda_kernels.cu'])}"
+    for old in BUILD.glob("cubins-*"):
+        if old != folder:
+            shutil.rmtree(old)
+    return folder
+
+
+def sources_of(folder):
+    return sorted(x for x in (ROOT / folder).rglob("*") if x.suffix in (".h", ".cuh", ".cpp", ".cu"))
+
+
+def key_of(command, sources):
+    key = hashlib.sha256(repr(command).encode())
+    for path in sources:
+        key.update(path.read_bytes())
+    return key.hexdigest()[:12]
 
 
 @functools.cache

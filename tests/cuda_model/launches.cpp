@@ -62,8 +62,8 @@ struct RecordingDevice {
   }
 
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t tasks, const Arguments&... arguments) const {
-    launch(kernel, LaunchShape{tasks, kThreads}, arguments...);
+  void launch(void (*kernel)(Parameters...), const Tasks& tasks, const Arguments&... arguments) const {
+    launch(kernel, LaunchShape{tasks.count, kThreads, tasks.shared_bytes}, arguments...);
   }
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), const LaunchShape& shape, const Arguments&... arguments) const {

@@ -49,8 +49,12 @@ def copy(program, x, i):
         addresses = _by_warp(to, state)
         written = banks.shared(addresses, width, mask.reshape(addresses.shape))
         reads = mask & filled(state.registers) if filled else mask
-        sizes = banks.SECTOR * banks.sectors(_by_warp(source, state), width, reads.reshape(addresses.shape))
-        return [{"wavefronts": int(w), "bytes": int(b)} for w, b in zip(written, sizes, strict=True)]
+        places = _by_warp(source, state)
+        sizes = banks.SECTOR * banks.sectors(places, width, reads.reshape(addresses.shape))
+        first = places.ravel()[state.registers.first(reads)]
+        return [
+            {"wavefronts": int(w), "bytes": int(b), "at": int(a)} for w, b, a in zip(written, sizes, first, strict=True)
+        ]
 
     return step
 

@@ -24,7 +24,7 @@ def compile_kernels(arch, nvcc, folder):
     for name, macros in ((arch, []), (f"{arch}a", ["-DDNL_HOPPER"])):
         if macros and "hopper" not in kernels.paths_of(arch):
             continue
-        path = pathlib.Path(folder) / f"{name}.cubin"
+        path = folder / f"{name}.cubin"
         found.append(path)
         if path.exists():
             continue
@@ -144,9 +144,7 @@ def main(argv=None):
     parser.add_argument("--calibrate", metavar="DIR", help="with checkouts of flash-attention and cutlass")
     parser.add_argument("--page", type=pathlib.Path, help="a page whose tables are to be rewritten")
     parser.add_argument("--archs", default=",".join(ARCHS))
-    parser.add_argument(
-        "--cubins", default=kernels.BUILD / "cubins", help="folder of ARCH.cubin, compiled if they are not there"
-    )
+    parser.add_argument("--cubins", type=pathlib.Path, help="folder of ARCH.cubin; compiled by default")
     parser.add_argument("--nvcc", default=shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
     options = parser.parse_args(argv)
     if sass.cuobjdump() is None:
@@ -157,12 +155,11 @@ def main(argv=None):
         print(calibration_table(calibrate.read()))
         return 0
     archs = options.archs.split(",")
-    if not shutil.which(options.nvcc) and not all(
-        (pathlib.Path(options.cubins) / f"{x}.cubin").exists() for x in archs
-    ):
-        print("cuda_model: no nvcc here (--nvcc), and no --cubins", file=sys.stderr)
+    if not shutil.which(options.nvcc):
+        print("cuda_model: no nvcc here (--nvcc)", file=sys.stderr)
         return 3
-    cubins = [compile_kernels(arch, options.nvcc, options.cubins) for arch in archs]
+    folder = options.cubins or kernels.cubins(options.nvcc)
+    cubins = [compile_kernels(arch, options.nvcc, folder) for arch in archs]
     kernels.recorder()
     everything = options.page or not (options.check or options.write)
     shapes, positions = (kernels.SHAPES, kernels.POSITIONS) if everything else (BUDGETED, (16384,))

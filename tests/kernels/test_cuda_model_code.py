@@ -173,6 +173,17 @@ class TestInterpreter:
         (steps,) = traced(code)
         assert steps[2] == (2, {"wavefronts": 32})
 
+    def test_copies_give_wavefronts_bytes_and_place(self):
+        code = program(
+            "S2R R0, SR_TID.X",
+            "SHF.L.U32 R2, R0, 0x4, RZ",
+            "MOV R3, RZ",
+            "LDGSTS.E.BYPASS.128 [R2], [R2.64+0x1000]",
+            "EXIT",
+        )
+        (steps,) = traced(code)
+        assert steps[3] == (3, {"wavefronts": 4, "bytes": 512, "at": 0x1000})
+
     def test_a_program_without_end(self):
         code = program("BRA 0x0")
         with pytest.raises(RuntimeError, match="a warp passed 100 instructions"):
