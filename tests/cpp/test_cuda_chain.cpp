@@ -80,7 +80,7 @@ void test_pairwise(const Case& t) {
   {
     HostDevice device;
     device.tf32 = kTf32;
-    pairwise_backward_cuda<T>(args, device, t.limits, t.fused.capability != 0);
+    pairwise_backward_cuda<T>(args, device, t.limits, t.fused.capability ? map_stages(t.fused) : 0);
   }
   for (Tensor<T>* x : {&y, &dq, &dk, &dv, &dm}) x->read();
 
@@ -193,25 +193,6 @@ void test_fused_cases() {
   const auto& seen = emulator::machine().statistics;
   CHECK(seen.matrix_rows > 0 && seen.matrix_conflicts == 0, "%ld of %ld groups of rows meet in a bank",
         long(seen.matrix_conflicts), long(seen.matrix_rows));
-}
-
-// The bank of shared memory that each lane reads of a fragment of Tf32 across the rows of a tile.
-__global__ void across_banks_kernel(Tile<Tf32> tile, int* bank) {  // (kWarp)
-  const FragmentReader<Tf32> reader(tile);
-  bank[threadIdx.x] = (reader.lane - tile.data) % kWarp;
-}
-
-// In all tiles of a plan they differ: one load serves the warp.
-void test_across_banks() {
-  for (const ForwardTile& tile : kForwardTiles)
-    for (int inner = kFragmentRows * column_groups_of(tile); inner <= tile.channels; inner += kFragmentRows) {
-      int bank[kWarp], *to = bank;
-      std::vector<Tf32> memory(4 * (inner + kWarp));
-      const Tile<Tf32> values{memory.data(), tile.keys, inner, false, false};
-      emulator::Launcher().launch(&across_banks_kernel, LaunchShape{1, kWarp}, values, to);
-      std::sort(bank, bank + kWarp);
-      for (int i = 0; i < kWarp; ++i) CHECK(bank[i] == i, "rows of %d channels: bank %d is read twice", inner, bank[i]);
-    }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -444,7 +425,6 @@ int main(int argc, char** argv) {
   test_half_types();
   test_per_device();
   test_tf32_query();
-  test_across_banks();
   test_online_softmax();
   test_batch();
   test_chunks();

@@ -62,7 +62,7 @@ void test(gates::Draw& draw) {
     else
       pairwise_forward_cuda<ResultOf<T>>(problem.args, problem.device, t.limits);
     problem.want_gradients();
-    if (what & 2) pairwise_backward_cuda<ResultOf<T>>(problem.args, problem.device, t.limits, true);
+    if (what & 2) pairwise_backward_cuda<ResultOf<T>>(problem.args, problem.device, t.limits, draw.of({2, kMapStages}));
     problem.compare(true, what & 2);
   }
 }

@@ -168,19 +168,20 @@ void fused_map(int64_t row) {
   step.rows = rows, step.columns = kColumns, step.pitch = kColumns;
   step.sign = 1, step.magnitude = kLog2OfE;
   const auto operand = [&](T* data, int64_t positions) {
-    return FusedOperand<T>(dense(static_cast<const T*>(data), 1, positions, kWidth), positions, kWidth);
+    return FusedOperand<T>(dense(static_cast<const T*>(data), 1, positions, kWidth), positions, kWidth, false);
   };
   const FusedMap<T> op{step,
                        operand(key.data, rows),
                        operand(query.data, kColumns),
                        operand(value.data, rows),
                        operand(dy.data, kColumns),
-                       nullptr};
+                       nullptr,
+                       kMapStages};
   const int64_t row_blocks = ceil_div_of(rows, kMapTile), column_blocks = ceil_div_of(kColumns, kMapTile);
   auto& only = emulator::machine().options.only_blocks;
   only = {row_blocks - 1};
-  emulator::Launcher().launch(&fused_backward_map_kernel<T>,
-                              LaunchShape{row_blocks * column_blocks, kThreads, kMapSharedBytes}, op);
+  emulator::Launcher().launch(&fused_backward_map_kernel<T, false>,
+                              LaunchShape{row_blocks * column_blocks, kThreads, map_shared_bytes(kMapStages)}, op);
   only.clear();
   for (int64_t i : {0, 1, 7}) {
     const double p = std::exp(kWidth * 0.25 * (i % 4) * 0.25 - kShift);

@@ -42,7 +42,7 @@ static void run_backward(PairwiseCall& call, const Tensor& grad_output, const Te
   dispatch_element(call.args.dtype, [&](auto type) {
     using T = decltype(type);
     const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), true);
-    pairwise_backward_cuda<T>(call.args, device, {}, plan.fused);
+    pairwise_backward_cuda<T>(call.args, device, {}, plan.fused ? map_stages(device.gpu()) : 0);
   });
 }
 

@@ -124,13 +124,19 @@ struct PairwiseBackwardChain {
   const PairwiseOperands<T, Device> in;
   const PairwiseGradients<T, Device> out;
   const bool need_logits;  // any gradient that goes through dS
-  const bool fused;        // the map by one kernel, without products in float
+  const int fused_stages;  // of the kernel that makes the map without products in float; 0: there are those
   Matrix<const T> grad_output, centred_key;
+  MapOperands<T> mapped;  // what the fused map multiplies
   Rows<A> shift, row_factor, delta;
   A *grad_scale = nullptr, *grad_inverse = nullptr;
 
-  PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u, bool fused_map)
-      : args(a), device(d), in(a, d), out(a, d, in, u), need_logits(out.query.data || out.key.data), fused(fused_map) {}
+  PairwiseBackwardChain(const PairwiseArgs& a, Device& d, const UnaryTerm<T>& u, int stages)
+      : args(a),
+        device(d),
+        in(a, d),
+        out(a, d, in, u),
+        need_logits(out.query.data || out.key.data),
+        fused_stages(stages) {}
 
   void run(const ChunkLimits& limits) {
     const auto grad = matrix_of<const T>("grad_output", args.grad_output, args.batches);
@@ -139,6 +145,10 @@ struct PairwiseBackwardChain {
     if (out.query.data)
       centred_key = product_operand<T>(device, matrix_of<const T>("key", args.key, args.batches), args.batches,
                                        args.keys, args.width, in.key_mean);
+    if (fused_stages) {
+      mapped = {in.key, in.query, in.value, grad_output};
+      mapped.in_one_order(device, args);
+    }
     run_chunks(limits);
   }
 
@@ -201,14 +211,14 @@ struct PairwiseBackwardChain {
 
     // S' is done with when dQ is made: its buffer then takes the chunk's part of dQ.
     const int64_t part_size = several && out.query.data ? query_size : 0;
-    A* logits = device.template allocate<A>(fused ? part_size : std::max(map, part_size));
-    A* grad = need_logits && !fused ? device.template allocate<A>(map) : nullptr;
+    A* logits = device.template allocate<A>(fused_stages ? part_size : std::max(map, part_size));
+    A* grad = need_logits && !fused_stages ? device.template allocate<A>(map) : nullptr;
     T* probability = out.value.data ? device.template allocate<T>(map) : nullptr;
     T* grad_logits = need_logits ? device.template allocate<T>(map) : nullptr;
     const int64_t widest = std::max(out.key.data ? args.width : 0, out.value.data ? args.channels : 0);
     A* sums = device.template allocate<A>(like_order_size(chunks.group, chunks.rows, widest));
     A* row_sum = out.needs_sum() ? device.template allocate<A>(chunks.group * chunks.rows) : nullptr;
-    A* row_part = row_sum && fused
+    A* row_part = row_sum && fused_stages
                       ? device.template allocate<A>(chunks.group * chunks.rows * ceil_div_of(args.queries, kMapTile))
                       : nullptr;
     A* grad_query = out.query.data ? device.template allocate<A>(query_size) : nullptr;
@@ -232,9 +242,11 @@ struct PairwiseBackwardChain {
                                         in.sign,
                                         args.magnitude<A>(kLog2OfE)};
       const auto key = in.key.from(b, first), value = in.value.from(b, first);
-      if (fused) {
-        fused_backward_map(device, step, {key, rows, args.width}, {query, args.queries, args.width},
-                           {value, rows, args.channels}, {dy, args.queries, args.channels}, row_part, group);
+      if (fused_stages) {
+        fused_backward_map(device, step,
+                           {mapped.key.from(b, first), mapped.query.from(b, 0), mapped.value.from(b, first),
+                            mapped.grad.from(b, 0), mapped.channel_first},
+                           args.width, args.channels, row_part, fused_stages, group);
       } else {
         device.product(key, query.transposed(), dense(logits, group, rows, pitch), group, rows, args.queries,
                        args.width);
@@ -270,11 +282,11 @@ struct PairwiseBackwardChain {
 
 template <class T, class Device>
 void pairwise_backward_cuda(const PairwiseArgs& args, Device& device, const ChunkLimits& limits = {},
-                            bool fused = false) {
+                            int fused_stages = 0) {
   const UnaryTerm<T> unary(args, device);
   if (!args.grad_query.data && !args.grad_key.data && !args.grad_value.data) return;
   if constexpr (kHalf<T>)
-    PairwiseBackwardChain<T, Device>(args, device, unary, fused).run(limits);
+    PairwiseBackwardChain<T, Device>(args, device, unary, fused_stages).run(limits);
   else
     PairwiseBackwardRows<T, Device>(args, device, unary).run(limits);
 }
