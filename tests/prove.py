@@ -227,12 +227,13 @@ def determinism(context, outcome, seconds):
 
 
 def gradients(context, outcome, seconds):
-    of_ops = (f"ops/test_{name}.py" for name in ("autograd", "second", "second_methods"))
+    of_ops = (f"ops/test_{name}.py" for name in ("autograd", "second", "second_accuracy", "second_methods", "third"))
     pytest_counts(outcome, *of_ops, "pytorch/test_func.py", "modules/test_modules.py", seconds=seconds)
 
 
 def bad_inputs(context, outcome, seconds):
-    pytest_counts(outcome, "ops/test_errors.py", "ops/test_empty.py", seconds=seconds)
+    of_ops = (f"ops/test_{name}.py" for name in ("errors", "errors_of_shape", "errors_of_options", "empty"))
+    pytest_counts(outcome, *of_ops, seconds=seconds)
 
 
 def launches(context, outcome, seconds):
@@ -247,7 +248,7 @@ RACES = {"whiten": 200, "standardise": 200, "unary": 200, "chain": 200, "fused":
 STAGES = {
     "launches": ("launches: lint of every kernel file", 1, 30, launches),
     "overflow": ("index overflow: kernel families x 2 sizes", 32, 30, overflow),
-    "mutants": ("planted faults found", 126, 480, mutants),
+    "mutants": ("planted faults found", 150, 490, mutants),
     "values": ("values, emulated kernels", sum(EMULATED.values()), 420, emulated_values),
     "bounds": ("out of bounds: ASAN + UBSAN", sum(BOUNDS.values()) + 100, 280, bounds),
     "races": ("races: TSAN, 3 thread orders", sum(RACES.values()) + 100, 250, races),

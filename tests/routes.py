@@ -65,6 +65,7 @@ def build_emulated():
             [str(main)],
             extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests/emulator")],
             extra_cflags=list(FLAGS),
+            extra_ldflags=[str(pathlib.Path(dnl_ext.__file__).parent / "libdnl_ext.so")],
             build_directory=str(folder),
             is_python_module=False,
         )
@@ -75,7 +76,7 @@ def build_emulated():
 def emulated_library():
     """Builds and loads it; torch.ops.dnl_cuda_emulated then has every operator. Returns what must stay alive.
 
-    Products of float32 in it use TF32 where torch allows that.
+    It asks libdnl_ext.so for torch's settings and for the path of a call, as the operators on a GPU do.
     """
     path = build_emulated()
     library = torch.library.Library(NAME, "DEF")
@@ -83,15 +84,27 @@ def emulated_library():
         schema = str(getattr(torch.ops.dnl_ext, name).default._schema)
         library.define(schema.removeprefix("dnl_ext::"))
     torch.ops.load_library(path)
-    loaded, query = ctypes.CDLL(str(path)), ctypes.CFUNCTYPE(ctypes.c_bool)(dnl_ext._C.tf32_allowed)
-    loaded.set_emulated_tf32_query(query)
-    return loaded, library, query
+    return ctypes.CDLL(str(path)), library
 
 
 def configure(turns="ascending", seed=0, max_threads=1024):
     """Sets the emulator's options (tests/emulator/state.h)."""
     library, *_ = emulated_library()
     library.configure_emulator(TURNS.index(turns), ctypes.c_uint64(seed), ctypes.c_int64(max_threads))
+
+
+class HostWork(ctypes.Structure):
+    """What the emulated operators asked of torch: tensors that were allocated, calls of its dispatcher, views."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("allocations", "dispatcher_calls", "views"))
+
+
+def take_host_work():
+    """The HostWork since the last call of this."""
+    library, *_ = emulated_library()
+    work = HostWork()
+    library.take_host_work(ctypes.byref(work))
+    return work
 
 
 def on_gpu(name, *arguments):

@@ -1,6 +1,6 @@
-// Reductions over positions or channels of a strided matrix, in double. What a mean is off by is the same for all
-// positions and does not average out: equal rows must have themselves as mean. The sum of up to 2^29 equal floats is
-// exact in double; float64 has no wider type, and its sums are compensated.
+// Reductions over positions or channels of a strided matrix, in double. The error of a mean is the same for all
+// positions and does not average out, so the mean of equal rows must be exactly that row. The sum of up to 2^29 equal
+// floats is exact in double; for float64 there is no wider type, so its sums are compensated.
 #pragma once
 
 #include "core/cpu/product.h"
@@ -38,7 +38,7 @@ inline void dispatch_order(const F& f, const Views&... views) {
   f(AnyOrder{});
 }
 
-// Adds x to a sum of numbers that come from elements of T. For double, `rest` takes what rounding took (Knuth's
+// Adds x to a sum of numbers that come from elements of T. For double, `rest` collects the rounding errors (Knuth's
 // TwoSum).
 template <class T>
 inline void add_to(double& sum, double& rest, double x) {
@@ -96,10 +96,13 @@ inline void column_sums(const Src* x, const View& view, int64_t positions, int64
                         const Acc<Src>* weight, double* out) {
   const auto sums = [&](auto order) {
     using Order = decltype(order);
-    const auto term = [&](int64_t i, int64_t c) {
-      return double(widen(x[Order::at(view, i, c)])) * (weight ? double(weight[i]) : 1.0);
-    };
-    column_sums_of<Order, Src>(positions, begin, end, out, term);
+    const auto term = [&](int64_t i, int64_t c) { return double(widen(x[Order::at(view, i, c)])); };
+    const auto weighted = [&](int64_t i, int64_t c) { return term(i, c) * double(weight[i]); };
+    // Two loops: in one, a compiler may load the weights under a mask, which is slow at an address that is null.
+    if (weight)
+      column_sums_of<Order, Src>(positions, begin, end, out, weighted);
+    else
+      column_sums_of<Order, Src>(positions, begin, end, out, term);
   };
   dispatch_order(sums, view);
 }

@@ -1,7 +1,9 @@
-// The table of one instruction set. DNL_TABLE stands after the target's end: filling it in is code that every CPU runs.
+// The table of one instruction set. DNL_TABLE must come after the target's end, because every CPU runs the code that
+// fills it in.
 #pragma once
 
 #include "core/cpu/kernels.h"
+#include "core/cpu/peak.h"
 #include "ops/pairwise/cpu/backward.h"
 #include "ops/pairwise/cpu/forward.h"
 #include "ops/unary/unary_cpu.h"
@@ -19,6 +21,7 @@
   namespace dnl {                                                                                                \
   const CpuKernels& kernels_##isa() {                                                                            \
     static const CpuKernels kernels = {#isa, supported, DNL_HAS_BF16_PRODUCTS,                                   \
+                                       isa::multiply_adds_of,                                                    \
                                        isa::whiten, isa::standardise_workspace, isa::standardise,                \
                                        isa::softmax, isa::softmax_backward,                                      \
                                        isa::unary_forward, isa::unary_backward,                                  \

@@ -266,8 +266,9 @@ void fused_backward_map(Device& device, const SoftmaxBackwardStep<T>& step,
                         const MapOperands<T>& in,  // key and value: (group, rows, .); query, grad: (group, columns, .)
                         int64_t width, int64_t channels,
                         float* row_part,  // (group, rows, tiles of columns), or null as step.row_sum is
-                        int stages, int64_t group) {
+                        int64_t group) {
   const int64_t row_blocks = ceil_div_of(step.rows, kMapTile), column_blocks = ceil_div_of(step.columns, kMapTile);
+  const int stages = map_stages(device.gpu());
   const auto operand = [&](const Matrix<const T>& x, int64_t positions, int64_t count) {
     return FusedOperand<T>(x, positions, count, in.channel_first);
   };
