@@ -42,9 +42,7 @@ struct NamingDevice {
 template <class T>
 void name_fused(NamingDevice& device) {
   pairwise_fused_forward_cuda<T>(PairwiseArgs{}, device, ForwardPlan{});
-  if constexpr (kHalf<T>)
-    fused_backward_map<T>(device, SoftmaxBackwardStep<T>{}, FusedOperand<T>{}, FusedOperand<T>{}, FusedOperand<T>{},
-                          FusedOperand<T>{}, nullptr, 0);
+  if constexpr (kHalf<T>) fused_backward_map<T>(device, SoftmaxBackwardStep<T>{}, MapOperands<T>{}, 0, 0, nullptr, 0);
 }
 
 #ifdef DNL_HOPPER

@@ -32,29 +32,9 @@ void test_fused_cases() {
         long(seen.matrix_conflicts), long(seen.matrix_rows));
 }
 
-// The bank of shared memory that each lane reads of a fragment of Tf32 across the rows of a tile.
-__global__ void across_banks_kernel(Tile<Tf32> tile, int* bank) {  // (kWarp)
-  const FragmentReader<Tf32> reader(tile);
-  bank[threadIdx.x] = (reader.lane - tile.data) % kWarp;
-}
-
-// In all tiles of a plan they differ: one load serves the warp.
-void test_across_banks() {
-  for (const ForwardTile& tile : kForwardTiles)
-    for (int inner = kFragmentRows * column_groups_of(tile); inner <= tile.channels; inner += kFragmentRows) {
-      int bank[kWarp], *to = bank;
-      std::vector<Tf32> memory(4 * (inner + kWarp));
-      const Tile<Tf32> values{memory.data(), tile.keys, inner, false, false};
-      emulator::Launcher().launch(&across_banks_kernel, LaunchShape{1, kWarp}, values, to);
-      std::sort(bank, bank + kWarp);
-      for (int i = 0; i < kWarp; ++i) CHECK(bank[i] == i, "rows of %d channels: bank %d is read twice", inner, bank[i]);
-    }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
-  test_across_banks();
   for_turns(argc, argv, [] {
     test_fused_cases<Tf32>();
     test_fused_cases<__nv_bfloat16>();

@@ -62,7 +62,8 @@ void test(gates::Draw& draw) {
     else
       pairwise_forward_cuda<ResultOf<T>>(problem.args, problem.device, t.limits);
     problem.want_gradients();
-    problem.device.whole_lines = !kHalf<T>;  // the backward of float is the chain's
+    problem.device.whole_lines = !kHalf<T>;                               // the backward of float is the chain's
+    problem.device.on.shared_bytes = shared_bytes_of(draw.of({86, 90}));  // for two buffers, or four
     if (what & 2) pairwise_backward_cuda<ResultOf<T>>(problem.args, problem.device, t.limits, {BackwardMap::fused});
     problem.compare(true, what & 2);
   }

@@ -181,10 +181,17 @@ void one_kernel_map(int64_t row) {
                            static_cast<int>(blocks));
   } else {
     const auto operand = [&](T* data, int64_t positions) {
-      return FusedOperand<T>(matrix(data, positions), positions, kWidth);
+      return FusedOperand<T>(matrix(data, positions), positions, kWidth, false);
     };
-    fused_backward_map<T>(launcher, step, operand(key.data, rows), operand(query.data, kColumns),
-                          operand(value.data, rows), operand(dy.data, kColumns), nullptr, 1);
+    const FusedMap<T> op{step,
+                         operand(key.data, rows),
+                         operand(query.data, kColumns),
+                         operand(value.data, rows),
+                         operand(dy.data, kColumns),
+                         nullptr,
+                         kMapStages};
+    launcher.launch(&fused_backward_map_kernel<T, false>, LaunchShape{blocks, kThreads, map_shared_bytes(kMapStages)},
+                    op);
   }
   only.clear();
   const char* name = kHopper ? "hopper map" : "fused map";

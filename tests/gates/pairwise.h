@@ -18,11 +18,12 @@ struct PairwiseCase {
   double mean = 0, logit = 3;
   ChunkLimits limits = {};
   int64_t most_blocks = 3;
+  Layout value_layout = layout;
 
   std::string text(DType dtype) const {
     return message("dtype ", int(dtype), " B ", batches, " Nq ", queries, " Nk ", keys, " D ", width, " C ", channels,
-                   " layout ", int(layout), " whiten ", whiten, " mask ", mask, " part ", part, " needs ", needs,
-                   " mean ", mean, " logit ", logit);
+                   " layout ", int(layout), " values ", int(value_layout), " whiten ", whiten, " mask ", mask, " part ",
+                   part, " needs ", needs, " mean ", mean, " logit ", logit);
   }
 };
 
@@ -46,7 +47,7 @@ struct PairwiseProblem {
       : t(c),
         q(B, N, D, t.layout, t.mean),
         k(B, M, D, t.layout, t.mean),
-        v(B, M, C, t.layout, t.mean),
+        v(B, M, C, t.value_layout, t.mean),
         dy(B, N, C, t.layout),
         m(B, M, 1, t.layout),
         y(B, N, C, t.layout),
@@ -266,6 +267,7 @@ PairwiseCase any_pairwise(Draw& draw, int64_t most, int64_t most_width, int64_t 
   // All rows at once; few rows at a time; as few as steps of eight allow.
   t.limits = draw.of({ChunkLimits{}, ChunkLimits{8, int64_t(1) << 20, 8}, ChunkLimits{1 << 20, 512, 8}});
   t.most_blocks = draw.of({1, 2, 3});
+  t.value_layout = draw.chance(0.3) ? any_layout(draw) : t.layout;
   return t;
 }
 

@@ -25,7 +25,7 @@ EPS = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: accuracy
 GPUS = ("80,4", "89,2", "90,132", "89,24")
 CASES, SLOW_CASES, AT_ONCE = 100, 6000, 100
 #: Most Dqk of float32 where a block has 99 KiB of shared memory.
-WIDTH_IN_99_KIB = 176
+WIDTH_IN_99_KIB = 192
 
 
 @pytest.fixture(params=["emulated", "cuda"])
@@ -253,7 +253,7 @@ class TestTf32:
         """163 and 227 KiB hold tiles for every width; 99 KiB for those up to WIDTH_IN_99_KIB."""
         layout = dict.fromkeys(("query_channel_first", "key_channel_first", "value_channel_first"), channel_first)
         for capability, limit, widest in ((80, 163, 256), (90, 227, 256), (100, 227, 256), (89, 99, WIDTH_IN_99_KIB)):
-            for width in (1, 16, 64, 100, 176, 256):
+            for width in (1, 16, 64, 100, 192, 256):
                 for channels in (1, 64, 256, 512, 2048):
                     p = plan("float32", width=width, channels=channels, capability=capability, tf32=True, **layout)
                     if width > widest:

@@ -12,10 +12,10 @@
 // the one with the fewest slices; slices shrink until they fit.
 //
 //   queries x keys   channels of a slice   KiB with Dqk = 256 and a full slice: rows, channel-first
-//                                          16-bit types      TF32
-//   128 x 64         at most 256           152, 160          297, 312
-//   64 x 64          at most 512           142, 155          279, 299
-//   64 x 32          at most 512           89, 103           174, 195
+//                                          16-bit types      TF32, which has one order
+//   128 x 64         at most 256           152, 160          299
+//   64 x 64          at most 512           142, 155          285
+//   64 x 32          at most 512           89, 103           181
 #pragma once
 
 #include <algorithm>
@@ -43,6 +43,9 @@ struct PairwiseShape {
   bool tf32 = false;  // products of float may round their operands to TF32
   int64_t batches = 1, queries = 1, keys = 1, width = 1, channels = 1;
   bool query_channel_first = false, key_channel_first = false, value_channel_first = false;
+
+  // The order in which the fused kernels read all operands: that of most of them.
+  bool channel_first() const { return query_channel_first + key_channel_first + value_channel_first >= 2; }
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -64,8 +67,9 @@ constexpr int kStatisticsBytes = 2048;          // two floats per query and colu
 constexpr int kStagingBytes = 8 * 32 * 33 * 4;  // of results on their way out, in place of the tiles
 
 struct ForwardPlan {
-  int tile = 0;            // index into kForwardTiles
-  int width = 0;           // Dqk, padded
+  int tile = 0;   // index into kForwardTiles
+  int width = 0;  // Dqk, padded
+  bool channel_first = false;
   int slices = 0;          // passes over the keys, each for slice_channels of the values
   int slice_channels = 0;  // a multiple of 16 per column group of warps
   int splits = 1;          // blocks that share the keys of a tile of queries
@@ -75,42 +79,35 @@ struct ForwardPlan {
 // Eight warps, each with 32 queries and 128 channels of the output.
 constexpr int column_groups_of(const ForwardTile& tile) { return 8 * 32 / tile.queries; }
 
-// Tiles hold elements of 2 bytes or, for TF32, of 4. A tile is read *across* its rows where products sum over the
-// dimension that is not dense.
-constexpr int kLine = 16;
+// Tiles hold elements of 2 bytes or, for TF32, of 4. What products sum over is padded to whole steps.
+constexpr int kLine = 16, kDepthStepBytes = 128;
 constexpr int element_bytes_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
-// Bytes that a row of a tile is longer than its elements, so that what is read together lies in different banks. With a
-// length in lines that is odd, the eight rows of an ldmatrix do. Across rows of 4-byte elements, which ldmatrix cannot
-// transpose, a load reads eight neighbours in each of four rows: those do where rows are 8 or 24 banks apart, as a
-// multiple of 16 elements and two lines are.
-constexpr int row_padding(int element, bool across) { return element == 4 && across ? 2 * kLine : kLine; }
-// Bytes of a tile of `outer` rows of `inner` elements each.
-constexpr int tile_bytes(int outer, int inner, int element, bool across) {
-  return outer * (inner * element + row_padding(element, across));
-}
+// Bytes of a tile of `outer` rows of `inner` elements each, and of a line that each row is longer: with an odd number
+// of lines to a row, the eight rows that ldmatrix reads together lie in different banks.
+constexpr int tile_bytes(int outer, int inner, int element) { return outer * (inner * element + kLine); }
 
-// The fused backward makes tiles of the map, kMapTile x kMapTile, from kMapDepth channels at a time in two buffers,
-// either of which may lie channel-first.
-constexpr int kMapTile = 128, kMapDepth = 64, kMapStages = 2;
-constexpr int kMapOperandBytes =
-    std::max(tile_bytes(kMapTile, kMapDepth, 2, false), tile_bytes(kMapDepth, kMapTile, 2, true));
-constexpr int kMapSharedBytes = 2 * kMapStages * kMapOperandBytes;
+// The fused backward makes tiles of the map, kMapTile x kMapTile, from kMapDepth channels at a time in kMapStages
+// buffers or, where those do not fit, in two.
+constexpr int kMapTile = 128, kMapDepth = 64, kMapStages = 4;
+constexpr int kMapOperandBytes = std::max(tile_bytes(kMapTile, kMapDepth, 2), tile_bytes(kMapDepth, kMapTile, 2));
+constexpr int kMapSumsBytes = 8 * kMapTile * 4;  // of rows and columns
+constexpr int map_shared_bytes(int stages) { return 2 * stages * kMapOperandBytes + kMapSumsBytes; }
+inline int map_stages(const Gpu& gpu) { return gpu.shared_bytes >= map_shared_bytes(kMapStages) ? kMapStages : 2; }
 
-inline ForwardShared forward_shared(const ForwardTile& tile, int width, int slice_channels,
-                                    const PairwiseShape& shape) {
-  const int element = element_bytes_of(shape.dtype);
-  const auto operand = [&](int positions, int channels, bool channel_first, bool across) {
-    return channel_first ? tile_bytes(channels, positions, element, across)
-                         : tile_bytes(positions, channels, element, across);
+// Of Tf32, queries and keys lie by rows and values channel-first (fused/tile.cuh).
+inline ForwardShared forward_shared(const ForwardTile& tile, int width, int slice_channels, int element,
+                                    bool channel_first) {
+  const auto operand = [&](int positions, int channels, bool first) {
+    return first ? tile_bytes(channels, positions, element) : tile_bytes(positions, channels, element);
   };
+  const bool logits_first = element == 2 && channel_first, value_first = element == 4 || channel_first;
   ForwardShared shared{};
   shared.query = 0;
-  shared.key = shared.query + operand(tile.queries, width, shape.query_channel_first, shape.query_channel_first);
-  shared.value = shared.key + operand(tile.keys, width, shape.key_channel_first, shape.key_channel_first);
-  shared.probability =
-      shared.value + operand(tile.keys, slice_channels, shape.value_channel_first, !shape.value_channel_first);
-  shared.statistics = shared.probability + tile_bytes(tile.queries, tile.keys, element, false);
+  shared.key = shared.query + operand(tile.queries, width, logits_first);
+  shared.value = shared.key + operand(tile.keys, width, logits_first);
+  shared.probability = shared.value + operand(tile.keys, slice_channels, value_first);
+  shared.statistics = shared.probability + tile_bytes(tile.queries, tile.keys, element);
   shared.bytes = std::max(shared.statistics + kStatisticsBytes, kStagingBytes);
   return shared;
 }
@@ -132,24 +129,26 @@ inline int forward_splits(int64_t blocks, int64_t key_tiles, int multiprocessors
 
 inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu) {
   ForwardPlan best;
-  const int depth = 2 * kLine / element_bytes_of(shape.dtype);  // of a product instruction
-  const int width = static_cast<int>((shape.width + depth - 1) / depth * depth);
+  const int element = element_bytes_of(shape.dtype), step_depth = kDepthStepBytes / element;
+  const int width = static_cast<int>((shape.width + step_depth - 1) / step_depth * step_depth);
+  const bool channel_first = shape.channel_first();
   for (int index = 0; index < int(std::size(kForwardTiles)); ++index) {
     const ForwardTile& tile = kForwardTiles[index];
     const int step = 16 * column_groups_of(tile);
     int most = tile.channels;
-    while (most > 0 && forward_shared(tile, width, most, shape).bytes > gpu.shared_bytes) most -= step;
+    while (most > 0 && forward_shared(tile, width, most, element, channel_first).bytes > gpu.shared_bytes) most -= step;
     if (most <= 0) continue;
     const int64_t slices = (shape.channels + most - 1) / most;
     if (best.slices && slices >= best.slices) continue;
     best.tile = index;
     best.width = width;
+    best.channel_first = channel_first;
     best.slices = static_cast<int>(slices);
     best.slice_channels = static_cast<int>(((shape.channels + slices - 1) / slices + step - 1) / step * step);
   }
   if (best.slices == 0) return best;  // nothing fits
   const ForwardTile& tile = kForwardTiles[best.tile];
-  best.shared = forward_shared(tile, width, best.slice_channels, shape);
+  best.shared = forward_shared(tile, width, best.slice_channels, element, channel_first);
   const int64_t blocks = shape.batches * ((shape.queries + tile.queries - 1) / tile.queries);
   best.splits = forward_splits(blocks, (shape.keys + tile.keys - 1) / tile.keys, gpu.multiprocessors);
   return best;
@@ -232,8 +231,8 @@ inline std::string fused_obstacle(const PairwiseShape& shape, const Gpu& gpu, bo
   if (shape.channels == 0) return "the fused path needs value channels, got none";
   if (!backward && shape.width > kFusedWidth)
     return message("the fused forward takes at most ", kFusedWidth, " query channels, got ", shape.width);
-  if (backward && gpu.shared_bytes < kMapSharedBytes)
-    return message("the fused backward needs ", kMapSharedBytes, " bytes of shared memory, the GPU has ",
+  if (backward && gpu.shared_bytes < map_shared_bytes(2))
+    return message("the fused backward needs ", map_shared_bytes(2), " bytes of shared memory, the GPU has ",
                    gpu.shared_bytes);
   return "";
 }

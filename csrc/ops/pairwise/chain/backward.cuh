@@ -135,6 +135,7 @@ struct PairwiseBackwardChain {
   const bool need_logits;  // any gradient that goes through dS
   const BackwardMap map_by;
   Matrix<const T> grad_output, centred_key;
+  MapOperands<T> mapped;  // what the fused map multiplies
   Rows<A> shift, row_factor, delta;
   A *grad_scale = nullptr, *grad_inverse = nullptr;
 
@@ -148,6 +149,10 @@ struct PairwiseBackwardChain {
     if (out.query.data)
       centred_key = product_operand<T>(device, matrix_of<const T>("key", args.key, args.batches), args.batches,
                                        args.keys, args.width, in.key_mean);
+    if (map_by.by == BackwardMap::fused) {
+      mapped = {in.key, in.query, in.value, grad_output};
+      mapped.in_one_order(device, args);
+    }
     run_chunks(limits);
   }
 
@@ -260,8 +265,10 @@ struct PairwiseBackwardChain {
           hopper_backward_map<T>(device, step, key, query, value, dy, row_part, group, args.width, args.channels,
                                  map_by.multiprocessors);
         else
-          fused_backward_map(device, step, {key, rows, args.width}, {query, args.queries, args.width},
-                             {value, rows, args.channels}, {dy, args.queries, args.channels}, row_part, group);
+          fused_backward_map(device, step,
+                             {mapped.key.from(b, first), mapped.query.from(b, 0), mapped.value.from(b, first),
+                              mapped.grad.from(b, 0), mapped.channel_first},
+                             args.width, args.channels, row_part, group);
         p = dense(static_cast<const T*>(probability), group, rows, pitch);
         ds = dense(static_cast<const T*>(grad_logits), group, rows, pitch);
       } else {

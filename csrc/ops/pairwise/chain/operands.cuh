@@ -59,15 +59,11 @@ bool is_product_operand(const Matrix<const T>& x, int64_t positions, int64_t cha
   return positions % kPitch == 0 && channels % kPitch == 0 && has_aligned_rows(x, positions, channels);
 }
 
-// x less `mean` (batches, channels; null: nothing), rounded to E, as an operand of products, of which
-// pitch_of(positions) x pitch_of(channels) may be read: x itself where it can be, else a copy whose faster dimension
-// stays the faster one, with zeros beyond x.
+// A copy of x less `mean` (batches, channels; null: nothing), rounded to E, in rows of channels or channel-first; of
+// pitch_of(positions) x pitch_of(channels), with zeros beyond x.
 template <class E, class T, class Device>
-Matrix<const E> product_operand(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions,
-                                int64_t channels, const AccOf<T>* mean) {
-  if constexpr (std::is_same_v<E, T>)
-    if (!mean && is_product_operand(x, positions, channels)) return x;
-  const bool position_fast = position_is_fast(x, positions, channels);
+Matrix<const E> copied_operand(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions,
+                               int64_t channels, const AccOf<T>* mean, bool position_fast) {
   const int64_t all_positions = pitch_of(positions), all_channels = pitch_of(channels);
   E* data = device.template allocate<E>(batches * all_positions * all_channels);
   const Matrix<E> copy = position_fast ? dense(data, batches, all_channels, all_positions).transposed()
@@ -78,6 +74,16 @@ Matrix<const E> product_operand(Device& device, const Matrix<const T>& x, int64_
   op.zeros_to(all_positions, all_channels);
   affine(device, op);
   return copy.read();
+}
+
+// The same as an operand of products, all of which may be read: x itself where it can be, else a copy whose faster
+// dimension stays the faster one.
+template <class E, class T, class Device>
+Matrix<const E> product_operand(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions,
+                                int64_t channels, const AccOf<T>* mean) {
+  if constexpr (std::is_same_v<E, T>)
+    if (!mean && is_product_operand(x, positions, channels)) return x;
+  return copied_operand<E>(device, x, batches, positions, channels, mean, position_is_fast(x, positions, channels));
 }
 
 // A float (or double) buffer for a product that is then written to `out`, ordered as `out` is, so that the write reads
@@ -105,7 +111,8 @@ Matrix<const T> in_place_of(const Matrix<A>& x) {
 // Query, key and value as operands, with what centring needs. The logit of query i and key j, up to a constant of the
 // row: |scale| (sign <query_i, key_j> + bias_j). Output: sum_j P_ij value_j + offset.
 //
-// E is what products multiply: T, or Tf32 for float, which the one copy that centres an operand also rounds.
+// E is what products multiply: T, or Tf32 for float, which the one copy that centres an operand also rounds, and puts
+// in the order that fused/tile.cuh reads.
 enum class Placement { products, as_they_lie };  // operands of library products; or never copied, for halves
 
 template <class T, class Device, class E = T>
@@ -139,15 +146,17 @@ struct PairwiseOperands {
       value_mean = means(device, v, args.batches, args.keys, args.channels, true);
       offset = sum_of(device, value_mean, offset, args.batches, args.channels);
     }
-    const auto operand = [&](const Matrix<const T>& x, int64_t positions, int64_t channels,
-                             const A* mean) -> Matrix<const E> {
+    const auto operand = [&](const Matrix<const T>& x, int64_t positions, int64_t channels, const A* mean,
+                             [[maybe_unused]] bool channel_first) -> Matrix<const E> {
       if constexpr (kHalf<T>)
         if (placement == Placement::as_they_lie) return x;
+      if constexpr (std::is_same_v<E, Tf32>)
+        return copied_operand<E>(device, x, args.batches, positions, channels, mean, channel_first);
       return product_operand<E>(device, x, args.batches, positions, channels, kCentred ? mean : nullptr);
     };
-    query = operand(q, args.queries, args.width, query_mean);
-    key = operand(k, args.keys, args.width, key_mean);
-    value = operand(v, args.keys, args.channels, value_mean);
+    query = operand(q, args.queries, args.width, query_mean, false);
+    key = operand(k, args.keys, args.width, key_mean, false);
+    value = operand(v, args.keys, args.channels, value_mean, true);
     if (mean_term) {
       // k' rather than k: a constant of the row, but a key that is not finite then reaches every logit, as it should.
       Rows<A> out{device.template allocate<A>(args.batches * pitch_of(args.keys)), pitch_of(args.keys)};

@@ -102,8 +102,16 @@ struct ForwardPlace {
     score_key = score_group * Tiling::kScoreKeys;
   }
 
+  // Keys of the block.
+  template <class T>
+  DNL_DEVICE int keys(const FusedForward<T>& op) const {
+    const int64_t last = end * Tiling::kKeys;
+    return static_cast<int>((last < op.keys ? last : op.keys) - begin * Tiling::kKeys);
+  }
   // Whether the warp's 16 queries of S are the second half of its rows of the output.
   DNL_DEVICE bool second_half() const { return !Tiling::kWholeRows && column_group % 2; }
+  // Where a column group of S leaves a statistic of a row.
+  DNL_DEVICE static int statistic(int row_of_tile, int group) { return row_of_tile * Tiling::kScoreGroups + group; }
   // Slices beyond the first know the maximum of each row.
   DNL_DEVICE bool known() const { return slice > 0; }
 };
@@ -116,8 +124,9 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
                                      float (&stored)[Tiling::kScoreRowTiles][2], const ForwardPlace<Tiling>& at,
                                      unsigned char* memory) {
   constexpr int kQueries = Tiling::kQueries;
-  float* statistics = reinterpret_cast<float*>(memory + op.shared.statistics);  // (2, kScoreGroups, kQueries)
+  float* statistics = reinterpret_cast<float*>(memory + op.shared.statistics);  // (2, kQueries, kScoreGroups)
   const int lane = threadIdx.x % kWarp;
+  __syncthreads();  // the last tile and its maxima are done with
   for (int m = 0; m < Tiling::kScoreRowTiles; ++m) {
     for (int h = 0; h < 2; ++h) {
       for (int step = 1; step <= 2; step *= 2) {
@@ -125,7 +134,7 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
         stored[m][h] += __shfl_xor_sync(kAllLanes, stored[m][h], step);
       }
       if (lane % 4 == 0) {
-        float* to = statistics + at.score_group * kQueries + at.score_row + m * kFragmentRows + fragment_row(h);
+        float* to = statistics + at.statistic(at.score_row + m * kFragmentRows + fragment_row(h), at.score_group);
         to[0] = sum[m][h];
         to[Tiling::kScoreGroups * kQueries] = stored[m][h];
       }
@@ -141,8 +150,8 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
       const int row = at.row + m * kFragmentRows + fragment_row(h);
       float total = 0, rounded_total = 0;
       for (int g = 0; g < Tiling::kScoreGroups; ++g) {
-        total += statistics[g * kQueries + row];
-        rounded_total += statistics[(Tiling::kScoreGroups + g) * kQueries + row];
+        total += statistics[at.statistic(row, g)];
+        rounded_total += statistics[kQueries * Tiling::kScoreGroups + at.statistic(row, g)];
       }
       inverse[m][h] = merge ? 1.0f : 1.0f / rounded_total;
       const int64_t i = at.first_query + row;
