@@ -56,7 +56,7 @@ MUTANTS = [
         "    __syncwarp();  // lanes of a warp do not wait together\n",
         "",
         mode="tsan",
-        cases=20,
+        cases=12,
     ),
     of_backward(
         "operands: the first batch element of all",
