@@ -30,7 +30,12 @@ void test(gates::Draw& draw) {
   gates::PairwiseCase t =
       gates::kSanitized ? gates::any_pairwise<T>(draw, 150, 70, 150) : gates::any_pairwise<T>(draw, 300, 256, 700);
   if (t.channels > 150) t.queries = std::min<int64_t>(t.queries, 70), t.keys = std::min<int64_t>(t.keys, 100);
-  if (draw.chance(0.1)) t.keys = draw.upto(257, 600), t.queries = std::min<int64_t>(t.queries, 40);  // round the ring
+  // Often enough, stages come round: many tiles of keys, or many channels.
+  if (draw.chance(0.1)) t.keys = draw.upto(257, 600), t.queries = std::min<int64_t>(t.queries, 40);
+  if (draw.chance(gates::kSanitized ? 0.3 : 0.15)) {
+    t.width = draw.upto(129, 256), t.channels = draw.upto(129, 320);
+    t.queries = draw.upto(1, 24), t.keys = draw.upto(1, 24);
+  }
   gates::PairwiseProblem<T> problem(t);
   const int what = GATE_HOPPER;
   if (what & 1)

@@ -56,7 +56,7 @@ MUTANTS = [
         "    __syncwarp();  // lanes of a warp do not wait together\n",
         "",
         mode="tsan",
-        cases=20,
+        cases=12,
     ),
     of_backward(
         "operands: the first batch element of all",
@@ -166,7 +166,7 @@ MUTANTS = [
         "    for (int left",
         cases=30,
     ),
-    of_backward("hopper map: stages of the lead kept", MAP, "left = chunk == lead ? lead : 1;", "left = 1;", cases=90),
+    of_backward("hopper map: stages of the lead kept", MAP, "left = chunk == lead ? lead : 1;", "left = 1;", cases=60),
     of_backward(
         "hopper map: added to what registers held",
         MAP,
@@ -194,8 +194,8 @@ MUTANTS = [
         MAP,
         "    }\n    named_barrier(kConsumerBarrier, kConsumers);\n",
         "    }\n",
-        mode="order",
-        cases=30,
+        mode="tsan",
+        cases=12,
     ),
     of_backward(
         "hopper map: padding counts as queries",
