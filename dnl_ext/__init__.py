@@ -10,7 +10,7 @@ library: see :mod:`dnl_ext.export`.
 import torch.distributed
 import torch.fx
 
-from . import _load as _load  # first: the compiled operators, before anything that calls them
+from ._load import _C as _C  # first: the operators, before anything that calls them
 from . import export, ops, reference
 from ._version import __version__ as __version__
 from .config import show_config

@@ -14,6 +14,15 @@ def accumulate_type(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def sum_type(x: torch.Tensor) -> torch.dtype:
+    """Type of means and other O(N) sums: float64 where the device of `x` has it, which Apple's and some of Intel's lack."""
+    if x.device.type == "mps":
+        return torch.float32
+    if x.device.type == "xpu" and not torch.xpu.get_device_properties(x.device).has_fp64:
+        return torch.float32
+    return torch.float64
+
+
 def memory_order(x: torch.Tensor) -> list[int]:
     """The dimensions of `x` from the slowest in memory to the fastest; those of stride 0 keep their place."""
     order = list(range(x.dim()))
@@ -45,7 +54,8 @@ def empty_like_layout(x: torch.Tensor, sizes: Sequence[int], dtype: torch.dtype 
 
 def without_autocast(x: torch.Tensor) -> torch.autocast:
     """A context in which torch's products on the device of `x` keep the types they are given."""
-    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False)
 
 
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
