@@ -10,8 +10,8 @@ library: see :mod:`dnl_ext.export`.
 import torch.distributed
 import torch.fx
 
-from ._load import _C as _C  # first: the operators, before anything that calls them
 from . import export, ops, reference
+from ._load import _C as _C  # first: the operators, before anything that calls them
 from ._version import __version__ as __version__
 from .config import show_config
 from .modules import (

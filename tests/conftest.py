@@ -12,22 +12,23 @@ from dnl_ext._load import LEFT_OUT
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long form of the suites too")
+    parser.addoption("--once", action="store_true", help="run each test function with the first of its parameters only")
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
+    slow, once = config.getoption("--slow"), config.getoption("--once")
     skip = pytest.mark.skip(reason="long form; give --slow")
     seen = set()
     for item in items:
-        if "slow" in item.keywords:
+        function = item.nodeid.split("[")[0]
+        emulated = "device" in item.fixturenames and item.callspec.params["device"] == "emulated"
+        if "slow" in item.keywords and not slow:
             item.add_marker(skip)
         # Emulated, a test function runs once, with the first of its parameters.
-        elif "device" in item.fixturenames and item.callspec.params["device"] == "emulated":
-            function = item.nodeid.split("[")[0]
-            if function in seen:
+        elif once or (emulated and not slow):
+            if (function, emulated) in seen:
                 item.add_marker(skip)
-            seen.add(function)
+            seen.add((function, emulated))
 
 
 def pytest_terminal_summary(terminalreporter):

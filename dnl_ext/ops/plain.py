@@ -172,9 +172,7 @@ def unary_backward(
 
     <dy, y> is made of the products at hand, for y was rounded, and of values less their mean, which cancels.
     """
-    grad_mask, grad_value = allocate_unary_backward(
-        grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value
-    )
+    grad_mask, grad_value = allocate_unary_backward(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value)
     weights = torch.softmax(mask_logits.to(sum_type(value)), -1)
     if need_mask:
         products = (centred(value, False)[0] @ grad_pooled.unsqueeze(-1)).squeeze(-1).to(weights.dtype)

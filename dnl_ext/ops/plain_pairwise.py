@@ -209,9 +209,7 @@ def pairwise_backward(
     *needs: bool,
 ) -> tuple[torch.Tensor, ...]:
     saved = (output, softmax_stats, residual, pooled, mask_lse)
-    results = allocate_pairwise_backward(
-        grad_output, query, key, value, mask_logits, *saved, scale, whiten, *needs
-    )
+    results = allocate_pairwise_backward(grad_output, query, key, value, mask_logits, *saved, scale, whiten, *needs)
     grads = [*_backward(grad_output, query, key, value, scale, whiten, None, needs[:3]), None]
     if mask_logits is not None and any(needs[2:]):
         wide = accumulate_type(query.dtype)
@@ -245,8 +243,6 @@ def pairwise_part_backward(
     scale: float,
     *needs: bool,
 ) -> tuple[torch.Tensor, ...]:
-    results = allocate_pairwise_part_backward(
-        grad_output, query, key, value, softmax_stats, delta, scale, *needs
-    )
+    results = allocate_pairwise_part_backward(grad_output, query, key, value, softmax_stats, delta, scale, *needs)
     _fill(results, _backward(grad_output, query, key, value, scale, None, (softmax_stats, delta), needs))
     return results
