@@ -5,8 +5,8 @@ gradient is (y, J^T dy), J being the Jacobian of y; so the Hessian times (0, t) 
 is the derivative of y along t (forward mode), and what a double backward owes to dy. The second is what it owes to x
 and, the Hessian being symmetric, the derivative of the gradient J^T dy along t.
 
-The map exists a block of queries at a time, in up to six matrices. The blocks are made of torch's products in the accumulate type: one code
-for every device, bound by its twelve products of Nq x Nk, without 16-bit intermediates.
+The map exists a block of queries at a time, in up to six matrices. The blocks are made of torch's products in the
+accumulate type: one code for every device, bound by its twelve products of Nq x Nk, without 16-bit intermediates.
 """
 
 import math

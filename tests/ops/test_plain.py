@@ -1,4 +1,4 @@
-"""Every operator in plain PyTorch: dnl_ext/ops/plain.py. What runs without kernels passes the tests of the operators."""
+"""Every operator in plain PyTorch: dnl_ext/ops/plain.py. Without kernels, the tests of the operators pass."""
 
 import math
 import os
