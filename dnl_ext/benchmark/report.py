@@ -89,8 +89,8 @@ def tables(document: dict[str, Any]) -> "Iterator[Table | Text]":
         document: of :func:`run` or :func:`load`.
 
     Returns:
-        Iterator over renderables of rich: for each dtype and direction a table of speeds, one of memory where it was
-        measured, and notes.
+        Iterator over renderables of rich: the peaks of the CPU's instruction sets, then for each dtype and direction a
+        table of speeds and, where it was measured, one of memory, and notes.
 
     Example:
         >>> from rich.console import Console
@@ -102,11 +102,28 @@ def tables(document: dict[str, Any]) -> "Iterator[Table | Text]":
     from rich.text import Text
 
     yield Text(_heading(document))
+    if document.get("peaks"):
+        yield _peaks(document)
     for (dtype, direction), cases in _groups(document, "dtype", "direction").items():
         yield _speeds(f"{dtype} {WORDS[direction]}", cases)
         if any("memory_bytes" in record for case in cases for record in case["results"]):
             yield _memory(f"{dtype} {WORDS[direction]}: peak MB beyond inputs, outputs and gradients", cases)
     yield from _notes(document)
+
+
+def _peaks(document: dict[str, Any]) -> "Table":
+    from rich.table import Table
+
+    table = Table(title="Peak of the CPU, registers only: GFLOP/s", title_justify="left", header_style="bold")
+    table.add_column("instruction set")
+    dtypes = list(next(iter(document["peaks"].values())))
+    for dtype in dtypes:
+        table.add_column(dtype, justify="right")
+    used = document["config"]["cpu"]["capability"]
+    for name, peaks in document["peaks"].items():
+        label = f"{name}, in use" if name == used else name
+        table.add_row(label, *(f"{peaks[dtype]:.0f}" for dtype in dtypes), style="bold" if name == used else None)
+    return table
 
 
 def _table(title: str, cases: list[dict[str, Any]]) -> "tuple[Table, list[int]]":
@@ -131,7 +148,9 @@ def _rows(cases: list[dict[str, Any]], positions: list[int]) -> Iterator[tuple[s
 
 
 def _speeds(title: str, cases: list[dict[str, Any]]) -> "Table":
-    table, positions = _table(f"{title}: GFLOP/s (share of a plain product's)", cases)
+    of_peak = any("peak_share" in case["roof"] for case in cases if case["roof"])
+    shares = "(share of a plain product, of the peak)" if of_peak else "(share of a plain product)"
+    table, positions = _table(f"{title}: GFLOP/s {shares}", cases)
     for label, row in _rows(cases, positions):
         for method in _methods(cases):
             cells = [_speed(case, method) for case in row]
@@ -139,7 +158,7 @@ def _speeds(title: str, cases: list[dict[str, Any]]) -> "Table":
                 style = "bold" if method == OWN else None
                 table.add_row(label if method == OWN else "", method, *cells, style=style)
         if any(case and case["roof"] for case in row):
-            roofs = [f"{case['roof']['gflops']:.0f}" if case and case["roof"] else "" for case in row]
+            roofs = [_figure(case["roof"]) if case and case["roof"] else "" for case in row]
             table.add_row("", "plain product", *roofs, style="dim")
         table.add_row("", "dnl_ext / best peer", *(_ratio(case) for case in row), end_section=True)
     return table
@@ -155,7 +174,13 @@ def _speed(case: dict[str, Any] | None, method: str) -> str:
         return record["status"]
     if "gflops" not in record:
         return f"error x{max(record['error_ratios'].values()):.2f}"
-    return f"{record['gflops']:.0f} ({record['roof_share']:.2f})"
+    return _figure(record)
+
+
+def _figure(record: dict[str, Any]) -> str:
+    """GFLOP/s, and in brackets those shares that the record has."""
+    shares = [f"{record[share]:.2f}" for share in ("roof_share", "peak_share") if share in record]
+    return f"{record['gflops']:.0f}" + (f" ({', '.join(shares)})" if shares else "")
 
 
 def _ratio(case: dict[str, Any] | None) -> str:

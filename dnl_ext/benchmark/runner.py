@@ -18,7 +18,7 @@ from dnl_ext._load import _C
 from dnl_ext.config import cpu_model, show_config
 
 from . import timing
-from .case import DIRECTIONS, Case, Inputs, make_inputs
+from .case import DIRECTIONS, DTYPES, Case, Inputs, make_inputs
 from .check import OWN_BAR, PEER_BAR, ROWS, Truth, gradient_names
 from .memory import CpuPeaks, available_bytes, call, peak_cuda
 from .methods import METHODS, Attention, Method, Unavailable, sdpa_backend
@@ -101,6 +101,18 @@ def describe_device(device: str) -> dict[str, Any]:
     return shown
 
 
+def cpu_peaks(dtypes: Iterable[str], threads: int) -> dict[str, dict[str, float]]:
+    """Measured GFLOP/s of every instruction set of this CPU, by name and dtype, on registers alone.
+
+    No kernel can exceed it. A dtype that a set cannot multiply has the peak of the type to which it is widened.
+    """
+    names = [name for name, supported in _C.cpu_capabilities() if supported]
+    return {
+        name: {dtype: _C.cpu_peak(name, str(DTYPES[dtype]).removeprefix("torch."), threads) / 1e9 for dtype in dtypes}
+        for name in names
+    }
+
+
 def new_document(options: Options) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
@@ -114,12 +126,19 @@ def new_document(options: Options) -> dict[str, Any]:
             "flops_forward": "2 Nq Nk (Dqk + Dv)",
             "flops_training": "2 Nq Nk (Dqk + Dv) + 2 Nq Nk (3 Dqk + 2 Dv), for every method",
             "gflops": "from the best sample",
+            "peaks": "GFLOP/s of multiply-adds on registers alone, by instruction set and dtype; peak_share is of the "
+            "one in use",
             "check": f"relative error on {ROWS} query rows against float64, as a multiple of plain PyTorch's: dnl_ext "
             f"at most {OWN_BAR}, others {PEER_BAR}",
             "memory": "peak of one call in bytes beyond inputs, outputs and gradients",
         },
+        "peaks": cpu_peaks(options.dtypes, torch.get_num_threads()) if _on_cpu(options) else {},
         "cases": [],
     }
+
+
+def _on_cpu(options: Options) -> bool:
+    return torch.device(options.device).type == "cpu" and not options.check_only
 
 
 def run(
@@ -158,6 +177,7 @@ def run(
                 progress(case, number, len(cases))
             share = max(LEAST_SECONDS, budget * weights[number] / sum(weights[number:]))
             record = run_case(case, options, clock, edges.get(case.dtype), share, peaks)
+            _add_peak_shares(record, document["peaks"].get(_C.cpu_capability()))
             budget = max(0.0, budget - record["timed_s"])
             document["cases"].append(record)
             if save:
@@ -293,6 +313,14 @@ def _memory(
     except Exception as error:
         record["memory_reason"] = timing.failure_text(error)
         return None
+
+
+def _add_peak_shares(result: dict[str, Any], peaks: dict[str, float] | None) -> None:
+    """Set the share of the CPU's peak, of the instruction set in use, beside every figure."""
+    if peaks:
+        for record in filter(None, [result["roof"], *result["results"]]):
+            if "gflops" in record:
+                record["peak_share"] = record["gflops"] / peaks[result["case"]["dtype"]]
 
 
 def _figures(entry: timing.Entry, flops: int) -> dict[str, Any]:

@@ -1,14 +1,17 @@
 """The benchmark: what it counts, what it lets through, what it writes."""
 
+import io
 import json
 import math
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from dnl_ext import benchmark
+from dnl_ext._load import _C
 from dnl_ext.benchmark import Case, Options, check, memory, methods, runner, timing
 from dnl_ext.benchmark.case import make_inputs
 from dnl_ext.benchmark.memory import CpuPeaks
@@ -166,6 +169,50 @@ class TestGate:
         assert "grad_value" in truth.verdict(results, own=True)[2]
 
 
+class TestPeaks:
+    def test_follow_the_width_of_the_vectors(self):
+        """Twice the elements in a vector, twice the operations; a set with wider vectors is not slower."""
+        peaks = runner.cpu_peaks(("fp32", "fp64", "fp16"), 1)
+        assert set(peaks) == {name for name, supported in _C.cpu_capabilities() if supported}
+        for of in peaks.values():
+            assert 1.5 < of["fp32"] / of["fp64"] < 2.7
+            assert of["fp16"] == pytest.approx(of["fp32"], rel=0.3)  # widened to float32
+        assert max(peaks.values(), key=lambda of: of["fp32"])["fp32"] < 1.4 * list(peaks.values())[-1]["fp32"]
+
+    def test_no_product_exceeds_them(self):
+        """On one thread, so that nothing but the clock's rate can differ between the two."""
+        a = torch.randn(512, 512)
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            seconds = min(timing.CpuClock()(lambda: a @ a) for _ in range(20))
+        finally:
+            torch.set_num_threads(before)
+        best = max(of["fp32"] for of in runner.cpu_peaks(("fp32",), 1).values())
+        assert 2 * 512**3 / seconds / 1e9 < 1.15 * best
+
+    def test_unknown_instruction_set(self):
+        with pytest.raises(ValueError, match="not built or not supported"):
+            _C.cpu_peak("mmx", "float32", 1)
+
+    def test_are_printed_with_shares_of_them(self):
+        document = benchmark.run(replace(SMALL, peers=(), directions=("forward",)))
+        shown = Console(record=True, width=120, file=io.StringIO())
+        for part in benchmark.tables(document):
+            shown.print(part)
+        text = shown.export_text()
+        record = document["cases"][0]["results"][0]
+        assert f"({record['roof_share']:.2f}, {record['peak_share']:.2f})" in text
+        assert f"{document['config']['cpu']['capability']}, in use" in text
+        for case in document["cases"]:  # a document from before there were peaks
+            for figures in (case["roof"], *case["results"]):
+                figures.pop("peak_share")
+        del document["peaks"]
+        for part in benchmark.tables(document):
+            shown.print(part)
+        assert f"({record['roof_share']:.2f})" in shown.export_text()
+
+
 class TestRun:
     def test_document(self, tmp_path):
         saved = []
@@ -173,6 +220,7 @@ class TestRun:
         assert len(saved) == 2
         benchmark.save_json(tmp_path / "a" / "b.json")(document)
         assert benchmark.load(tmp_path / "a" / "b.json") == json.loads(json.dumps(document))
+        peaks = document["peaks"][document["config"]["cpu"]["capability"]]
         for case in document["cases"]:
             assert case["roof"]["best_s"] == min(case["roof"]["seconds"])
             timed = {record["method"]: record for record in case["results"] if record["status"] == "ok"}
@@ -181,6 +229,7 @@ class TestRun:
                 assert len(record["seconds"]) >= 3 and record["best_s"] == min(record["seconds"])
                 assert record["gflops"] == pytest.approx(case["case"]["flops"] / record["best_s"] / 1e9)
                 assert record["roof_share"] == pytest.approx(record["gflops"] / case["roof"]["gflops"])
+                assert record["peak_share"] == pytest.approx(record["gflops"] / peaks[case["case"]["dtype"]])
                 assert record["memory_bytes"] >= 0
             best = max((record for name, record in timed.items() if name != "dnl_ext"), key=lambda r: r["gflops"])
             assert case["best_peer"] == best["method"]

@@ -38,6 +38,22 @@ static bool tiles_are_right() {
   return true;
 }
 
+// As multiply_adds of core/cpu/peak.h: the four products of a block, without its loads.
+static int64_t tile_multiply_adds(int64_t steps) {
+  Tiles tiles;
+  tiles.configure(TileConfig(kTileRows, kTileRows));
+  tiles.zero<kSum>(), tiles.zero<kSum + 1>(), tiles.zero<kSum + 2>(), tiles.zero<kSum + 3>();
+  tiles.zero<kLeft>(), tiles.zero<kLeft + 1>(), tiles.zero<kRight>(), tiles.zero<kRight + 1>();
+  for (int64_t s = 0; s < steps; ++s) {
+    tiles.multiply<kSum, kLeft, kRight>();
+    tiles.multiply<kSum + 1, kLeft, kRight + 1>();
+    tiles.multiply<kSum + 2, kLeft + 1, kRight>();
+    tiles.multiply<kSum + 3, kLeft + 1, kRight + 1>();
+  }
+  tiles.release();
+  return steps * 4 * kTileRows * kTileLanes * kTileDepth;
+}
+
 }  // namespace DNL_ISA
 }  // namespace dnl
 
@@ -62,6 +78,10 @@ const CpuKernels& kernels_avx512_amx() {
     CpuKernels k = kernels_avx512_bf16();
     k.name = "avx512_amx";
     k.supported = [] { return !std::strcmp(amx_state(), "in use"); };
+    k.multiply_adds = [](DType dtype, int64_t steps) {
+      if (dtype == DType::bf16) return avx512_amx::tile_multiply_adds(steps);
+      return kernels_avx512_bf16().multiply_adds(dtype, steps);
+    };
     k.pairwise_forward_workspace = [](const PairwiseArgs& args, const Executor& executor) {
       if (args.dtype == DType::bf16) return avx512_amx::pairwise_forward_workspace(args, executor);
       return kernels_avx512_bf16().pairwise_forward_workspace(args, executor);

@@ -19,6 +19,8 @@ struct CpuKernels {
   const char* name;
   bool (*supported)();
   bool bf16_products;  // multiplies bf16 by bf16 into fp32; otherwise halves are widened to fp32 first
+  // Multiply-adds on registers alone, for cpu_peak(): how many it ran, of the type in which `dtype` is multiplied.
+  int64_t (*multiply_adds)(DType dtype, int64_t steps);
 
   void (*whiten)(const WhitenArgs&, const Executor&);
   int64_t (*standardise_workspace)(const StandardiseArgs&);  // in doubles
@@ -40,5 +42,8 @@ DNL_EXPORT const std::vector<const CpuKernels*>& all_cpu_kernels();
 DNL_EXPORT const char* amx_state();
 // The table in use.
 DNL_EXPORT const CpuKernels& cpu_kernels();
+// Floating-point operations per second (two for a multiply-add) of `threads` threads whose operands never leave the
+// registers: what no kernel of this instruction set can exceed here. Runs for about a tenth of a second.
+DNL_EXPORT double cpu_peak(const CpuKernels& kernels, DType dtype, int threads);
 
 }  // namespace dnl

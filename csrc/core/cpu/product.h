@@ -79,20 +79,26 @@ struct Step<bf16> {
 };
 #endif
 
+// A function of its own: within a caller, whose variables want registers too, the distances between the rows would be
+// loaded again at every step.
 template <class E, int R, Into into>
-inline void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b, int64_t depth, Acc<E>* c,
+__attribute__((noinline)) void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b, int64_t depth, Acc<E>* c,
                   const Acc<E>* alpha) {
   using B = Block<E>;
   using V = Vec<Acc<E>>;
   constexpr int W = kWidth<Acc<E>>;
+  // Loops over the sums are unrolled, all of them: an index at run time would move the sums to memory.
   V sum[R][B::kVectors];
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < B::kVectors; ++v) sum[r][v] = V{};
 
   for (int64_t begin = 0; begin < depth; begin += run, a += jump) {
     const int64_t count = std::min(run, depth - begin);
     for (int64_t k = 0; k < count; k += B::kGroup) {
       typename Step<E>::V bk[B::kVectors];
+#pragma GCC unroll 8
       for (int v = 0; v < B::kVectors; ++v) bk[v] = Step<E>::load_b(b + v * W * B::kGroup);
       b += B::kLanes * B::kGroup;
 #pragma GCC unroll 8
@@ -104,7 +110,9 @@ inline void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b
     }
   }
 
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
     for (int v = 0; v < B::kVectors; ++v) {
       Acc<E>* out = c + r * B::kLanes + v * W;
       if (into == Into::store) store(out, sum[r][v]);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "core/cpu/kernels.h"
+#include "core/cpu/peak.h"
 #include "ops/pairwise/cpu/backward.h"
 #include "ops/pairwise/cpu/forward.h"
 #include "ops/unary/unary_cpu.h"
@@ -19,6 +20,7 @@
   namespace dnl {                                                                                                \
   const CpuKernels& kernels_##isa() {                                                                            \
     static const CpuKernels kernels = {#isa, supported, DNL_HAS_BF16_PRODUCTS,                                   \
+                                       isa::multiply_adds_of,                                                    \
                                        isa::whiten, isa::standardise_workspace, isa::standardise,                \
                                        isa::softmax, isa::softmax_backward,                                      \
                                        isa::unary_forward, isa::unary_backward,                                  \

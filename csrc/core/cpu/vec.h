@@ -134,9 +134,11 @@ template <class T>
 inline void store(T* x, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(x) = v;
 }
+// x - 0 is x, which a compiler knows and turns into the broadcast alone, from memory. 0 + x is not where x = -0: that
+// would be an addition and a shuffle for every broadcast, on the units that multiply.
 template <class T>
 inline Vec<T> broadcast(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};
 }
 // A square block of W elements of Bytes bytes, whatever they are: element j of row i becomes element i of row j. In
 // round S = 1, 2, 4, ... rows S apart exchange every other run of S elements.
