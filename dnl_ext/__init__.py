@@ -10,8 +10,8 @@ library: see :mod:`dnl_ext.export`.
 import torch.distributed
 import torch.fx
 
+from . import _load as _load  # first: the operators, before anything that calls them
 from . import export, ops, reference
-from ._load import _C as _C  # first: the operators, before anything that calls them
 from ._version import __version__ as __version__
 from .config import show_config
 from .modules import (
@@ -72,6 +72,8 @@ __all__ = [
     "unary_softmax",
     "whiten",
 ]
+
+_C = _load._C  # what tells of the build, compiled or not
 
 if torch.distributed.is_available():  # it teaches functions and blocks what lies on several devices
     from . import distributed as distributed

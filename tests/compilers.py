@@ -19,7 +19,6 @@ import tempfile
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-
 def zig(target):
     """The command of zig's clang for a machine and system, such as "aarch64-macos".
 
