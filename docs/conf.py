@@ -1,8 +1,11 @@
 """The site, built by ``make docs``: pages in docs/, and the API reference from the docstrings."""
 
 import os
+import re
 import sys
 from pathlib import Path
+
+from docutils import nodes
 
 import dnl_ext
 
@@ -43,9 +46,10 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 88
+python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
-# The inventories of torch and Python are not at hand: the site is built without a network.
-nitpick_ignore_regex = [(r"py:.*", r"(torch|nn|collections|dataclasses|pathlib|typing)\..*")]
+# The inventories of torch, numpy and Python are not at hand: the site is built without a network.
+nitpick_ignore_regex = [(r"py:.*", r"(torch|nn|collections|contextlib|dataclasses|numpy|pathlib|typing)\..*")]
 # A TypeVar: what goes in comes out.
 nitpick_ignore = [("py:class", "dnl_ext.distributed.blocks.Module")]
 
@@ -58,5 +62,13 @@ def skip_field(app, what, name, member, skip, options):
     return True if (getattr(member, "__doc__", None) or "").startswith("Alias for field number") else None
 
 
+def shorten_types(app, domain, objtype, content):
+    """Show the last part of ``~collections.abc.Callable``: behind a Literal Sphinx leaves a type as it is written."""
+    for text in list(content.findall(nodes.Text)):
+        if "Literal" in text and "~" in text and isinstance(text.parent.parent, nodes.field_body):
+            text.parent.replace(text, nodes.Text(re.sub(r"~(?:\w+\.)+(\w+)", r"\1", text)))
+
+
 def setup(app):
     app.connect("autodoc-skip-member", skip_field)
+    app.connect("object-description-transform", shorten_types, priority=900)  # after autodoc has put the types there

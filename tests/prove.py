@@ -233,12 +233,13 @@ def determinism(context, outcome, seconds):
 
 
 def gradients(context, outcome, seconds):
-    of_ops = (f"ops/test_{name}.py" for name in ("autograd", "second", "second_methods"))
+    of_ops = (f"ops/test_{name}.py" for name in ("autograd", "second", "second_accuracy", "second_methods", "third"))
     pytest_counts(outcome, *of_ops, "pytorch/test_func.py", "modules/test_modules.py", seconds=seconds)
 
 
 def bad_inputs(context, outcome, seconds):
-    pytest_counts(outcome, "ops/test_errors.py", "ops/test_empty.py", seconds=seconds)
+    of_ops = (f"ops/test_{name}.py" for name in ("errors", "errors_of_shape", "errors_of_options", "empty"))
+    pytest_counts(outcome, *of_ops, seconds=seconds)
 
 
 def launches(context, outcome, seconds):

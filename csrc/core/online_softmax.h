@@ -2,8 +2,8 @@
 //
 //   most = max_j x_j,  sum = sum_j exp(x_j - most),  lse = most + log sum,  p_j = exp(x_j - most) / sum
 //
-// The exponential is e's and the maximum is taken off first: a large offset common to a row then costs no digits, and
-// the lse is rounded once. Scaling logits to base 2 would save an instruction and round everything once more. NaN and
+// The base is e, and the maximum is subtracted first, so that a large offset common to a row costs no digits, and the
+// lse is rounded once. Scaling logits to base 2 would save an instruction and round everything once more. NaN and
 // +inf end in sum = NaN, as in a softmax that is computed in one go. A row of -inf keeps sum = 0; dividing by it gives
 // the NaN that the reference has.
 #pragma once

@@ -1,6 +1,6 @@
 // Whether torch allows products of float32 on CUDA to round their operands to TF32 (torch.backends.cuda.matmul). The
-// stable ABI does not tell, so whoever knows registers a function that does: the Python module at import
-// (bindings.cpp). Without it the answer is no.
+// stable ABI does not tell, so the Python module registers a function that does when it is imported (bindings.cpp).
+// Without that function the answer is no.
 #pragma once
 
 #include "core/errors.h"

@@ -1,7 +1,8 @@
 """Do the maps keep to what is in the image: pairwise rows to the query's class, the unary map to class boundaries?
 
 The paper reports such figures (Yin et al., ECCV 2020, section 3), but the exact definition behind them is not public.
-These are OUR definitions; compare them with the uniform value beside each, not with the paper's numbers.
+The definitions here are this library's; compare each figure with the uniform value beside it, not with the paper's
+numbers.
 
     own class    mass: share of a query's attention that lies on keys of its own class, mean over queries.
                  correlation: Pearson's r over the keys between a query's weights and [same class], mean over queries.

@@ -64,7 +64,13 @@ SECTIONS = {
 
 
 class Section(NamedTuple):
-    """A table of text: title, column heads, rows of cells."""
+    """A table of text.
+
+    Attributes:
+        title: of the table.
+        head: texts above the columns.
+        rows: texts of the cells, a list for each row.
+    """
 
     title: str
     head: list[str]

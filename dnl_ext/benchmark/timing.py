@@ -1,4 +1,4 @@
-"""Interleaved timing: every round runs every method once, in shuffled order, so that all meet the same machine."""
+"""Interleaved timing: every round runs every method once, in shuffled order, so that none has quieter times."""
 
 import random
 import statistics

@@ -34,25 +34,24 @@ def ablate(
         str, typer.Option(help="context (built-in data), cityscapes, ade20k or pascal_context: published settings.")
     ] = "context",
     data: Annotated[str | None, typer.Option(help="Folder of the recipe's data set.")] = None,
-    variants: Annotated[
-        str | None, typer.Option(help="Of nl,pairwise,unary,dnl_shared_key,dnl. [default: all]")
-    ] = None,
-    temperatures: Annotated[str | None, typer.Option(help="Of the logits. [default: 1 and the paper's]")] = None,
+    variants: Annotated[str | None, typer.Option(help="Some of nl,pairwise,unary,dnl_shared_key,dnl (all).")] = None,
+    temperatures: Annotated[str | None, typer.Option(help="Temperatures of the logits (1 and the paper's).")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, each a run of its own.")] = "0,1,2",
-    steps: Annotated[int | None, typer.Option(help="Updates of the weights per run. [default: the recipe's]")] = None,
-    crop: Annotated[str | None, typer.Option(help="Height x width of the crops. [default: the recipe's]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Crops per step. [default: the recipe's]")] = None,
-    width: Annotated[int | None, typer.Option(help="Channels after the first convolution. [the recipe's]")] = None,
-    pretext: Annotated[int | None, typer.Option(help="Steps of the encoder alone, first. [the recipe's]")] = None,
-    val_images: Annotated[int | None, typer.Option(help="Validation images for the mIoU. [the recipe's]")] = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Of them for the attention. [the recipe's]")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch. [its own choice]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads that prepare images ahead. [1]")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. [auto]")] = None,
+    steps: Annotated[int | None, typer.Option(help="Updates of the weights per run (the recipe's).")] = None,
+    crop: Annotated[str | None, typer.Option(help="Height x width of the crops (the recipe's).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Crops per step (the recipe's).")] = None,
+    width: Annotated[int | None, typer.Option(help="Channels after the first convolution (the recipe's).")] = None,
+    pretext: Annotated[int | None, typer.Option(help="Steps of the encoder alone, before (the recipe's).")] = None,
+    val_images: Annotated[int | None, typer.Option(help="Validation images for the mIoU (the recipe's).")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Images to measure attention on (the recipe's).")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch (its own choice).")] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads that prepare images ahead (1).")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N (auto).")] = None,
 ) -> None:
     """Train every variant of the block at two temperatures and several seeds; write the table of the paper's talk.
 
-    The default takes about an hour on two CPU cores. Ctrl-C saves; the same command goes on.
+    The default takes about an hour on two CPU cores. Ctrl-C saves; the same command goes on. Defaults are in
+    parentheses.
     """
     from ..segmentation.errors import InputError, Interrupted
     from ..segmentation.experiments.ablation import Ablation
@@ -82,6 +81,7 @@ def ablate(
         write_report(ablation)
 
     typer.echo(f"{len(ablation.runs)} runs in {out}: {ablation.recipe.source}")
+    typer.echo(ablation.data.summary)
     try:
         ablation.run(listener, on_result)
     except Interrupted as stop:

@@ -51,11 +51,11 @@ def _names(option: str, text: str, known: Iterable[str]) -> tuple[str, ...]:
 
 def bench(
     shapes: Annotated[str, typer.Option(help="Dqk,Dv pairs, ';' between them.")] = "256,256;256,512;256,1024",
-    n: Annotated[str, typer.Option("--n", help="Numbers of positions. [default: 1024,2048,4096]")] = "",
-    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16, fp64. [default: fp32,bf16]")] = "fp32,bf16",
+    n: Annotated[str, typer.Option("--n", help="Numbers of positions (1024,2048,4096).")] = "",
+    dtype: Annotated[str, typer.Option(help="Some of fp32,bf16,fp16,fp64.")] = "fp32,bf16",
     direction: Annotated[str, typer.Option(help="forward, training (forward + backward).")] = "forward,training",
     peers: Annotated[str, typer.Option(help="Names, 'all', or 'default': all but what compiles on a CPU.")] = "default",
-    device: Annotated[str, typer.Option(help="cpu or cuda. [default: cuda where there is one]")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda (cuda where there is one).")] = "",
     batch: Annotated[int, typer.Option(min=1)] = 1,
     heads: Annotated[int, typer.Option(min=1)] = 1,
     whiten: Annotated[bool, typer.Option(help="Centre query and key (peers: in plain PyTorch).")] = True,

@@ -22,7 +22,7 @@ QUERIES, KEYS, WIDTH, CHANNELS = 301, 403, 67, 131
 def doctor(
     shape: Annotated[str, typer.Option(help="N,Dqk,Dv: say which path such a call takes and why.")] = "4096,256,512",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 (or fp32, bf16, ...).")] = "float32",
-    device: Annotated[str, typer.Option(help="As torch names it. [default: an accelerator, else the CPU]")] = "",
+    device: Annotated[str, typer.Option(help="As torch names it (an accelerator where there is one).")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show versions, builds and paths, then check forward and backward against plain PyTorch. Exits 1 if broken."""

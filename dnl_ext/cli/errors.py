@@ -47,6 +47,8 @@ def one_line_warnings() -> Iterator[None]:
     def show(message: Any, category: type[Warning], *place: Any, **options: Any) -> None:
         if not issubclass(category, InputWarning):
             show_other(message, category, *place, **options)
+        elif message.what is None:
+            typer.echo(f"warning: {message}", err=True)
         elif message.what not in said:
             said.add(message.what)
             typer.echo(f"warning: {message} (said for the first such file)", err=True)

@@ -24,7 +24,7 @@ def maps(
     ] = None,
     query: Annotated[
         list[str] | None,
-        typer.Option(help="Pixel X,Y to look from, up to 6 of them. [default: a quarter in from each side]"),
+        typer.Option(help="Pixel X,Y to look from, up to 6 of them (a quarter in from each side)."),
     ] = None,
     out: Annotated[str, typer.Option(help="Picture to write: png, pdf or svg.")] = "maps.png",
 ) -> None:
@@ -34,7 +34,7 @@ def maps(
     from ..segmentation.data.files import read_image
     from ..segmentation.errors import InputError
     from ..segmentation.looking.maps import LARGEST, check_queries, draw_maps, look, row_titles
-    from ..segmentation.training.restore import restore
+    from ..segmentation.training.trained import restore
 
     if not checkpoint:
         fail("--checkpoint: give at least one, as written by dnl-ext train")

@@ -13,9 +13,9 @@ The mathematics is that of one process (csrc/ops/pairwise/pairwise.h), cut as fo
 Centring is done here and not in the operator, whose means would be those of a block (dnl_ext/ops/part.py): query and
 key with whitening; in float32 and float64 keys and values always, as in one process, where it costs nothing and keeps
 large offsets out of the products. 16-bit queries and keys are rounded again when they are centred, as in plain PyTorch
-and unlike in one process. Delta of 16-bit inputs needs what rounding took from y, which is kept beside it, 16 bits too.
+and unlike in one process. Delta of 16-bit inputs needs the rounding error of y, which is kept beside it in 16 bits.
 
-Blocks of queries bound what an operator needs beside its results; centred copies live as long as a block.
+Queries are taken in blocks, which bound the workspace of an operator; centred copies live as long as a block.
 """
 
 from collections.abc import Callable, Iterator, Sequence

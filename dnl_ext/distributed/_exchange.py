@@ -11,15 +11,16 @@ what they have while it travels on to the next rank; after R steps every rank ha
 
 In the backward the sum of a block's gradients travels one step behind it, each rank adding its share, and arrives at
 the owner after R steps: the order of the sum is that of the ring, so results repeat bit for bit. Two buffers of a
-block, and in the backward two of its gradients: what a rank holds of others' is a block, not a shard. An empty block
-is not sent, which both ends know from the sizes.
+block, and in the backward two of its gradients, are all that a rank holds of other shards. An empty block is not sent,
+which both ends know from the sizes.
 
 Gather. Every rank gets all keys and values by one all-gather, padded to the largest shard, and gradients go back by one
-all-to-all, whose parts are added in the order of the ranks. The same bytes in two messages, but every rank holds all
-keys, values and their gradients: for small ones.
+all-to-all, whose parts are added in the order of the ranks. These are the same bytes in two messages, but every
+rank holds all keys, values and their gradients, which only suits small ones.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -86,11 +87,35 @@ def blocks(
         shards: a Shards. widths: (Dqk, Dv). like: a tensor (..., n, any) with the leading dimensions, dtype and device.
         pack: function (begin, end, key, value) that fills the pair with this rank's own positions from begin to end.
     """
-    lead = like.shape[:-2]
     if shards.exchange == "gather":
         yield _gather(shards, widths, like, pack)
         return
-    here, there = (Block(lead, widths, _most(shards), like) for _ in range(2))
+    for arrival in _ring(shards, widths, like, pack):
+        if arrival.length:
+            yield arrival.pair
+
+
+class Arrival(NamedTuple):
+    """A block of keys and values that has come round the ring.
+
+    Attributes:
+        turn: number of the block in its owner's shard.
+        step: number of times it was passed on; its owner is that many ranks back.
+        length: its positions.
+        coming: positions of the block that arrives next.
+        pair: keys (..., length, Dqk) and values (..., length, Dv).
+    """
+
+    turn: int
+    step: int
+    length: int
+    coming: int
+    pair: tuple[torch.Tensor, torch.Tensor]
+
+
+def _ring(shards: Shards, widths: tuple[int, int], like: torch.Tensor, pack: Callable[..., None]) -> Iterator[Arrival]:
+    """Every rank's blocks, each sent on to the next rank while it is worked on here; arguments as in `blocks`."""
+    here, there = (Block(like.shape[:-2], widths, _most(shards), like) for _ in range(2))
     for turn in range(shards.turns):
         pack(*shards.key_range(shards.rank, turn), *here.pair(_length(shards, shards.rank, turn)))
         for step in range(shards.world):
@@ -98,8 +123,7 @@ def blocks(
             length, coming = (_length(shards, rank, turn) for rank in (owner, owner - 1))
             last = step == shards.world - 1
             requests = [] if last else _pass_on(shards, KEYS, here.flat(length), there.flat(coming))
-            if length:
-                yield here.pair(length)
+            yield Arrival(turn, step, length, coming, here.pair(length))
             _wait(requests)
             here, there = there, here
 
@@ -124,31 +148,23 @@ def blocks_and_back(
     """
     if shards.exchange == "gather":
         return _gather_and_back(shards, widths, grad_widths, like, dtype, pack, work, deliver)
-    lead, most = like.shape[:-2], _most(shards)
-    here, there = (Block(lead, widths, most, like) for _ in range(2))
-    sums, coming_sums = (Block(lead, grad_widths, most, like, dtype) for _ in range(2))
-    for turn in range(shards.turns):
-        pack(*shards.key_range(shards.rank, turn), *here.pair(_length(shards, shards.rank, turn)))
-        arriving = []
-        for step in range(shards.world):
-            owner = shards.rank - step
-            length, coming = (_length(shards, rank, turn) for rank in (owner, owner - 1))
-            last = step == shards.world - 1
-            requests = [] if last else _pass_on(shards, KEYS, here.flat(length), there.flat(coming))
-            share = work(*here.pair(length)) if length else None
-            _wait(arriving)
-            if step == 0:
-                sums.flat(length).zero_()
-            if share is not None:
-                for total, part in zip(sums.pair(length), share, strict=True):
-                    total.add_(part)
-            if shards.world > 1:
-                arriving = _pass_on(shards, GRADIENTS, sums.flat(length), coming_sums.flat(coming))
-                sums, coming_sums = coming_sums, sums
-            _wait(requests)
-            here, there = there, here
+    sums, coming_sums = (Block(like.shape[:-2], grad_widths, _most(shards), like, dtype) for _ in range(2))
+    arriving = []
+    for turn, step, length, coming, pair in _ring(shards, widths, like, pack):
+        share = work(*pair) if length else None
         _wait(arriving)
-        deliver(*shards.key_range(shards.rank, turn), *sums.pair(_length(shards, shards.rank, turn)))
+        if step == 0:
+            sums.flat(length).zero_()
+        if share is not None:
+            for total, part in zip(sums.pair(length), share, strict=True):
+                total.add_(part)
+        if shards.world > 1:
+            arriving = _pass_on(shards, GRADIENTS, sums.flat(length), coming_sums.flat(coming))
+            sums, coming_sums = coming_sums, sums
+        if step == shards.world - 1:
+            _wait(arriving)
+            arriving = []
+            deliver(*shards.key_range(shards.rank, turn), *sums.pair(_length(shards, shards.rank, turn)))
 
 
 def _gather(

@@ -1,8 +1,9 @@
 """What the ranks of a group agree on before they compute: sizes of all shards, and the same call on every rank.
 
-A wrong call on one rank must not leave the others waiting in a collective. So every rank tells the others that it is
-content, how many positions it has, and a checksum of all that must be equal; where something is wrong, all of them
-raise, and say which rank and what. That costs one all-gather of four integers; on a GPU the host waits for it.
+A wrong call on one rank must not leave the others waiting in a collective. So every rank tells the others whether
+its own call is valid, how many positions it has, and a checksum of all that must be equal; where something is wrong,
+all of them raise, and say which rank and what. That costs one all-gather of four integers; on a GPU the host waits for
+it.
 
 Sums over ranks are all-gathers, added up in the order of the ranks: every rank gets the same bits, in every run,
 whatever algorithm the backend would choose for an all-reduce. They are small: means and a few numbers per batch

@@ -1,4 +1,4 @@
-"""Blocks whose feature map is sharded over devices: how is known to a package above this one, which registers here."""
+"""Blocks whose feature map is sharded over devices. The package that computes them lies above, and registers here."""
 
 from collections.abc import Callable
 from typing import Any

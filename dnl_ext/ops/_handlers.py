@@ -1,7 +1,7 @@
-"""Types of tensors that the operators do not know by themselves, and who does: packages above this one register here.
+"""Types of tensors that the operators do not know: packages above this one register a handler for each of them here.
 
 A handler is an object that has functions of :mod:`dnl_ext.ops` under their names, for tensors of one type. Each takes
-all its arguments by position and returns None where the operators shall compute as usual. It is loaded when the first
+all its arguments by position and returns None where the operators are to compute as usual. It is loaded when the first
 such tensor is seen, since that may take seconds, and may tell torch how the operators act on tensors of that type.
 """
 

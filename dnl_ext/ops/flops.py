@@ -1,9 +1,9 @@
 """What `torch.utils.flop_counter.FlopCounterMode` counts for each operator: its products, at 2 for a multiply-add.
 
 As in torch's own formulas, sums, means, exponentials and everything else that is linear in the map or the inputs count
-nothing, and a product that is computed again in the backward counts again: the backward makes S = q k^T anew, since the
-forward keeps no map. Eager PyTorch therefore counts one product less in a backward through q or k, and what is common
-to both is equal. A gradient that nobody wants costs nothing.
+nothing, and a product that is computed again in the backward counts again: the backward computes S = q k^T again, since
+the forward keeps no map. Eager PyTorch therefore counts one product less in a backward through q or k, and what is
+common to both is equal. A gradient that nobody wants costs nothing.
 """
 
 import math

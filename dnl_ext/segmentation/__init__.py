@@ -8,3 +8,18 @@ The command line of :mod:`dnl_ext.cli` is built from this package; it needs the 
 - `looking`: attention maps of a trained network as pictures, and their diagnosis over a data set;
 - `experiments`: the demonstration, the ablation, and the memory of a training step.
 """
+
+from .errors import InputError, InputWarning, Interrupted
+from .metrics import IGNORE, Confusion
+from .network import VARIANTS, SegmentationNetwork, tokens
+
+__all__ = [
+    "IGNORE",
+    "VARIANTS",
+    "Confusion",
+    "InputError",
+    "InputWarning",
+    "Interrupted",
+    "SegmentationNetwork",
+    "tokens",
+]

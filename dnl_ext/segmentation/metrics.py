@@ -6,10 +6,21 @@ from ..analysis.consistency import IGNORE  # the label of pixels that count neit
 
 
 class Confusion:
-    """Counts of (true class, predicted class) over any number of images.
+    """The confusion matrix of a segmentation: counts of (true class, predicted class) over any number of images.
 
     Args:
         classes: number of classes.
+
+    Attributes:
+        counts: int64 tensor (classes, classes); row: the true class, column: the predicted one.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.segmentation import IGNORE, Confusion
+        >>> confusion = Confusion(2)
+        >>> confusion.add(torch.tensor([[0, 0, 1, IGNORE]]), torch.tensor([[0, 1, 1, 0]]))
+        >>> confusion.iou(), confusion.miou()
+        ([0.5, 0.5], 0.5)
     """
 
     def __init__(self, classes: int) -> None:

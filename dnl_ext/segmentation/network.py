@@ -40,17 +40,31 @@ class Residual(nn.Module):
 
 
 class SegmentationNetwork(nn.Module):
-    """images (B, 3, H, W) in 0 .. 1 to class logits (B, classes, H, W).
+    """A light segmentation network with a non-local block: images (B, 3, H, W) in 0 .. 1 to logits (B, classes, H, W).
+
+    A convolutional encoder of stride 8, the block on its 256 channels, a 1x1 classifier, and bilinear upsampling of the
+    logits to the image's size. Images may have any float dtype; they are cast to that of the weights.
 
     Args:
         classes: number of classes.
         variant: of the block, as :class:`dnl_ext.DisentangledNonLocal2d` names them: "dnl" (disentangled: whitened
             pairwise + unary term), "dnl_shared_key", "pairwise", "unary", "nl" (standard non-local block); or "none".
-        backend: "fused" or "reference" (plain PyTorch, which holds maps of N x N); the same parameters and results.
+        backend: "fused" or "reference" (plain PyTorch, which holds maps of N x N for N positions); the parameters and
+            results are the same.
         width: channels after the first convolution; 24 makes 0.7 M parameters in all.
         temperature: divides the block's logits; None is the variant's own (the paper's 0.05, nl: 1).
         block_gain: initial weight of the BatchNorm behind the block. 0 makes the block start as the identity, as in
             mmsegmentation; a short training then hardly reaches the attention, which gets its gradient through it.
+
+    Raises:
+        ValueError: ``variant`` or ``backend`` is none of these.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.segmentation import SegmentationNetwork
+        >>> network = SegmentationNetwork(classes=5, width=8)
+        >>> network(torch.rand(2, 3, 64, 96)).shape
+        torch.Size([2, 5, 64, 96])
     """
 
     def __init__(
@@ -82,11 +96,11 @@ class SegmentationNetwork(nn.Module):
         self.classifier: nn.Conv2d = nn.Conv2d(CHANNELS, classes, 1)
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """What enters the block: (B, 3, H, W) to (B, CHANNELS, H / 8, W / 8), sides rounded up."""
+        """The encoder: images (B, 3, H, W) to what enters the block, (B, CHANNELS, H / 8, W / 8), sides rounded up."""
         return self.encoder((images.to(self.classifier.weight.dtype) - 0.5) / 0.25)
 
     def classify(self, features: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """Block, classifier and upsampling: features (B, CHANNELS, h, w) to logits (B, classes, *size)."""
+        """Block, classifier, upsampling: ``features`` (B, CHANNELS, h, w) to logits (B, classes, H, W) of ``size``."""
         if self.block is not None:
             features = self.block(features)
         logits = self.classifier(features)
@@ -94,11 +108,18 @@ class SegmentationNetwork(nn.Module):
         return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (B, 3, H, W) in 0 .. 1 to logits (B, classes, H, W)."""
         return self.classify(self.features(images), images.shape[-2:])
 
 
 def tokens(size: Sequence[int]) -> int:
-    """Number of positions that the block attends over for an image of ``size`` (height, width)."""
+    """Number of positions that the block attends over for an image of ``size`` (height, width) in pixels.
+
+    Example:
+        >>> from dnl_ext.segmentation import tokens
+        >>> tokens((512, 1024))  # stride 8
+        8192
+    """
     return -(-size[0] // STRIDE) * -(-size[1] // STRIDE)
 
 

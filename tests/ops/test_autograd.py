@@ -1,7 +1,7 @@
 """What torch does with an operator: autograd, inference mode, kinds of tensors. All ops alike.
 
-Second derivatives: test_second.py; transforms: test_func.py; test_autocast.py. Compilers and tracers: test_compile.py,
-test_export.py, test_trace.py. Registrations: test_registration.py.
+Second derivatives: test_second.py, third ones: test_third.py; transforms: test_func.py; test_autocast.py. Compilers and
+tracers: test_compile.py, test_export.py, test_trace.py. Registrations: test_registration.py.
 """
 
 import itertools

@@ -1,16 +1,14 @@
-"""Second derivatives of every operator: double backward and forward mode, values, errors, memory; what raises."""
+"""Second derivatives of every operator and block: double backward and forward mode, values, and calls that raise.
 
-import dataclasses
+Their accuracy and memory is in test_second_accuracy.py, third derivatives are in test_third.py.
+"""
+
 import itertools
 
-import accuracy
-import cases
 import pytest
-import test_memory
 import torch
 from cases import ARGUMENTS, ATTENTION
 from inputs import LAYOUTS, function, make
-from toolchain import needs_gpu
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import dnl_ext
@@ -18,7 +16,6 @@ from dnl_ext import reference
 from dnl_ext.ops import _blocks
 
 every_op = pytest.mark.parametrize("op", ARGUMENTS)
-DEVIATION = ("in", "ln", "fln")
 
 
 def masks(count):
@@ -176,164 +173,6 @@ class TestAgainstTheReference:
         gradients = torch.autograd.grad(dnl_ext.disentangled_attention(*leaves), leaves, dy, create_graph=True)
         for x, g in zip(leaves, torch.autograd.grad(gradients, leaves, cotangents), strict=True):
             assert g.stride() == x.stride()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Errors: three times that of plain PyTorch, differentiated twice in the same dtype
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def second_case(seed):
-    """A random case with a gradient that is not constant: of one that is, second derivatives are but rounding."""
-    case = cases.random_case(seed, dtype=(torch.float32, torch.bfloat16, torch.float16)[seed % 3], large=0, hot=0)
-    return dataclasses.replace(case, grad=("contiguous", "cat_slice", "transposed")[seed // 3 % 3])
-
-
-def second_errors(case, device="cpu"):
-    """By name: error of ours and of the reference, both on `device`, against the reference in float64."""
-    inputs, dy = case.make()
-    generator = torch.Generator().manual_seed(case.seed + 1_000_000)
-    cotangents = [torch.randn(x.shape, generator=generator).to(case.dtype) for x in inputs.values()]
-
-    def results(ops, dtype, device):
-        def f(*x):
-            return getattr(ops, case.op)(*x, **case.options)
-
-        x, t = ([x.to(device, dtype) for x in tensors] for tensors in (inputs.values(), cotangents))
-        return [x.cpu() for x in second(f, x, dy.to(device, dtype), t)]
-
-    which = ((dnl_ext, case.dtype, device), (reference, case.dtype, device), (reference, torch.float64, "cpu"))
-    ours, theirs, truth = (results(*x) for x in which)
-    # Of rows that are one-hot to the last bit of float64 it has no gradients but for those of the size of that bit.
-    unknown = torch.finfo(torch.float64).eps * max(accuracy.norm(t) for t in truth)
-    return {
-        name: (accuracy.distance(a, t), accuracy.distance(b, t))
-        for name, a, b, t in zip(("grad_output", *inputs), ours, theirs, truth, strict=True)
-        if accuracy.norm(t) > unknown or accuracy.norm(a.double()) > 10 * unknown
-    }
-
-
-class TestErrors:
-    def check(self, case):
-        for name, (ours, theirs) in second_errors(case).items():
-            assert ours <= accuracy.BAR["gradient"] * theirs, f"{case}\n{name}: {ours:.3g}, reference {theirs:.3g}"
-
-    @pytest.mark.parametrize("seed", range(15))
-    def test_random_cases(self, seed):
-        self.check(second_case(seed))
-
-    @pytest.mark.slow
-    @pytest.mark.parametrize("seed", range(15, 300))
-    def test_more_random_cases(self, seed):
-        self.check(second_case(seed))
-
-    @needs_gpu
-    @pytest.mark.parametrize("seed", range(15))
-    def test_random_cases_on_a_gpu(self, seed):
-        self.check(second_case(seed), "cuda")
-
-    @pytest.mark.parametrize("mean", [0.0, 10.0, 30.0])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-    def test_hot_logits(self, mean, dtype, device):
-        """A scale of 1 at 40 channels: most of a row's weight is on one key."""
-        self.check(cases.make_case(dtype=dtype, mean=mean, options={"scale": 1.0, "whiten": "channel"}))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Memory: a process of its own, as in test_memory.py
-# ----------------------------------------------------------------------------------------------------------------------
-
-SCRIPT = """
-def step(ops, q, k, v, m, dy):
-    inputs = (q, k, v, m)
-    y = getattr(dnl_ext, ops, dnl_ext).disentangled_attention(*inputs)
-    gradients = torch.autograd.grad(y, inputs, dy.requires_grad_(), create_graph=True)
-    results = torch.autograd.grad(gradients, (dy, *inputs), [torch.ones_like(x) for x in gradients])
-    return (y, *gradients, *results)
-"""
-
-
-@test_memory.on_linux
-class TestMemory:
-    CALLS = (
-        test_memory.call("reference", 2048, 8, 8),
-        test_memory.call("fused", 2048, 8, 8),
-        test_memory.call("fused", 4096, 8, 8),
-    )
-
-    def test_grows_with_positions_and_not_with_their_square(self):
-        """A map is 16 MB at N = 2048 and 64 MB at 4096. Plain PyTorch holds several; here six blocks of 4 MB live."""
-        reference_small, small, large = test_memory.beyond(*self.CALLS, step=SCRIPT)
-        assert reference_small > 6 * 16 * test_memory.MEGABYTE
-        assert small < 40 * test_memory.MEGABYTE
-        assert large < 48 * test_memory.MEGABYTE
-
-    @pytest.mark.slow
-    def test_8192_positions(self):
-        """One map is 256 MB here; operands and results in float32, before they are copied into theirs, are 110."""
-        (fused,) = test_memory.beyond(test_memory.call("fused", 8192), step=SCRIPT)
-        assert fused < 200 * test_memory.MEGABYTE
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Third derivatives, modules, wrong calls
-# ----------------------------------------------------------------------------------------------------------------------
-
-
-def third(f, inputs):
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    gradients = torch.autograd.grad(f(*inputs).pow(3).sum(), inputs, create_graph=True)
-    gradients = torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), inputs, create_graph=True)
-    return torch.autograd.grad(sum(g.pow(2).sum() for g in gradients), inputs)
-
-
-class TestThirdDerivatives:
-    @pytest.mark.parametrize("op", ATTENTION)
-    def test_of_attention_raise(self, op):
-        with pytest.raises(NotImplementedError, match="third derivatives of attention"):
-            third(function(op), make(op))
-
-    @pytest.mark.parametrize("op", ATTENTION)
-    def test_of_attention_raise_in_forward_mode(self, op):
-        inputs = tuple(make(op))
-        hessian = torch.func.jacrev(torch.func.jacrev(lambda *x: function(op)(*x).sum()))
-        with pytest.raises(NotImplementedError, match="third derivatives of attention"):
-            torch.func.jvp(hessian, inputs, inputs)
-
-    @pytest.mark.parametrize("op", ATTENTION)
-    def test_forward_over_forward_raises(self, op):
-        inputs = tuple(make(op))
-
-        def tangent(*x):
-            return torch.func.jvp(function(op), x, inputs)[1]
-
-        with pytest.raises(NotImplementedError, match="jacfwd of jacrev"):
-            torch.func.jvp(tangent, inputs, inputs)
-
-    @pytest.mark.parametrize("op", ATTENTION)
-    def test_a_third_backward_by_the_direction_alone_is_right(self, op):
-        """A double backward is linear in its direction: torch.autograd.functional.hvp differentiates it by that."""
-        inputs = make(op)
-        dy, cotangents = torch.randn(2, 4, 2, dtype=torch.float64), make(op, seed=1)
-
-        def along(ops, *directions):
-            leaves = [x.clone().requires_grad_() for x in inputs]
-            gradients = torch.autograd.grad(function(op, ops)(*leaves), leaves, dy, create_graph=True)
-            return torch.autograd.grad(gradients, leaves, directions, create_graph=True)
-
-        assert gradcheck(lambda *x: along(dnl_ext, *x), [x.requires_grad_() for x in cotangents], check_forward_ad=True)
-
-    @pytest.mark.parametrize("op", [op for op in ARGUMENTS if op not in ATTENTION])
-    def test_of_others_are_right(self, op):
-        for actual, expected in zip(*(third(function(op, ops), make(op)) for ops in (dnl_ext, reference)), strict=True):
-            torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
-
-    @pytest.mark.parametrize("name", DEVIATION)
-    def test_of_whitening_with_a_deviation_are_right(self, name):
-        actual, expected = (
-            third(lambda x, ops=ops: ops.whiten(x, name), make("whiten")) for ops in (dnl_ext, reference)
-        )
-        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-9)
 
 
 class TestModules:

@@ -1,6 +1,6 @@
 """Second derivatives and forward mode by every road that torch has to them: equal to those of the reference.
 
-What raises instead, and accuracy, is in test_second.py.
+What raises instead is in test_second.py, accuracy in test_second_accuracy.py.
 """
 
 import pytest

@@ -17,7 +17,11 @@ MODULES = sorted(
     if module.name.rpartition(".")[2] not in LEFT_OUT
 )
 #: Those whose `__all__` lists what is public.
-PUBLIC = ("", ".analysis", ".benchmark", ".distributed", ".export", ".integrations", ".modules", ".ops", ".reference")
+PUBLIC = (
+    "", ".analysis", ".benchmark", ".cli", ".distributed", ".export", ".integrations", ".modules", ".ops", ".reference",
+    ".segmentation", ".segmentation.data", ".segmentation.experiments", ".segmentation.looking",
+    ".segmentation.training", ".segmentation.training.checkpoint", ".segmentation.training.distributed",
+)  # fmt: skip
 
 
 def public():
@@ -34,6 +38,13 @@ def methods():
     """The classmethods that make blocks, which are as public as their class."""
     block = dnl_ext.DisentangledNonLocal2d
     return [pytest.param(value, id=value.__qualname__) for value in (block.mmseg, block.official)]
+
+
+def test_every_package_says_what_is_public():
+    """Apart from packages that are private, or are public by the one above them."""
+    packages = {name for name in MODULES if hasattr(importlib.import_module(name), "__path__")}
+    public = {f"dnl_ext{package}" for package in PUBLIC}
+    assert packages - public == {name for name in packages if "._" in name}
 
 
 @pytest.mark.parametrize("value", [*public(), *methods()])

@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 from test_data import MAKERS, make_plain, write_label
 from test_train import assert_same
 from typer.testing import CliRunner
 
 from dnl_ext import cli
-from dnl_ext.cli.app import app
+from dnl_ext.cli.app import COMMANDS, app
 from dnl_ext.segmentation.training import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,6 +70,13 @@ class TestApp:
     def test_help_of_a_command(self, command):
         result = run(command, "--help")
         assert result.exit_code == 0 and "--seed" in result.output
+
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_help_loses_nothing(self, name):
+        """rich takes text in square brackets for markup, and shows none of it."""
+        command = typer.main.get_command(app).get_command(None, name)
+        texts = [command.help, *(parameter.help for parameter in command.params)]
+        assert len(texts) > 3 and not [text for text in texts if text and "[" in text]
 
     def test_unknown_command(self):
         assert run("fly").exit_code == 2

@@ -1,6 +1,7 @@
 """Training data: the built-in mosaics, the folder layouts, reading, augmentation, and the metric."""
 
 import socket
+import warnings
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from dnl_ext.segmentation.data import mosaic
 from dnl_ext.segmentation.data.files import read_image, read_label
 from dnl_ext.segmentation.data.folders import FolderData, augment, read_sample, spans
 from dnl_ext.segmentation.data.layouts import CITYSCAPES_IDS, find_layout
-from dnl_ext.segmentation.errors import InputError
+from dnl_ext.segmentation.errors import InputError, InputWarning
 from dnl_ext.segmentation.metrics import IGNORE, Confusion
 
 SIZE = (48, 64)
@@ -226,6 +227,39 @@ class TestLayouts:
         with pytest.raises(InputError, match=message) as raised:
             find_layout(tmp_path / "data")
         assert "\n" not in str(raised.value)
+
+    @pytest.mark.parametrize("classes", [None, 2])
+    def test_black_and_white_masks(self, classes, tmp_path):
+        make_plain(tmp_path, values=(0, 255), count=20)
+        with pytest.warns(InputWarning, match="0 and 255 alone.*store 1 instead") as caught:
+            found = find_layout(tmp_path, classes=classes)
+        assert len(caught) == 1 and len(found.classes) == (classes or 1)
+        assert str(caught[0].message).startswith("all labels in " if classes is None else "10 of 20 labels in ")
+        for path in (tmp_path / "labels").iterdir():  # what the warning says to do
+            with Image.open(path) as mask:
+                mapped = Image.fromarray((np.array(mask) == 255).astype(np.uint8))
+            mapped.save(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            found = find_layout(tmp_path, classes=classes)
+        assert len(found.classes) == 2 and read_sample(found.train[0])[1].unique().tolist() == [0, 1]
+
+    @pytest.mark.parametrize(("values", "classes"), [((0,), None), ((0, 1, 255), None), ((0, 255), 1), ((1, 255), 3)])
+    def test_other_labels_are_not_taken_for_masks(self, values, classes, tmp_path):
+        make_plain(tmp_path, values=values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            find_layout(tmp_path, classes=classes)
+
+    @pytest.mark.parametrize("maker", [make_plain, make_ade20k])
+    def test_two_images_of_one_label(self, maker, tmp_path):
+        maker(tmp_path)
+        image = sorted(path for path in (tmp_path / "images").rglob("*") if path.is_file())[0]
+        other = image.with_suffix(".webp")
+        write_image(other)
+        with pytest.raises(InputError, match="have the same label") as raised:
+            find_layout(tmp_path)
+        assert str(image) in str(raised.value) and str(other) in str(raised.value)
 
     def test_forced_layout_that_is_not_there(self, tmp_path):
         make_plain(tmp_path)

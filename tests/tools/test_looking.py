@@ -17,7 +17,7 @@ from dnl_ext.segmentation.errors import InputError
 from dnl_ext.segmentation.experiments.ablation import Ablation, Run, over_seeds, plan, quiet
 from dnl_ext.segmentation.experiments.recipes import RECIPES, VARIANTS
 from dnl_ext.segmentation.looking.diagnosis import Samples
-from dnl_ext.segmentation.training.restore import restore
+from dnl_ext.segmentation.training.trained import restore
 from dnl_ext.segmentation.training.trainer import open_data
 
 TINY = ("--steps", "3", "--pretext", "2", "--crop", "64x96", "--width", "4", "--val-images", "2", "--images", "1",

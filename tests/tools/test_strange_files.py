@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image, ImageCms, features
 from test_cli import assert_one_line, run, train
-from test_data import SIZE, make_cityscapes, make_plain, write_image, write_label
+from test_data import SIZE, make_plain, write_label
 
 from dnl_ext.segmentation.data.files import UPRIGHT, read_image, read_label
 from dnl_ext.segmentation.data.folders import read_sample
-from dnl_ext.segmentation.data.layouts import find_layout, images_in
+from dnl_ext.segmentation.data.layouts import find_layout
 from dnl_ext.segmentation.errors import InputError, InputWarning
 
 tifffile = pytest.importorskip("tifffile")
@@ -228,109 +228,8 @@ class TestOrientation:
         assert read_image(tmp_path / "x.jpg").shape == (3, *SIZE[::-1])
 
 
-def add_links(root):
-    """Half of the images and labels in linked folders, with links in circles and one that leads nowhere."""
-    for name, values in (("images", None), ("labels", (0, 1))):
-        for number in range(3):
-            path = root.parent / f"elsewhere/{name}/{number}.png"
-            write_image(path, seed=number) if values is None else write_label(path, values)
-        (root / name / "linked").symlink_to(root.parent / "elsewhere" / name)
-    (root / "images/circle").symlink_to(root / "images")
-    (root / "images/up").symlink_to(root)
-    (root.parent / "elsewhere/images/again").symlink_to(root.parent / "elsewhere/images")
-    (root / "images/nowhere.png").symlink_to(root / "missing.png")
-
-
-def add_hidden(root):
-    write_image(root / "images/.ipynb_checkpoints/0-checkpoint.png")
-    write_image(root / "images/.hidden.png")
-    write_image(root / ".trash/images/0.png")
-
-
-def add_other_endings(root):
-    Image.fromarray(COLOR).save(root / "images/more.gif")
-    (root / "images/notes.txt").write_text("x")
-    (root / "labels/README").write_text("x")
-
-
-def lone_label(root):
-    write_label(root / "labels/none.png", (0, 1))
-    write_label(root / "labels/zero.png", (0, 1))
-
-
-def folder_with_ending(root):
-    write_image(root / "images/set.png/a.png")
-    write_label(root / "labels/set.png/a.png", (0, 1))
-
-
-def upper_case(root):
-    for path in list((root / "labels").iterdir()):
-        path.rename(path.with_suffix(".PNG"))
-
-
-FIVE = "4 training and 1 validation images"
-
-
-class TestFolders:
-    @pytest.mark.parametrize(
-        ("change", "line"),
-        [
-            (lambda root: None, FIVE),
-            (add_links, "7 training and 1 validation images; left out: broken links (1), "
-                        "links to folders read elsewhere (3)"),
-            (add_hidden, f"{FIVE}; left out: hidden folders (1)"),
-            (add_other_endings, f"{FIVE}; left out: .gif files (1), .txt files (1), files without ending (1)"),
-            (lone_label, f"{FIVE}; left out: labels without image (2)"),
-            (folder_with_ending, "5 training and 1 validation images"),
-            (upper_case, FIVE),
-        ],
-    )  # fmt: skip
-    def test_training_begins_with_a_line(self, change, line, tmp_path):
-        make_plain(tmp_path / "data")
-        change(tmp_path / "data")
-        result = train("--data", tmp_path / "data", "--out", tmp_path / "out", "--crop", "32x32")
-        assert result.exit_code == 0, result.output
-        assert line in result.output.splitlines()
-
-    def test_all_folders_are_links(self, tmp_path):
-        make_plain(tmp_path / "elsewhere")
-        for name in ("images", "labels"):
-            (tmp_path / "data" / name).mkdir(parents=True)
-            (tmp_path / "data" / name / "a").symlink_to(tmp_path / "elsewhere" / name)
-        assert len(find_layout(tmp_path / "data").train) == 4
-
-    def test_a_folder_goes_before_links_to_it(self, tmp_path):
-        (tmp_path / "images").mkdir()
-        # Made before and after it: the order in which the file system lists them is its own.
-        (tmp_path / "images/first").symlink_to(tmp_path / "images/own")
-        write_image(tmp_path / "images/own/a.png")
-        (tmp_path / "images/second").symlink_to(tmp_path / "images/own")
-        assert images_in(tmp_path / "images") == [tmp_path / "images/own/a.png"]
-
-    def test_cityscapes_tells_other_parts(self, tmp_path):
-        make_cityscapes(tmp_path)
-        write_image(tmp_path / "leftImg8bit/test/town/town_0_leftImg8bit.png")
-        write_label(tmp_path / "gtFine/test/town/town_0_gtFine_labelIds.png", (0,))
-        write_image(tmp_path / "leftImg8bit/train/town/town_9.png")
-        write_label(tmp_path / "gtFine/train/town/town_000000_000019_gtFine_color.png", (0,))
-        found = find_layout(tmp_path)
-        assert found.left_out == ("images in neither part (1)", "images without label (1)")
-        assert (len(found.train), len(found.val)) == (2, 2)
-
-    def test_label_of_another_ending(self, tmp_path):
-        make_plain(tmp_path)
-        (tmp_path / "labels/3.png").rename(tmp_path / "labels/3.tif")
-        with pytest.raises(InputError, match=r"3\.png has no label: expected .*3\.png, found 3\.tif"):
-            find_layout(tmp_path)
-
-    def test_no_image_that_is_read(self, tmp_path):
-        make_plain(tmp_path)
-        for path in list((tmp_path / "images").iterdir()):
-            path.rename(path.with_suffix(".gif"))
-        with pytest.raises(
-            InputError, match=r"0 training and 0 validation images, left out: \.gif files \(5\), labels"
-        ):
-            find_layout(tmp_path)
+#: Of the folder below.
+LEFT_OUT = ".md files (1), .txt files (1)"
 
 
 @pytest.fixture(scope="module")
@@ -338,6 +237,8 @@ def trained(tmp_path_factory):
     """A data folder with a 16-bit and a turned image for validation, and a checkpoint of it."""
     root = tmp_path_factory.mktemp("strange")
     make_plain(root / "data", count=10)
+    (root / "data/images/notes.txt").write_text("")
+    (root / "data/labels/notes.md").write_text("")
     Image.fromarray(RAMP[:48, :64].astype(np.uint16) * 9).save(root / "data/images/4.png")
     Image.fromarray(COLOR).save(root / "data/images/9.png", exif=turned(8))
     write_label(root / "data/labels/9.png", (0, 1, 2), SIZE[::-1])
@@ -368,6 +269,14 @@ class TestCommands:
         result = run("diagnose", root / "out/checkpoint.pt", *options)
         assert result.exit_code == 0, result.output
         assert result.stderr.count("its grey values 0 .. 65535 are scaled") == 1
+        assert f"8 training and 2 validation images; left out: {LEFT_OUT}" in result.output
+
+    def test_masks_are_warned_of_once(self, tmp_path):
+        make_plain(tmp_path / "data", values=(0, 255))
+        result = train("--data", tmp_path / "data", "--out", tmp_path / "out", "--crop", "32x32")
+        assert result.exit_code == 0, result.output
+        warned = [line for line in result.stderr.splitlines() if "0 and 255 alone" in line]
+        assert len(warned) == 1 and "such file" not in warned[0]
 
     @pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
     def test_corrupt_avif(self, trained):

@@ -1,7 +1,7 @@
-// Products of bfloat16 by AMX tiles (TDPBF16PS), on the operands of core/cpu/product.h as they lie.
+// Products of bfloat16 by AMX tiles (TDPBF16PS), on the packed operands of core/cpu/product.h without repacking.
 //
-// A panel of B, pairs of depths interleaved over 64 lanes, is what a tile instruction wants of its second operand: 16
-// rows of pairs, 256 bytes apart, by 16 lanes. Rows of A are its first: 16 rows by 32 depths. Eight tiles hold 2 x 2
+// The second operand of a tile instruction is 16 rows of pairs by 16 lanes, which a panel of B has 256 bytes apart: its
+// pairs of depths are interleaved over 64 lanes. The first operand is 16 rows of A by 32 depths. Eight tiles hold 2 x 2
 // sums of 16 x 16, two pieces of A and two of B, so that each piece loaded is used twice:
 //
 //               lanes 0 - 15   lanes 16 - 31                per 32 of depth: 4 loads of 1 KB, 4 products
@@ -9,10 +9,11 @@
 //     rows 16 - 31     t2             t3        A in t5
 //                   B in t6        B in t7
 //
-// Fewer rows take tiles configured for fewer rows, so that an element is added up in one order wherever it stands: the
-// backward then makes the very logits of the forward again. What depth leaves of a multiple of 32 goes by vectors.
+// Fewer rows take tiles configured for fewer rows, so that the order in which an element is added up does not depend on
+// its place: the backward then computes the same logits as the forward. A depth that is no multiple of 32 leaves a
+// remainder, which is multiplied by vectors.
 //
-// Each instruction stands behind a function of Tiles. Without DNL_AMX these are plain loops over arrays, so that a test
+// Each instruction is behind a function of Tiles. Without DNL_AMX these are plain loops over arrays, so that a test
 // can run the same kernel on any CPU.
 #pragma once
 

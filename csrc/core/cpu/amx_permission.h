@@ -1,4 +1,5 @@
-// Whether this CPU has AMX tiles for bfloat16, and leave to use them: 8 KB of registers that a process must ask for.
+// Whether this CPU has AMX tiles for bfloat16, and permission to use them: they are 8 KB of registers, which a process
+// must ask Linux for.
 #pragma once
 
 #include <cpuid.h>

@@ -116,9 +116,9 @@ void pack_panels(const Source<Src>& x, int64_t depth, int64_t lanes, E* out, int
         out[first / L * panel + place(k, lane)] = E{};
 }
 
-// Writes f(row)(lane), at most kMostLanes lanes, to memory with any strides. Values are made along the lanes, where
-// their making vectorises; where lanes are not what lies together in memory, a few rows at a time are made first and
-// then transposed.
+// Writes f(row)(lane), at most kMostLanes lanes, to memory with any strides. Values are computed along the lanes,
+// where that vectorises; where lanes are not contiguous in memory, a few rows at a time are computed first and then
+// transposed.
 constexpr int64_t kMostLanes = 64;
 template <class Dst, class F>
 inline void write_lanes(Dst* out, int64_t row_stride, int64_t lane_stride, int64_t rows, int64_t lanes, const F& f) {

@@ -1,4 +1,4 @@
-// Matrix products on packed operands: C (+)= A B, with C in registers while it grows.
+// Matrix products on packed operands: C = A B or C += A B, with a block of C in registers while it is added up.
 //
 // B is cut into panels of kLanes columns; a block is kRows rows of A by one panel, and its kRows x kLanes sums stay in
 // vector registers over the whole depth: each step loads one row of the panel and broadcasts one element of each row of
@@ -9,7 +9,7 @@
 // for a following product: a tile of softmax probabilities needs no repacking between the products it takes part in.
 //
 //   panels   element (k, lane) of panel p at  p * panel + k * kLanes + lane         (kGroup = 1)
-//            bf16 pairs two depths a lane:    p * panel + (k / 2) * 2 kLanes + 2 lane + k % 2
+//            bf16 has two depths in a lane:   p * panel + (k / 2) * 2 kLanes + 2 lane + k % 2
 //   rows     element (r, k) at  (k / run) * jump + r * row + k % run                (run = depth for a plain row)
 #pragma once
 
@@ -82,8 +82,8 @@ struct Step<bf16> {
 // A function of its own: within a caller, whose variables want registers too, the distances between the rows would be
 // loaded again at every step.
 template <class E, int R, Into into>
-__attribute__((noinline)) void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b, int64_t depth, Acc<E>* c,
-                  const Acc<E>* alpha) {
+__attribute__((noinline)) void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b, int64_t depth,
+                                     Acc<E>* c, const Acc<E>* alpha) {
   using B = Block<E>;
   using V = Vec<Acc<E>>;
   constexpr int W = kWidth<Acc<E>>;

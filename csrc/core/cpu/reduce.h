@@ -1,6 +1,6 @@
-// Reductions over positions or channels of a strided matrix, in double. What a mean is off by is the same for all
-// positions and does not average out: equal rows must have themselves as mean. The sum of up to 2^29 equal floats is
-// exact in double; float64 has no wider type, and its sums are compensated.
+// Reductions over positions or channels of a strided matrix, in double. The error of a mean is the same for all
+// positions and does not average out, so the mean of equal rows must be exactly that row. The sum of up to 2^29 equal
+// floats is exact in double; for float64 there is no wider type, so its sums are compensated.
 #pragma once
 
 #include "core/cpu/product.h"
@@ -38,7 +38,7 @@ inline void dispatch_order(const F& f, const Views&... views) {
   f(AnyOrder{});
 }
 
-// Adds x to a sum of numbers that come from elements of T. For double, `rest` takes what rounding took (Knuth's
+// Adds x to a sum of numbers that come from elements of T. For double, `rest` collects the rounding errors (Knuth's
 // TwoSum).
 template <class T>
 inline void add_to(double& sum, double& rest, double x) {
@@ -57,8 +57,17 @@ template <class T, class F>
 inline double lane_sum(int64_t count, const F& f) {
   double lane[kReduceLanes] = {}, lane_rest[kReduceLanes] = {}, sum = 0, rest = 0;
   int64_t i = 0;
-  for (; i + kReduceLanes <= count; i += kReduceLanes)
-    for (int64_t l = 0; l < kReduceLanes; ++l) add_to<T>(lane[l], lane_rest[l], f(i + l));
+  for (; i + kReduceLanes <= count; i += kReduceLanes) {
+    if constexpr (std::is_same_v<T, f16>) {
+      // Converted in a loop of their own: unrolled with the sums, they would not be vectorised.
+      double x[kReduceLanes];
+#pragma GCC unroll 1
+      for (int64_t l = 0; l < kReduceLanes; ++l) x[l] = f(i + l);
+      for (int64_t l = 0; l < kReduceLanes; ++l) add_to<T>(lane[l], lane_rest[l], x[l]);
+    } else {
+      for (int64_t l = 0; l < kReduceLanes; ++l) add_to<T>(lane[l], lane_rest[l], f(i + l));
+    }
+  }
   for (; i < count; ++i) add_to<T>(sum, rest, f(i));
   for (int64_t l = 0; l < kReduceLanes; ++l) {
     add_to<T>(sum, rest, lane[l]);

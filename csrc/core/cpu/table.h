@@ -1,4 +1,5 @@
-// The table of one instruction set. DNL_TABLE stands after the target's end: filling it in is code that every CPU runs.
+// The table of one instruction set. DNL_TABLE must come after the target's end, because every CPU runs the code that
+// fills it in.
 #pragma once
 
 #include "core/cpu/kernels.h"

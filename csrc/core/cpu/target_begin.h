@@ -1,5 +1,5 @@
-// Compiles what follows for DNL_TARGET. Standard headers come first: an inline function of theirs that was compiled for
-// AVX-512 could be the copy the linker keeps for everyone.
+// Compiles what follows for DNL_TARGET. Standard headers must be included before: the linker keeps one copy of each of
+// their inline functions, and a copy compiled for AVX-512 would end the program on other CPUs.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

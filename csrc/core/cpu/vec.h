@@ -1,8 +1,8 @@
 // Vectors of one instruction set, element types and exp2.
 //
 // Included by the isa_*.cpp files only, after they set the target and define DNL_ISA (the namespace) and
-// DNL_VECTOR_BYTES. GCC's vector extension carries the arithmetic, so that one source serves every instruction set;
-// intrinsics stand only where the language has no word for the instruction.
+// DNL_VECTOR_BYTES. The arithmetic is in GCC's vector extension, so that one source serves every instruction set;
+// intrinsics are used only where that extension cannot express the instruction.
 #pragma once
 
 #if defined(__x86_64__)
@@ -30,17 +30,33 @@ struct bf16 {
   uint16_t bits;
 };
 struct f16 {
-  _Float16 value;
+  uint16_t bits;
 };
 
 inline double widen(double x) { return x; }
 inline float widen(float x) { return x; }
-inline float widen(f16 x) { return static_cast<float>(x.value); }
-inline float widen(bf16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float result;
-  std::memcpy(&result, &bits, 4);
-  return result;
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+inline float widen(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
+
+// float16 is converted by integer arithmetic, which compilers vectorise in any loop; of _Float16, GCC 12 converts one
+// element at a time, and to double by a function of its library. The exponent's bias is 15 here and 127 in a float. A
+// subnormal x is 2^-14 less than the normal number with its fraction; infinity and NaN keep their exponent of all ones.
+inline float widen(f16 x) {
+  constexpr uint32_t rebias = (127 - 15) << 23;
+  const uint32_t magnitude = (x.bits & 0x7fffu) << 13, exponent = magnitude & 0x0f800000u;
+  const uint32_t normal = magnitude + rebias + (exponent == 0x0f800000u ? rebias : 0);
+  const uint32_t subnormal = bits_of(float_of(magnitude + rebias + (1u << 23)) - 0x1p-14f);
+  return float_of((exponent ? normal : subnormal) | (x.bits & 0x8000u) << 16);
 }
 
 template <class T, class S>
@@ -57,15 +73,21 @@ template <>
 inline float narrow<float>(double x) {
   return static_cast<float>(x);
 }
+// Rounds to nearest even, as all conversions here. Below 2^-14 an addition rounds: 0.5 has its last place where the
+// smallest subnormal is. From 65,520 on the result is infinity, which the carry of a normal number gives up to 65,536.
 template <>
 inline f16 narrow<f16>(float x) {
-  return f16{static_cast<_Float16>(x)};
+  const uint32_t bits = bits_of(x), magnitude = bits & 0x7fffffffu;
+  const uint32_t normal = (magnitude - ((127 - 15) << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13;
+  const uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f);
+  const uint32_t beyond = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;  // NaN, infinity
+  const uint32_t result = magnitude < 0x38800000u ? subnormal : magnitude < 0x47800000u ? normal : beyond;
+  return f16{static_cast<uint16_t>(result | (bits >> 16 & 0x8000u))};
 }
 template <>
 inline bf16 narrow<bf16>(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  // Rounds to nearest even. A NaN would round up to infinity when its payload is all ones, so it keeps its top bits.
+  const uint32_t bits = bits_of(x);
+  // A NaN would round up to infinity when its payload is all ones, so it keeps its top bits.
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const bool nan = (bits & 0x7fffffff) > 0x7f800000;
   return bf16{static_cast<uint16_t>(nan ? (bits >> 16) | 0x40 : rounded)};
@@ -140,7 +162,7 @@ template <class T>
 inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
-// A square block of W elements of Bytes bytes, whatever they are: element j of row i becomes element i of row j. In
+// Transposes a square block of W x W elements of Bytes bytes: element j of row i becomes element i of row j. In
 // round S = 1, 2, 4, ... rows S apart exchange every other run of S elements.
 template <int Bytes>
 struct Transposition {
@@ -197,7 +219,7 @@ inline void transpose(const void* in, int64_t in_pitch, int64_t rows, int64_t co
     }
 }
 
-// The larger of two, `a` where they do not compare: a NaN in `b` is left to the exponentials that follow.
+// The larger of two numbers, and `a` where one is NaN: a NaN in `b` reaches the result through the exponentials.
 template <class V>
 inline V vmax(V a, V b) {
   return b > a ? b : a;

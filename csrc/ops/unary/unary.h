@@ -1,4 +1,4 @@
-// Unary attention and the row softmax it shares with the pairwise map.
+// Unary attention, and the row softmax that it shares with the pairwise map.
 //
 //   softmax           p_j = exp(x_j - lse),  lse = log sum_j exp(x_j)
 //   softmax backward  dx_j = p_j (dp_j - sum_i p_i dp_i)

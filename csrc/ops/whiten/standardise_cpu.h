@@ -2,8 +2,8 @@
 // parallel over batch elements and blocks), statistics per group of columns, then one elementwise pass.
 //
 // All sums are in double and per column first, so the order of adding depends on the shape alone. The second moment is
-// taken around the mean in a pass of its own, since sums of squares would cancel: the input is read three times with a
-// deviation, twice without. Traded away: reading once where a group is one column and fits the cache.
+// taken around the mean in a pass of its own, since sums of squares would cancel. So the input is read three times
+// where there is a deviation and twice where there is none, even where a group is one column and would fit the cache.
 #pragma once
 
 #include "core/cpu/reduce.h"

@@ -1,9 +1,9 @@
 // Whitening by any mean and deviation on CUDA, forward and backward: column sums, statistics per group of columns, one
 // elementwise pass (core/cuda/reduce.cuh holds the sums).
 //
-// Means come first, second moments around them: the input is read three times with a deviation, twice without (and once
-// more in float64, to correct the mean), later reads mostly from L2. Statistics are summed in double, kept in the
-// accumulate type. Nothing is added atomically, so equal inputs give equal bits.
+// Means come first, then second moments around them. So the input is read three times where there is a deviation and
+// twice where there is none (and once more in float64, to correct the mean), later reads mostly from L2. Statistics are
+// summed in double, kept in the accumulate type. Nothing is added atomically, so equal inputs give equal bits.
 #pragma once
 
 #include "core/cuda/affine.cuh"

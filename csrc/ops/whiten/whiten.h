@@ -1,11 +1,11 @@
-// Whitening: what is taken off query and key before their inner products.
+// Whitening: what is subtracted from query and key before their inner products.
 //
 //   mean_subtract   y_i = x_i - mean over i of x_i, per channel
 //   whiten          y = (x - mean) * rstd, rstd = 1 or 1 / sqrt(var + eps), var unbiased, where mean and variance are
 //                   over the positions of one channel, the channels of one position, a sample, or a whole batch
 //
 // mean_subtract is a symmetric projection (I - 11'/n), so its backward is the map itself. With a deviation,
-// dx = rstd (dy - mean(dy) - y <dy, y> / (n - 1)). dnl_ext/ops/whiten.py.
+// dx = rstd (dy - mean(dy) - y <dy, y> / (n - 1)). dnl_ext/ops/whiten.py is the Python side.
 #pragma once
 
 #include "core/types.h"

@@ -1,5 +1,6 @@
 // Mean subtraction on the CPU: one task owns a block of channels of one batch element, sums it over the positions in
-// double, and writes it less its mean. It reads the input twice; a block that fits the cache is read from memory once.
+// double, and writes it with the mean subtracted. It reads the input twice; a block that fits the cache is read from
+// memory once.
 #pragma once
 
 #include "core/cpu/reduce.h"

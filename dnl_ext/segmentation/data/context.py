@@ -50,9 +50,19 @@ def noise(rng: np.random.Generator, size: Size) -> torch.Tensor:
 
 
 class Mosaic(NamedTuple):
-    """image: float32 tensor (3, h, w) in 0 .. 1. label: int64 tensor (h, w). clear: bool tensor (h, w).
+    """One image of the context task with everything that is known of its pixels.
 
-    pretext: int64 tensor (h, w), see :class:`PretextData`.
+    Attributes:
+        image: float32 tensor (3, h, w) in 0 .. 1.
+        label: class numbers, int64 tensor (h, w).
+        clear: whether a pixel shows its class's photograph, bool tensor (h, w); the others show noise.
+        pretext: int64 tensor (h, w), the labels of :class:`PretextData`.
+
+    Example:
+        >>> from dnl_ext.segmentation.data import ContextData
+        >>> mosaic = ContextData((64, 128)).validation_mosaic(0)
+        >>> mosaic.image.shape, 0 < mosaic.clear.float().mean() < 1
+        (torch.Size([3, 64, 128]), tensor(True))
     """
 
     image: torch.Tensor
@@ -104,14 +114,26 @@ def compose(rng: np.random.Generator, sources: Sequence[torch.Tensor], size: Siz
 
 
 class ContextData(MosaicData):
-    """The task as a data set, with the interface and arguments of :class:`mosaic.MosaicData`."""
+    """A harder built-in data set, in which a region's class may be shown somewhere else in the image.
+
+    All cells of a class have one tint, drawn anew for every image. Some of them show the class's photograph, the others
+    noise, so that the class of the latter can be told from a cell of the same tint far away, and from nothing else.
+    Arguments, attributes and methods are those of :class:`MosaicData`.
+
+    Example:
+        >>> from dnl_ext.segmentation.data import ContextData
+        >>> data = ContextData(size=(64, 128), validation_size=2)
+        >>> image, label = data.training_sample(seed=0, index=7, crop=(64, 96))
+        >>> image.shape, label.shape, len(label.unique())  # three classes in each image
+        (torch.Size([3, 64, 96]), torch.Size([64, 96]), 3)
+    """
 
     name = "context"
     clear_share = CLEAR
     photographs: tuple[Photograph, ...] = tuple(photograph for photograph in PHOTOGRAPHS if photograph.name in CLASSES)
 
     def training_mosaic(self, seed: int, index: int, crop: Size) -> Mosaic:
-        """Training :class:`Mosaic` number ``index``, a function of its arguments."""
+        """Training :class:`Mosaic` number ``index``, which the arguments determine."""
         return compose(np.random.default_rng((seed, index, 4)), self.sources["train"], crop, self.clear_share)
 
     def validation_mosaic(self, index: int) -> Mosaic:
@@ -130,8 +152,13 @@ class ContextData(MosaicData):
 class PretextData(ContextData):
     """The same images with labels that every pixel's surroundings show: for an encoder to begin with.
 
-    A hidden cell is labelled with the bin of its hue, a clear one with its photograph or the bin of its hue, one or the
-    other by chance, so that features must hold both. What belongs together is left for the block to find.
+    A cell of noise is labelled with the bin of its hue, a clear one with its photograph or the bin of its hue, one or
+    the other by chance, so that features must hold both. Which cells belong together is left for the block to find.
+
+    Example:
+        >>> from dnl_ext.segmentation.data import PretextData
+        >>> PretextData((64, 128)).classes[-3:]
+        ('hue 3', 'hue 4', 'hue 5')
     """
 
     name = "pretext"

@@ -95,6 +95,14 @@ def read_image(path: str | Path) -> torch.Tensor:
 
     Raises:
         InputError: the file cannot be read, has more than four channels, or values that are not finite.
+
+    Example:
+        >>> from PIL import Image
+        >>> from dnl_ext.segmentation.data import read_image
+        >>> Image.new("RGB", (4, 2), (255, 0, 51)).save("red.png")
+        >>> image = read_image("red.png")
+        >>> image.shape, image[:, 0, 0]
+        (torch.Size([3, 2, 4]), tensor([1.0000, 0.0000, 0.2000]))
     """
     image, stored = open_file(path, "image")
     if stored.channels > 4:
@@ -136,10 +144,18 @@ def unit_range(path: str | Path, image: Image, stored: Stored) -> np.ndarray[Any
 
 
 def read_label(path: str | Path) -> np.ndarray[Any, Any]:
-    """Raw label values: integer array (H, W), upright, as the file stores them in 1 to 32 bits.
+    """The values of a label file as it stores them in 1 to 32 bits: int64 array (H, W), upright.
 
     Raises:
-        InputError: the file cannot be read or is no single channel of integers.
+        InputError: the file cannot be read, or holds something else than one channel of integers.
+
+    Example:
+        >>> import numpy
+        >>> from PIL import Image
+        >>> from dnl_ext.segmentation.data import read_label
+        >>> Image.fromarray(numpy.array([[0, 7], [255, 7]], dtype=numpy.uint8)).save("label.png")
+        >>> read_label("label.png").tolist()
+        [[0, 7], [255, 7]]
     """
     image, stored = open_file(path, "label")
     if stored.channels != 1 or image.mode == "F":

@@ -19,10 +19,23 @@ SCALES = (0.5, 2.0)
 
 
 def read_sample(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
-    """Image (3, H, W) in 0 .. 1 and label (H, W) int64 of class numbers and IGNORE.
+    """Read an image and its label: float32 tensor (3, H, W) in 0 .. 1, int64 tensor (H, W) of class numbers and IGNORE.
 
     Raises:
-        InputError: a file is unreadable, the sizes differ, or a label value is no class.
+        InputError: a file cannot be read, the sizes differ, or a label value is no class.
+
+    Example:
+        >>> import numpy
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from dnl_ext.segmentation.data import Sample, read_sample
+        >>> Image.new("RGB", (2, 1)).save("photograph.png")
+        >>> Image.fromarray(numpy.array([[0, 1]], dtype=numpy.uint8)).save("mask.png")
+        >>> lookup = numpy.full(256, -1)  # of the values in the file: -1 is an error
+        >>> lookup[:2] = 0, 255  # 0 is class 0, 1 is to be ignored
+        >>> image, label = read_sample(Sample(Path("photograph.png"), Path("mask.png"), lookup))
+        >>> label
+        tensor([[  0, 255]])
     """
     image, raw = read_image(sample.image), read_label(sample.label)
     if raw.shape != tuple(image.shape[1:]):
@@ -74,14 +87,36 @@ def augment(
 
 
 class FolderData:
-    """Images and labels of a folder in a known layout, with the interface of :class:`mosaic.MosaicData`.
+    """Images and labels of a folder in a known layout. Its attributes and methods are those of :class:`MosaicData`.
+
+    Training images are scaled by a random factor of 0.5 to 2, cropped and mirrored at random; validation images are
+    whole.
 
     Args:
-        root, layout, classes: see :func:`layouts.find_layout`.
+        root, layout, classes: see :func:`find_layout`.
         validation_size: images of the validation part to use, spread evenly over it; None is all.
 
+    Attributes:
+        summary: a line of what was found in the folder, and of what in it is not used.
+        train: training samples, a list of :class:`Sample`.
+        val: validation samples.
+
     Raises:
-        InputError: see :func:`layouts.find_layout`. Files are read, and errors in them found, when their turn comes.
+        InputError: see :func:`find_layout`. An image is read, and an error in it found, when its turn comes.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from dnl_ext.segmentation.data import FolderData
+        >>> for name in ("images/a.jpg", "images/b.jpg", "labels/a.png", "labels/b.png"):
+        ...     Path(name).parent.mkdir(exist_ok=True)
+        ...     Image.new("RGB" if "images" in name else "L", (64, 48)).save(name)
+        >>> data = FolderData(".", classes=3)
+        >>> data.summary
+        '1 training and 1 validation images'
+        >>> image, label = data.training_sample(seed=0, index=0, crop=(32, 32))
+        >>> image.shape, label.shape
+        (torch.Size([3, 32, 32]), torch.Size([32, 32]))
     """
 
     def __init__(
@@ -99,7 +134,7 @@ class FolderData:
         self.epoch: int = len(self.train)
         left_out = found.left_out
         if validation_size is not None and validation_size < len(self.val):
-            left_out += (f"validation images above --val-images ({len(self.val) - validation_size})",)
+            left_out += (f"validation images beyond the number asked for ({len(self.val) - validation_size})",)
             self.val = [self.val[int(i)] for i in np.linspace(0, len(self.val) - 1, validation_size)]
         self.validation_size: int = len(self.val)
         self.summary: str = f"{self.epoch} training and {self.validation_size} validation images"

@@ -6,6 +6,7 @@ held out.
 
 import glob
 import os
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,9 +14,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from ..errors import InputError
+from ..errors import InputError, InputWarning
 from ..metrics import IGNORE
 from .files import read_label
+
+#: Labels that are read in advance where the number of classes is given, to see whether they are masks of 0 and 255.
+LOOKED_AT = 16
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -37,7 +41,21 @@ def table(pairs: Iterable[tuple[int, int]], ignored: Iterable[int]) -> np.ndarra
 
 
 class Sample(NamedTuple):
-    """Paths of an image and its label, and the lookup from the label's raw values to class numbers."""
+    """An image file, its label file, and what the values in the label file mean.
+
+    Attributes:
+        image: path of the image.
+        label: path of the label.
+        lookup: integer array (256,) from a value in the label file to its class number: ``IGNORE`` for pixels that do
+            not count, -1 for values that the data set does not have.
+
+    Example:
+        >>> import numpy
+        >>> from pathlib import Path
+        >>> from dnl_ext.segmentation.data import Sample
+        >>> Sample(Path("images/a.jpg"), Path("labels/a.png"), numpy.arange(256)).label.name
+        'a.png'
+    """
 
     image: Path
     label: Path
@@ -45,9 +63,19 @@ class Sample(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What a folder holds: its layout's name, the class names, training and validation samples, and what is left out.
+    """What a data folder holds.
 
-    ``left_out`` holds texts such as ``.gif files (3)``.
+    Attributes:
+        name: of its layout, a key of ``LAYOUTS``.
+        classes: names of the classes.
+        train: training samples, a list of :class:`Sample`.
+        val: validation samples.
+        left_out: what in the folder is not used, texts such as ``.gif files (3)``.
+
+    Example:
+        >>> from dnl_ext.segmentation.data import Layout
+        >>> Layout("plain", ("road", "sky"), [], [], (".gif files (3)",)).left_out
+        ('.gif files (3)',)
     """
 
     name: str
@@ -208,9 +236,16 @@ def plain(root: Path, classes: int | None) -> Found:
         return (), [], []
     lookup = table([(number, number) for number in range(classes or 255)], ignored=(255,))
     samples = [samples_of(part, lookup) for part in parts]
+    paths = [label for part in parts for _, label in part]
+    read = paths if classes is None else paths[:: -(-len(paths) // LOOKED_AT)]
+    greatest, ignored = -1, False
+    for raw in map(read_label, read):
+        counted = raw[raw != IGNORE]
+        greatest, ignored = max(greatest, int(counted.max(initial=-1))), ignored or counted.size < raw.size
+    if greatest == 0 and ignored and classes != 1:
+        warn_of_masks(labels, len(read), len(paths))
     if classes is None:
-        raws = (read_label(label) for part in parts for _, label in part)
-        classes = 1 + max(int(raw[raw != IGNORE].max(initial=-1)) for raw in raws)
+        classes = 1 + greatest
         if not 0 < classes <= 255:
             raise InputError(f"{labels}: expected label values 0 .. 254 and 255, got {classes - 1} as the greatest"
                              if classes else f"{labels} holds no labelled pixel")  # fmt: skip
@@ -219,14 +254,34 @@ def plain(root: Path, classes: int | None) -> Found:
     return class_names(classes), train, val
 
 
+def warn_of_masks(labels: Path, read: int, count: int) -> None:
+    """Warn of labels that hold 0 and 255 alone, as black and white masks do; ``read`` of ``count`` were looked at."""
+    which = f"{read} of {count} labels" if read < count else "all labels"
+    text = (
+        f"{which} in {labels} hold the values 0 and 255 alone, and 255 marks pixels to ignore, so that class 0 is the "
+        "only one; if 255 is a class, store 1 instead: Image.fromarray((np.array(mask) == 255).astype(np.uint8))"
+    )
+    warnings.warn(InputWarning(text), stacklevel=4)
+
+
 def same_names(images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    """(image, label) paths: for every image below one folder, the PNG of that name below the other."""
+    """(image, label) paths: for every image below one folder, the PNG of that name below the other.
+
+    Raises:
+        InputError: two images, such as a.jpg and a.png, have one label.
+    """
 
     def label(path):
         lower, upper = (path.with_suffix(ending) for ending in (".png", ".PNG"))
         return upper if upper.is_file() and not lower.is_file() else lower
 
-    return [(path, label(labels / path.relative_to(images))) for path in images_in(images)]
+    found: dict[Path, Path] = {}
+    for path in images_in(images):
+        wanted = label(labels / path.relative_to(images))
+        if wanted in found:
+            raise InputError(f"images {found[wanted]} and {path} have the same label {wanted}: rename or remove one")
+        found[wanted] = path
+    return [(image, wanted) for wanted, image in found.items()]
 
 
 def unused(images: Path, labels: Path, samples: list[Sample]) -> tuple[str, ...]:
@@ -280,6 +335,17 @@ def find_layout(root: str | Path, layout: str | None = None, classes: int | None
 
     Raises:
         InputError: the folder is missing, has no known layout, or has images without labels or no images.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from dnl_ext.segmentation.data import find_layout
+        >>> for name in ("images/a.jpg", "images/b.jpg", "labels/a.png", "labels/b.png"):
+        ...     Path(name).parent.mkdir(exist_ok=True)
+        ...     Image.new("RGB" if "images" in name else "L", (8, 8)).save(name)
+        >>> found = find_layout(".")
+        >>> found.name, found.classes, len(found.train), len(found.val)
+        ('plain', ('class 0',), 1, 1)
     """
     root = Path(root)
     if not root.is_dir():

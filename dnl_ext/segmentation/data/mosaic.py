@@ -32,7 +32,19 @@ TRAIN_SHARE = 0.65
 
 
 class Photograph(NamedTuple):
-    """A class: its name, file, box to use (left, top, right, bottom; None is all) and a factor on its size."""
+    """A photograph of scikit-image's wheel, whose texture is a class of the built-in data.
+
+    Attributes:
+        name: of the class.
+        file: name of the file in the wheel.
+        box: part of it to use in pixels, (left, top, right, bottom); None is all.
+        factor: on its size.
+
+    Example:
+        >>> from dnl_ext.segmentation.data import PHOTOGRAPHS
+        >>> PHOTOGRAPHS[0].name, PHOTOGRAPHS[0].file
+        ('brick', 'brick.png')
+    """
 
     name: str
     file: str
@@ -175,14 +187,31 @@ def compose(rng: np.random.Generator, sources: Sequence[torch.Tensor], size: Siz
 
 
 class MosaicData:
-    """The built-in data set: endless training mosaics, a fixed set of held-out ones.
+    """The built-in data set: mosaics of eight photographs, whose textures are the classes.
+
+    Training mosaics never end; the held-out ones are a fixed set, and show parts of the photographs that no training
+    mosaic shows.
 
     Args:
         size: (height, width) of the held-out mosaics in pixels.
         validation_size: how many of them.
 
     Attributes:
-        classes: names of the classes. epoch: training images counted as one epoch. summary: a line on the images.
+        name: of the data set.
+        classes: names of the classes.
+        epoch: training images that are counted as one epoch.
+        validation_size: number of validation images.
+        summary: a line on the images.
+
+    Raises:
+        InputError: scikit-image is not installed, or a photograph in it cannot be read.
+
+    Example:
+        >>> from dnl_ext.segmentation.data import MosaicData
+        >>> data = MosaicData(size=(64, 128), validation_size=2)
+        >>> image, label = data.training_sample(seed=0, index=7, crop=(64, 96))
+        >>> image.shape, image.dtype, label.shape, label.dtype
+        (torch.Size([3, 64, 96]), torch.float32, torch.Size([64, 96]), torch.int64)
     """
 
     epoch = 256
@@ -201,7 +230,7 @@ class MosaicData:
         }
 
     def training_sample(self, seed: int, index: int, crop: Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training image number ``index``: image (3, h, w) in 0 .. 1, label (h, w); a function of its arguments."""
+        """Training image number ``index``, which the arguments determine: image (3, h, w) in 0 .. 1, label (h, w)."""
         return compose(np.random.default_rng((seed, index, 0)), self.sources["train"], crop)
 
     def validation_sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,1 +1,22 @@
-"""Experiments that train several networks and compare them."""
+"""Experiments that train several networks and compare them.
+
+:func:`run_demo` is ``dnl-ext demo``, :class:`Ablation` with :func:`write_report` is ``dnl-ext ablate``.
+"""
+
+from .ablation import Ablation, Run, over_seeds
+from .ablation_report import write_report
+from .demo import DemoSettings, run_demo
+from .memory import measure_step
+from .recipes import RECIPES, Recipe
+
+__all__ = [
+    "RECIPES",
+    "Ablation",
+    "DemoSettings",
+    "Recipe",
+    "Run",
+    "measure_step",
+    "over_seeds",
+    "run_demo",
+    "write_report",
+]

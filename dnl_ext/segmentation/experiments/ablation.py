@@ -7,6 +7,7 @@ was, and the same command with more seeds adds to it. The tables are written ane
 
 import contextlib
 import dataclasses
+import functools
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -40,7 +41,18 @@ PRETEXT_LR = 4e-3
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: a variant of the block, its temperature (None: it has no pairwise logits), a seed."""
+    """One training of an ablation.
+
+    Attributes:
+        variant: of the block, as :class:`dnl_ext.DisentangledNonLocal2d` names it.
+        temperature: divides the block's logits; None for the unary term alone, which has no pairwise logits.
+        seed: of weights and training images.
+
+    Example:
+        >>> from dnl_ext.segmentation.experiments import Run
+        >>> Run("dnl", 0.05, 0).name
+        'dnl-T0.05-seed0'
+    """
 
     variant: str
     temperature: float | None
@@ -48,7 +60,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the run's folder."""
         temperature = "" if self.temperature is None else f"-T{self.temperature:g}"
         return f"{self.variant}{temperature}-seed{self.seed}"
 
@@ -64,17 +76,33 @@ def plan(variants: Sequence[str], temperatures: Sequence[float], seeds: Sequence
 
 
 class Ablation:
-    """All runs of an ablation.
+    """Variants of the block, each trained at several temperatures and with several seeds, and measured.
+
+    Every run has a folder of its own below ``out``. What is finished there is not trained again, and what was stopped
+    is continued.
 
     Args:
-        out: folder. recipe: a key of ``RECIPES``.
-        overrides: settings of :class:`config.TrainConfig` in place of the recipe's.
+        out: folder of all runs.
+        recipe: a key of ``RECIPES``.
+        overrides: settings of :class:`~dnl_ext.segmentation.training.TrainConfig` in place of the recipe's.
         variants, temperatures, seeds: what to train; None is all variants and the recipe's temperatures.
         pretext: steps of the encoder's own training, in place of the recipe's.
         images: validation images that the attention is measured on, in place of the recipe's.
 
+    Attributes:
+        runs: list of every :class:`Run`.
+        results: dict of the results so far, by run.
+
     Raises:
         InputError: settings that cannot be used, or a folder that cannot be written.
+
+    Example:
+        >>> from dnl_ext.segmentation.experiments import Ablation
+        >>> tiny = {"steps": 1, "crop": (64, 64), "batch_size": 1, "width": 4, "val_images": 1}
+        >>> ablation = Ablation("runs", overrides=tiny, variants=["dnl"], temperatures=[0.05], seeds=[0], pretext=0)
+        >>> results = ablation.run()
+        >>> [run.name for run in results]
+        ['dnl-T0.05-seed0']
     """
 
     def __init__(
@@ -114,8 +142,13 @@ class Ablation:
         except OSError as error:
             raise InputError(f"cannot write to {self.out}: {error.strerror}") from None
 
+    @functools.cached_property
+    def data(self) -> Data:
+        """The data set of all runs, opened when it is first asked for. Raises InputError where it cannot be."""
+        return open_data(self.base)
+
     def config(self, run: Run) -> TrainConfig:
-        """The :class:`TrainConfig` of a run."""
+        """Settings of a run, a :class:`~dnl_ext.segmentation.training.TrainConfig`."""
         return dataclasses.replace(self.base, variant=run.variant, temperature=run.temperature, seed=run.seed)
 
     def run(
@@ -124,17 +157,19 @@ class Ablation:
         """Train and measure what has no result yet.
 
         Args:
-            listener: ``listener(title, first step, steps)`` is a context that gives a :class:`trainer.Listener`.
+            listener: ``listener(title, first step, steps)`` is a context that gives a
+                :class:`~dnl_ext.segmentation.training.Listener`.
             on_result: called as ``on_result(run, result)`` for every run, also for those found done.
 
         Returns:
-            {Run: result}.
+            dict of results by :class:`Run`, each with "miou", "attention", "seconds_per_step", "settings", "versions".
 
         Raises:
-            InputError: a folder whose runs have other settings. Interrupted: the running one is saved.
+            InputError: the folder has runs of other settings.
+            Interrupted: Ctrl-C or SIGTERM. The run that was training is saved.
         """
         listener = listener or quiet
-        data = open_data(self.base)
+        data = self.data
         for run in self.runs:  # found results first: another setting in one of them is an error before any training
             found = self.read(run)
             if found is not None:
@@ -149,13 +184,13 @@ class Ablation:
         return self.results
 
     def fingerprint(self, config: TrainConfig) -> dict[str, Any]:
-        """What must be equal for a result to count: the settings that make the run, the pretext, the measuring."""
+        """What must be equal for a result to be reused: the run's settings, the pretext steps, the images measured."""
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
         settings |= {"crop": list(config.crop), "pretext": self.pretext, "images": self.images}
         return settings
 
     def read(self, run: Run) -> dict[str, Any] | None:
-        """A run's result where it is done, else None. Raises InputError for another run's."""
+        """A run's result where it is done, else None. Raises InputError where the file is of other settings."""
         path = self.out / run.name / RESULT
         if not path.is_file():
             return None
@@ -173,7 +208,7 @@ class Ablation:
         return found
 
     def trainer(self, config: TrainConfig, folder: Path, data: Data) -> Trainer:
-        """A :class:`Trainer` in a folder, which goes on where a checkpoint of the same settings lies there."""
+        """A trainer in a folder, which continues from the checkpoint of the same settings that lies there, if any."""
         path = folder / CHECKPOINT
         state = checkpoint.load(path) if path.is_file() else None
         if state is not None:
@@ -186,7 +221,7 @@ class Ablation:
         return Trainer(config, folder, state=state, state_path=path, data=data)
 
     def encoder(self, seed: int, listener: ListenerFactory) -> dict[str, torch.Tensor] | None:
-        """Weights of the encoder that all runs of a seed begin with, None without a pretext."""
+        """Weights of the encoder that all runs of a seed begin with, trained first; None where they begin untrained."""
         if not self.pretext:
             return None
         config = dataclasses.replace(
@@ -200,7 +235,7 @@ class Ablation:
         return trainer.network.encoder.state_dict()
 
     def train(self, run: Run, title: str, data: Data, listener: ListenerFactory) -> Trainer:
-        """The finished :class:`Trainer` of a run."""
+        """Train a run to its end; returns its trainer."""
         weights = self.encoder(run.seed, listener)
         trainer = self.trainer(self.config(run), self.out / run.name, data)
         if weights is not None and trainer.step == 0:
@@ -247,6 +282,12 @@ def over_seeds(results: Mapping[Run, dict[str, Any]]) -> dict[tuple[str, float |
 
     Returns:
         {(variant, temperature): {figure: (mean, deviation over seeds, number of seeds)}}; the deviation of one is nan.
+
+    Example:
+        >>> from dnl_ext.segmentation.experiments import Run, over_seeds
+        >>> results = {Run("dnl", 0.05, seed): {"miou": 0.5 + seed, "attention": {}} for seed in (0, 1, 2)}
+        >>> over_seeds(results)
+        {('dnl', 0.05): {'miou': (1.5, 1.0, 3)}}
     """
     groups = {}
     for run, result in results.items():

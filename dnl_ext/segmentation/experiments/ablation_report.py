@@ -68,10 +68,20 @@ def write_report(ablation: Ablation) -> None:
     """Write ``table.md``, ``results.json`` and ``ablation.png`` into the ablation's folder.
 
     Args:
-        ablation: an :class:`ablation.Ablation` with at least one result.
+        ablation: an :class:`Ablation` with at least one result.
 
     Raises:
         InputError: a file cannot be written.
+
+    Example:
+        >>> import os
+        >>> from dnl_ext.segmentation.experiments import Ablation, write_report
+        >>> tiny = {"steps": 1, "crop": (64, 64), "batch_size": 1, "width": 4, "val_images": 1}
+        >>> ablation = Ablation("runs", overrides=tiny, variants=["dnl"], temperatures=[0.05], seeds=[0], pretext=0)
+        >>> _ = ablation.run()
+        >>> write_report(ablation)
+        >>> sorted(name for name in os.listdir("runs") if "." in name and not os.path.isdir(f"runs/{name}"))
+        ['ablation.png', 'results.json', 'table.md']
     """
     groups = over_seeds(ablation.results)
     done, planned = len(ablation.results), len(ablation.runs)

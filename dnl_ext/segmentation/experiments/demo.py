@@ -35,10 +35,29 @@ TITLES = {"none": "encoder, on alone", "nl": "encoder + nl", "dnl": "encoder + d
 
 @dataclasses.dataclass
 class DemoSettings:
-    """Sizes of the demonstration.
+    """Settings of the demonstration. Sizes are (height, width) in pixels.
 
-    ``crop`` and ``batch_size`` are those of training, ``full`` is the image size of validation, memory and picture.
-    ``picture`` is the number of the held-out mosaic that is drawn.
+    Attributes:
+        encoder_steps: updates of the encoder's weights alone, before the blocks are added.
+        steps: updates of each network after that.
+        crop: size of the training images.
+        batch_size: training images per step.
+        full: size of the images for validation, memory and picture.
+        val_images: number of validation images.
+        encoder_peak_lr: learning rate of the encoder alone, at its peak.
+        lr: learning rate after that.
+        block_gain: initial weight of the BatchNorm behind the block.
+        width: channels after the encoder's first convolution.
+        seed: of weights and training images.
+        threads: of PyTorch on the CPU; 0 is its own choice.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        picture: number of the held-out mosaic that is drawn.
+        memory: whether peak memory is measured, which takes some processes of their own.
+
+    Example:
+        >>> from dnl_ext.segmentation.experiments import DemoSettings
+        >>> DemoSettings(steps=1000, memory=False).full
+        (512, 1024)
     """
 
     encoder_steps: int = 300
@@ -59,7 +78,9 @@ class DemoSettings:
 
 
 def run_demo(out: str | Path, settings: DemoSettings | None = None) -> dict[str, Any]:
-    """Run everything and write ``metrics.json``, ``attention.png`` and ``report.md`` into ``out``.
+    """Train a standard and a disentangled block briefly, and write what came of it.
+
+    The files in ``out`` are ``metrics.json``, ``attention.png`` and ``report.md``.
 
     Args:
         out: folder, made where it does not exist.
@@ -69,7 +90,17 @@ def run_demo(out: str | Path, settings: DemoSettings | None = None) -> dict[str,
         The content of ``metrics.json`` as a dict.
 
     Raises:
-        InputError, Interrupted: see :class:`trainer.Trainer`.
+        InputError: the folder cannot be written, or a setting cannot be used.
+        Interrupted: Ctrl-C or SIGTERM.
+
+    Example:
+        >>> from dnl_ext.segmentation.experiments import DemoSettings, run_demo
+        >>> tiny = DemoSettings(encoder_steps=2, steps=1, crop=(64, 64), batch_size=1, full=(64, 128), val_images=1,
+        ...                     width=4, picture=0, memory=False)
+        >>> metrics = run_demo("demo", tiny)  # doctest: +ELLIPSIS
+        encoder: step 1/2 ...
+        >>> sorted(metrics["variants"])
+        ['dnl', 'nl']
     """
     settings = settings or DemoSettings()
     out = Path(out)

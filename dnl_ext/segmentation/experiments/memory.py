@@ -20,20 +20,29 @@ from ..training.config import TrainConfig
 
 #: Crop of the small step that goes first, in pixels.
 FIRST = (64, 128)
+#: The process that measures. This file is no program itself: its package has imported it when it would start.
+PROGRAM = "from dnl_ext.segmentation.experiments import memory; memory.main()"
 
 
 def measure_step(config: TrainConfig, timeout: float = 600) -> dict[str, Any]:
     """Run one training step of ``config`` on the built-in data in a new process.
 
     Args:
-        config: a :class:`config.TrainConfig`; its crop and batch size are the shapes of the step.
+        config: a :class:`~dnl_ext.segmentation.training.TrainConfig`; its crop and batch size are those of the step.
         timeout: seconds after which the process is given up.
 
     Returns:
         dict with ``peak_bytes`` (int), ``seconds`` (of a second step of the same shapes) and ``method``; or with
         ``error`` (one line) alone where the step did not run, such as for lack of memory.
+
+    Example:
+        >>> from dnl_ext.segmentation.experiments import measure_step
+        >>> from dnl_ext.segmentation.training import TrainConfig
+        >>> step = measure_step(TrainConfig(crop=(64, 128), batch_size=1, width=4))
+        >>> step["peak_bytes"] >= 0 and step["seconds"] > 0
+        True
     """
-    command = [sys.executable, "-m", "dnl_ext.segmentation.experiments.memory", json.dumps(dataclasses.asdict(config))]
+    command = [sys.executable, "-c", PROGRAM, json.dumps(dataclasses.asdict(config))]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -60,7 +69,7 @@ class HostPeak:
             self.method, self.before = "ru_maxrss", largest_resident()
 
     def read(self) -> int:
-        """Bytes."""
+        """The peak in bytes."""
         after = status_bytes("VmHWM") if self.method == "VmHWM" else largest_resident()
         return max(0, after - self.before)
 
@@ -110,5 +119,6 @@ def measure_here(config: TrainConfig) -> dict[str, Any]:
     return {"peak_bytes": peak_bytes, "seconds": time.perf_counter() - start, "method": peak.method}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print what :func:`measure_here` returns for the settings in the first argument, both as JSON."""
     print(json.dumps(measure_here(TrainConfig(**json.loads(sys.argv[1])))))

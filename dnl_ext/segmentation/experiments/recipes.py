@@ -14,11 +14,21 @@ VARIANT_NAMES = {
 
 
 class Recipe(NamedTuple):
-    """temperatures: of the logits, each variant is trained with each. settings: of :class:`config.TrainConfig`.
+    """What an ablation trains.
 
-    pretext: steps of the encoder on :class:`context.PretextData` before all variants of a seed; 0 is from scratch.
-    layout: of the data folder, None for built-in data. images: validation images that the attention is measured on.
-    source: where the settings are from.
+    Attributes:
+        temperatures: of the logits; each variant is trained with each.
+        settings: of :class:`~dnl_ext.segmentation.training.TrainConfig`.
+        pretext: steps of the encoder on :class:`~dnl_ext.segmentation.data.PretextData` before all variants of a seed;
+            0 is from scratch.
+        layout: of the data folder; None for built-in data.
+        images: validation images that the attention is measured on.
+        source: where the settings are from.
+
+    Example:
+        >>> from dnl_ext.segmentation.experiments import RECIPES
+        >>> RECIPES["cityscapes"].settings["crop"], RECIPES["cityscapes"].temperatures
+        ((512, 1024), (1.0, 0.05))
     """
 
     temperatures: tuple[float, ...]

@@ -15,7 +15,7 @@ from ...analysis import AttentionProbe
 from ...analysis.tables import Section, as_markdown, sections
 from ..errors import InputError
 from ..training.config import TrainConfig
-from ..training.restore import Trained
+from ..training.trained import Trained
 from ..training.trainer import Data, open_data
 from .figure import choose_queries, place_of
 from .maps import draw_maps, look
@@ -23,10 +23,21 @@ from .maps import draw_maps, look
 
 @dataclasses.dataclass
 class DiagnoseSettings:
-    """images: validation images to measure. queries: random queries per image. pictures: images to draw. seed: theirs.
+    """What :func:`diagnose` measures.
 
-    ``data``, ``layout`` and ``classes`` as in :class:`config.TrainConfig`; ``data`` None is what the first checkpoint
-    was trained on.
+    Attributes:
+        data: folder of images and labels; None is what the first checkpoint was trained on.
+        layout: of the folder; None is found by its names.
+        classes: number of classes; None is found from the folder.
+        images: validation images to measure.
+        queries: random queries per image.
+        pictures: images to draw.
+        seed: of the random queries.
+
+    Example:
+        >>> from dnl_ext.segmentation.looking import DiagnoseSettings
+        >>> DiagnoseSettings(images=100).queries
+        256
     """
 
     data: str | None = None
@@ -50,25 +61,42 @@ def diagnosis_data(config: TrainConfig, settings: DiagnoseSettings) -> Data:
 
 
 def diagnose(
-    networks: Mapping[str, Trained], settings: DiagnoseSettings, out: str | Path, progress: bool = True
+    networks: Mapping[str, Trained],
+    settings: DiagnoseSettings,
+    out: str | Path,
+    progress: bool = True,
+    data: Data | None = None,
 ) -> list[Section]:
-    """Measure and write ``report.md``, ``report.json``, ``report.html`` and the pictures into ``out``.
+    """Measure the attention of trained networks over a data set, and write a report with pictures.
+
+    docs/analysis.md says what is measured. The files in ``out`` are ``report.md``, ``report.json``, ``report.html`` and
+    ``maps-0.png``, ``maps-1.png``, ...
 
     Args:
-        networks: {title: :class:`restore.Trained`}, of the same classes.
+        networks: dict of :class:`~dnl_ext.segmentation.training.Trained` by title, all of the same classes.
         settings: a :class:`DiagnoseSettings`.
         out: folder, made where it does not exist.
         progress: show progress bars.
+        data: the data set; None opens the one that the settings name.
 
     Returns:
-        list of :class:`analysis.tables.Section`, the tables.
+        The report's tables, a list of :class:`dnl_ext.analysis.tables.Section`.
 
     Raises:
-        InputError: data that does not fit the networks, or a folder that cannot be written.
+        InputError: the data does not fit the networks, or the folder cannot be written.
+
+    Example:
+        >>> from dnl_ext.segmentation.looking import DiagnoseSettings, diagnose
+        >>> from dnl_ext.segmentation.training import TrainConfig, Trainer, restore
+        >>> Trainer(TrainConfig(steps=1, crop=(64, 64), batch_size=1, width=4, val_images=1), "run").run()
+        >>> settings = DiagnoseSettings(images=1, queries=16, pictures=0)
+        >>> tables = diagnose({"mine": restore("run/checkpoint.pt")}, settings, "diagnosis", progress=False)
+        >>> tables[0].title, tables[0].head
+        ('Degeneration', ['figure', 'mine', 'compare with'])
     """
     out = Path(out)
     first = next(iter(networks.values()))
-    data = diagnosis_data(first.config, settings)
+    data = diagnosis_data(first.config, settings) if data is None else data
     for title, trained in networks.items():
         if tuple(trained.classes) != tuple(data.classes):
             raise InputError(f"{title} has {len(trained.classes)} classes, the data {data.name} {len(data.classes)} "

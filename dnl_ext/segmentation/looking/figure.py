@@ -22,7 +22,18 @@ TITLES = {"nl": "Standard\nnon-local block", "dnl": "Disentangled\nnon-local blo
 
 
 class Query(NamedTuple):
-    """A token to look from: its place on the token grid and its class number."""
+    """A token to look from.
+
+    Attributes:
+        row: its place on the grid of tokens, which are 8 x 8 pixels.
+        column: the same.
+        kind: its class number.
+
+    Example:
+        >>> from dnl_ext.segmentation.looking import Query
+        >>> Query(row=3, column=5, kind=2).column * 8  # the token's left edge in pixels
+        40
+    """
 
     row: int
     column: int
@@ -45,7 +56,16 @@ def choose_queries(label: torch.Tensor, count: int = 2) -> list[Query]:
         count: how many, each of another class.
 
     Returns:
-        ``count`` :class:`Query`, fewer only where the image has fewer classes. The choice sees the labels alone.
+        ``count`` of :class:`Query`, fewer only where the image has fewer classes. The choice depends on the labels
+        alone, so that no picture can be flattered by it.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.segmentation.looking import choose_queries
+        >>> label = torch.zeros(64, 64, dtype=torch.int64)
+        >>> label[:, 32:] = 1
+        >>> sorted(query.kind for query in choose_queries(label))
+        [0, 1]
     """
     labels = token_labels(label).numpy()
     found = []

@@ -17,7 +17,7 @@ from matplotlib.patches import Patch
 from ...analysis import AttentionMaps, attention_rows
 from ..errors import InputError
 from ..network import STRIDE
-from ..training.restore import Trained
+from ..training.trained import Trained
 from .figure import CLASS_COLORS
 from .overlay import QUERY_COLORS, heat, mark
 
@@ -32,7 +32,22 @@ PANEL = 3.0
 
 
 class MapRow(NamedTuple):
-    """A network's line: its title, prediction (H, W) and attention maps."""
+    """A row of the picture: what one network makes of the image.
+
+    Attributes:
+        title: of the row.
+        prediction: predicted classes, int64 tensor (H, W).
+        maps: attention from the query pixels, :class:`dnl_ext.analysis.AttentionMaps`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext import NonLocal2d
+        >>> from dnl_ext.analysis import attention_rows
+        >>> from dnl_ext.segmentation.looking import MapRow
+        >>> maps = attention_rows(NonLocal2d(8), torch.randn(1, 8, 4, 4), [(0, 0)])
+        >>> MapRow("mine", torch.zeros(32, 32, dtype=torch.int64), maps).maps.joint
+        'product'
+    """
 
     title: str
     prediction: torch.Tensor
@@ -59,7 +74,27 @@ def check_queries(queries: Sequence[tuple[int, int]], size: Sequence[int], path:
 
 @torch.inference_mode()
 def look(trained: Trained, title: str, image: torch.Tensor, queries: Sequence[tuple[int, int]]) -> MapRow:
-    """The :class:`MapRow` of a network for an image (3, H, W) in 0 .. 1 and query pixels (x, y)."""
+    """Predict an image, and compute where a network's block looks from some of its pixels.
+
+    Args:
+        trained: the network, of :func:`~dnl_ext.segmentation.training.restore`.
+        title: of the row.
+        image: float tensor (3, H, W) in 0 .. 1.
+        queries: pixels (x, y).
+
+    Returns:
+        A :class:`MapRow`.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.segmentation import SegmentationNetwork
+        >>> from dnl_ext.segmentation.looking import look
+        >>> from dnl_ext.segmentation.training import TrainConfig, Trained
+        >>> trained = Trained(SegmentationNetwork(2, width=4).eval(), TrainConfig(width=4), ("road", "sky"), 0, None)
+        >>> row = look(trained, "mine", torch.rand(3, 64, 96), [(10, 20), (80, 40)])
+        >>> row.prediction.shape, row.maps.pairwise.shape  # a map of 8 x 12 tokens for each query
+        (torch.Size([64, 96]), torch.Size([2, 8, 12]))
+    """
     network = trained.network
     features = network.features(image[None])
     prediction = network.classify(features, image.shape[1:]).argmax(1)[0]
@@ -74,17 +109,28 @@ def draw_maps(
     rows: Sequence[MapRow],
     classes: Sequence[str],
 ) -> None:
-    """Write the picture.
+    """Draw where the blocks of several networks look, a row for each network.
 
     Args:
         path: file; its ending names the format (png, pdf, svg).
         image: float tensor (3, H, W) in 0 .. 1.
-        queries: pixels (x, y).
+        queries: pixels (x, y), at most 6.
         rows: a :class:`MapRow` per network, from top to bottom.
         classes: names of the classes.
 
     Raises:
         InputError: the file cannot be written.
+
+    Example:
+        >>> import os, torch
+        >>> from dnl_ext.segmentation import SegmentationNetwork
+        >>> from dnl_ext.segmentation.looking import draw_maps, look
+        >>> from dnl_ext.segmentation.training import TrainConfig, Trained
+        >>> trained = Trained(SegmentationNetwork(2, width=4).eval(), TrainConfig(width=4), ("road", "sky"), 0, None)
+        >>> image, queries = torch.rand(3, 64, 96), [(10, 20)]
+        >>> draw_maps("maps.png", image, queries, [look(trained, "mine", image, queries)], trained.classes)
+        >>> os.path.exists("maps.png")
+        True
     """
     names = "ABCDEF"[: len(queries)]
     unary = any(row.maps.joint != "pairwise" for row in rows)

@@ -1,1 +1,30 @@
-"""Training: settings, loop, checkpoints, logs; one process or several."""
+"""Training: settings, loop, checkpoints, logs; one process or several.
+
+:class:`TrainConfig` says what to train, :class:`Trainer` does it, :func:`restore` gives the trained network back. The
+functions of :mod:`.distributed` are for programs that torchrun starts in several processes.
+"""
+
+from . import checkpoint, distributed
+from .config import TrainConfig
+from .log import CsvLog
+from .progress import TerminalProgress
+from .sync_norm import SyncBatchNorm, sync_norms
+from .trained import Trained, restore
+from .trainer import Listener, Trainer, learning_rate, open_data, segmentation_loss
+
+__all__ = [
+    "CsvLog",
+    "Listener",
+    "SyncBatchNorm",
+    "TerminalProgress",
+    "TrainConfig",
+    "Trained",
+    "Trainer",
+    "checkpoint",
+    "distributed",
+    "learning_rate",
+    "open_data",
+    "restore",
+    "segmentation_loss",
+    "sync_norms",
+]

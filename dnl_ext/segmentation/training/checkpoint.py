@@ -9,11 +9,28 @@ from torch import nn
 
 from ..errors import InputError
 
+__all__ = ["load", "load_weights", "save"]
+
 FORMAT = 1
 
 
 def save(state: dict[str, Any], path: str | Path) -> None:
-    """Write ``state`` to a temporary file beside ``path``, then move it there in one step."""
+    """Write a checkpoint, so that a crash leaves the old file or the new one, and never a part of one.
+
+    Args:
+        state: what :meth:`dnl_ext.segmentation.training.Trainer.state` returns.
+        path: the file. It is written beside that first, then moved there in one step.
+
+    Raises:
+        InputError: the file cannot be written.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import TrainConfig, Trainer, checkpoint
+        >>> trainer = Trainer(TrainConfig(crop=(32, 32), width=4, val_images=1))
+        >>> checkpoint.save(trainer.state(), "start.pt")
+        >>> checkpoint.load("start.pt")["step"]
+        0
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -29,7 +46,17 @@ def save(state: dict[str, Any], path: str | Path) -> None:
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU. Raises InputError where it is missing, damaged or something else."""
+    """Read a checkpoint of :func:`save`, with its tensors on the CPU. No code in the file is run.
+
+    Raises:
+        InputError: the file is missing, damaged or something else.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import checkpoint
+        >>> checkpoint.load("nowhere.pt")
+        Traceback (most recent call last):
+        dnl_ext.segmentation.errors.InputError: checkpoint nowhere.pt does not exist
+    """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"checkpoint {path} does not exist")
@@ -51,7 +78,15 @@ def load_weights(network: nn.Module, state: dict[str, Any], path: str | Path | N
         partial: allow one of the two to have no block, whose weights then keep their initial values.
 
     Raises:
-        InputError: another variant, or a weight of another shape.
+        InputError: the checkpoint is of another variant, or a weight has another shape.
+
+    Example:
+        >>> from dnl_ext.segmentation import SegmentationNetwork
+        >>> from dnl_ext.segmentation.training import checkpoint
+        >>> encoder, network = SegmentationNetwork(2, "none", width=4), SegmentationNetwork(2, "dnl", width=4)
+        >>> checkpoint.load_weights(network, {"network": encoder.state_dict()}, "encoder.pt", partial=True)
+        >>> bool((network.classifier.weight == encoder.classifier.weight).all())
+        True
     """
     saved, own = dict(state["network"]), network.state_dict()
     saved_block, own_block = ({name for name in weights if name.startswith("block.")} for weights in (saved, own))

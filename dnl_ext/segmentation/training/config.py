@@ -12,7 +12,7 @@ from ..network import STRIDE, VARIANTS
 AMP = ("none", "bf16")
 DTYPES = ("float32", "float64")
 BACKENDS = ("fused", "reference")
-#: The built-in data sets: see :mod:`.mosaic` and :mod:`.context`.
+#: The built-in data sets: see `mosaic` and `context` in :mod:`dnl_ext.segmentation.data`.
 TASKS = ("mosaic", "context")
 OPTIMIZERS = ("adamw", "sgd")
 
@@ -22,14 +22,45 @@ FREE = ("backend", "data", "device", "save_every", "threads", "workers")
 
 @dataclasses.dataclass
 class TrainConfig:
-    """Settings of a run; sizes in pixels, ``lr`` at its peak.
+    """Settings of a training run, which are also the options of ``dnl-ext train``.
 
-    ``data`` None is the built-in data set ``task``; ``layout`` and ``classes`` None are found from the folder.
-    ``optimizer`` "sgd" has momentum 0.9. ``encoder_lr`` multiplies the encoder's learning rate. ``val_every`` 0
-    validates at the end only. ``val_images`` None is all (8 of the built-in mosaics). ``threads`` 0 is PyTorch's
-    choice. ``workers`` threads prepare images ahead. Of several processes, ``batch_size`` counts the crops of all, the
-    other numbers are those of each. For ``temperature`` and ``block_gain`` see
-    :class:`network.SegmentationNetwork`.
+    Attributes:
+        variant: of the block; this and the next are arguments of :class:`~dnl_ext.segmentation.SegmentationNetwork`.
+        backend: "fused" or "reference".
+        amp: "none", or "bf16" for autocast to bfloat16.
+        dtype: of weights and images, "float32" or "float64".
+        data: folder of images and labels; None is the built-in data set ``task``.
+        task: "mosaic" or "context", the built-in data sets.
+        layout: of the folder; None is found by its names.
+        classes: number of classes; None is found from the folder.
+        steps: updates of the weights.
+        crop: (height, width) of the training images in pixels.
+        batch_size: crops per step, over all processes. All other numbers are those of each process.
+        optimizer: "adamw", or "sgd" with momentum 0.9.
+        lr: learning rate at its peak; see :func:`learning_rate`.
+        encoder_lr: factor on the encoder's learning rate.
+        weight_decay: of the optimizer.
+        block_gain: initial weight of the BatchNorm behind the block; an argument of the network, as the next two.
+        temperature: divides the block's logits; None is the variant's own.
+        width: channels after the encoder's first convolution.
+        val_every: steps between validations; 0 validates at the end only.
+        val_images: validation images to use; None is all, which are 8 of the built-in data.
+        save_every: steps between checkpoints.
+        seed: of weights, order of the images and augmentation.
+        threads: of PyTorch on the CPU; 0 is its own choice.
+        workers: threads that prepare images ahead.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+
+    Raises:
+        InputError: a setting is out of range.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import TrainConfig
+        >>> TrainConfig(variant="nl", steps=2000).crop
+        (512, 1024)
+        >>> TrainConfig(steps=0)
+        Traceback (most recent call last):
+        dnl_ext.segmentation.errors.InputError: --steps must be at least 1, got 0
     """
 
     variant: Variant | Literal["none"] = "dnl"

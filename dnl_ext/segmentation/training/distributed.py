@@ -20,26 +20,53 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import InputError
 
+__all__ = ["is_distributed", "is_main", "rank", "start", "world_size"]
+
 Result = TypeVar("Result")
 
 
 def is_distributed() -> bool:
-    """Whether there is a group of processes."""
+    """Whether this process trains together with others.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import distributed
+        >>> distributed.is_distributed()  # not started by torchrun
+        False
+    """
     return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    """Number of this process in the group, from 0."""
+    """Number of this process in the group, from 0.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import distributed
+        >>> distributed.rank()
+        0
+    """
     return dist.get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
-    """Number of processes."""
+    """Number of processes that train together.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import distributed
+        >>> distributed.world_size()
+        1
+    """
     return dist.get_world_size() if is_distributed() else 1
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes files and talks to the user."""
+    """Whether this is the process that writes files and talks to the user.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import distributed
+        >>> if distributed.is_main():
+        ...     print("said once")
+        said once
+    """
     return rank() == 0
 
 
@@ -65,9 +92,19 @@ def launched() -> tuple[int, int]:
 
 
 def start() -> None:
-    """Join the other processes, where a launcher has started several. Raises InputError where they cannot be joined.
+    """Join the other processes, where a launcher such as torchrun has started several; otherwise do nothing.
 
-    Tensors on the CPU are exchanged by gloo, those on a GPU by NCCL.
+    Call it before the first :class:`~dnl_ext.segmentation.training.Trainer`. Tensors on the CPU are exchanged by gloo,
+    those on a GPU by NCCL.
+
+    Raises:
+        InputError: the launcher's environment variables are incomplete, or the other processes cannot be reached.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import distributed
+        >>> distributed.start()  # torchrun --nproc-per-node 4 my_program.py
+        >>> distributed.world_size()
+        1
     """
     number, size = launched()
     if size == 1 or is_distributed():

@@ -8,11 +8,21 @@ COLUMNS: tuple[str, ...] = ("step", "epoch", "lr", "loss", "seconds", "miou")
 
 
 class CsvLog:
-    """Appends rows to a file; a row is on disk when :meth:`write` returns.
+    """A table of steps in a CSV file, with the columns step, epoch, lr, loss, seconds and miou.
+
+    A row is on disk when :meth:`write` returns.
 
     Args:
         path: the file. Rows of steps after ``last_step`` are removed first, so that a resumed run leaves no row twice.
-        last_step: 0 starts an empty log.
+        last_step: the last step whose row is kept; 0 starts an empty log.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import CsvLog
+        >>> log = CsvLog("log.csv")
+        >>> log.write(step=1, loss=0.7)
+        >>> print(open("log.csv").read(), end="")
+        step,epoch,lr,loss,seconds,miou
+        1,,,0.7,,
     """
 
     def __init__(self, path: str | Path, last_step: int = 0) -> None:

@@ -10,12 +10,22 @@ from .trainer import Listener
 
 
 class TerminalProgress(Listener):
-    """Use as a context around :meth:`Trainer.run`.
+    """Shows the progress of :meth:`Trainer.run` on the terminal: a bar, or some lines where stdout is a file.
+
+    It is a context, and a :class:`Listener`.
 
     Args:
         title: shown in front of the bar.
         first, steps: finished steps at the start, and steps in all.
         lines: about how many lines to print where stdout is no terminal.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import TerminalProgress, TrainConfig, Trainer
+        >>> trainer = Trainer(TrainConfig(steps=2, crop=(32, 32), batch_size=1, width=4, val_images=1))
+        >>> with TerminalProgress("mine", trainer.step, trainer.config.steps, lines=1) as progress:
+        ...     trainer.run(progress)  # doctest: +ELLIPSIS
+        mine: step 2/2  loss ...  ... s/step  ETA 0 s
+        mine: step 2/2  held-out mIoU ... %
     """
 
     def __init__(self, title: str, first: int, steps: int, lines: int = 20) -> None:

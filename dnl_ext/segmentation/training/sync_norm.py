@@ -15,10 +15,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class SyncBatchNorm(_BatchNorm):
-    """A batch norm of any number of dimensions, with its arguments and state dict. Each process needs a value at least.
+    """Batch norm over the batch of all processes, on any device and for any number of dimensions.
+
+    Arguments, attributes and state dict are those of ``torch.nn.BatchNorm2d``. In training every process must call it,
+    with one value of each channel at least.
 
     Attributes:
         process_group: the processes; None is all.
+
+    Raises:
+        ValueError: the input has fewer than 2 dimensions.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.segmentation.training import SyncBatchNorm
+        >>> norm = SyncBatchNorm(8).eval()  # outside of training it needs no other process
+        >>> norm(torch.randn(2, 8, 4, 4)).shape
+        torch.Size([2, 8, 4, 4])
+
+    Source: Ioffe and Szegedy, "Batch Normalization", 2015.
     """
 
     process_group = None
@@ -28,7 +43,7 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"input: expected at least 2 dimensions (B, C), got shape {tuple(x.shape)}")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, C, *spatial) to the same; in training, mean and variance are over B and positions of all processes."""
+        """Input ``x`` (B, C, ...) to the same shape; in training, statistics are over the batches of all processes."""
         if not self.training:
             return super().forward(x)
         self._check_input_dim(x)
@@ -113,6 +128,13 @@ def sync_norms(network: nn.Module, device: torch.device) -> nn.Module:
 
     Returns:
         The network, which is another module only where it is a batch norm itself.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.segmentation.training import sync_norms
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+        >>> type(sync_norms(network, torch.device("cpu"))[1]).__name__
+        'SyncBatchNorm'
     """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)

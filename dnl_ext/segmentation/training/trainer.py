@@ -66,7 +66,16 @@ def pick_device(name: str) -> torch.device:
 
 
 def open_data(config: TrainConfig) -> Data:
-    """The data set that the settings name. Raises InputError."""
+    """The data set that the settings name, built-in or of a folder.
+
+    Raises:
+        InputError: the folder cannot be used, or settings that belong to a folder are given without one.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import TrainConfig, open_data
+        >>> open_data(TrainConfig(task="context", crop=(64, 128), val_images=2)).summary
+        'training images without end, 256 an epoch, and 2 validation images'
+    """
     if config.data is None:
         if config.layout is not None or config.classes is not None:
             raise InputError("--layout and --classes belong to --data DIR")
@@ -76,7 +85,14 @@ def open_data(config: TrainConfig) -> Data:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Polynomial decay with power 0.9 after a linear warm-up; ``step`` counts from 0."""
+    """The learning rate of a step, counted from 0: a linear warm-up of 10 steps, then polynomial decay of power 0.9.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import TrainConfig, learning_rate
+        >>> config = TrainConfig(steps=100, lr=0.01)
+        >>> [round(learning_rate(config, step), 5) for step in (0, 10, 99)]
+        [0.001, 0.0091, 0.00016]
+    """
     warm = min(1.0, (step + 1) / min(WARM_UP, config.steps))
     return config.lr * warm * max(0.0, 1 - step / config.steps) ** 0.9
 
@@ -106,31 +122,62 @@ class StopFlag:
 
 
 class Listener:
-    """What a run reports to; this one is silent. See :mod:`progress`."""
+    """What :meth:`Trainer.run` reports to. This one is silent: derive from it what writes, draws or stops.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import Listener, TrainConfig, Trainer
+        >>> class Losses(Listener):
+        ...     def __init__(self):
+        ...         self.values = []
+        ...     def step(self, step, loss, rate, seconds):
+        ...         self.values.append(loss)
+        >>> losses = Losses()
+        >>> Trainer(TrainConfig(steps=2, crop=(32, 32), batch_size=1, width=4, val_images=1)).run(losses)
+        >>> len(losses.values)
+        2
+    """
 
     def step(self, step: int, loss: float, rate: float, seconds: float) -> None:
-        """After each step: its number from 1, loss, learning rate, wall seconds."""
+        """Called after each step with its number from 1, its loss, its learning rate and the seconds that it took."""
 
     def validation(self, step: int, done: int, total: int, miou: float | None) -> None:
-        """During validation: images done so far; ``miou`` is None until all are."""
+        """Called during validation after ``done`` of ``total`` images; ``miou`` is None until all are done."""
 
 
 class Trainer:
-    """One run. Of several processes each makes one, with the same arguments.
+    """One training run of a :class:`~dnl_ext.segmentation.SegmentationNetwork`.
+
+    Settings and seed determine the weights: on a CPU, a run that was stopped and resumed gives the same bits as one
+    that was not. Of several processes each makes a trainer, with the same arguments.
 
     Args:
-        config: a :class:`config.TrainConfig`.
+        config: a :class:`TrainConfig`.
         out: folder for the checkpoint and the log; None writes nothing.
         state: checkpoint to continue, from :func:`checkpoint.load`; ``state_path`` names it in messages.
         init: checkpoint whose weights to begin with, of the same variant or without a block; ``init_path`` names it.
-        data: a data set; None opens the one that the settings name.
+        data: a data set with the attributes and methods of :class:`~dnl_ext.segmentation.data.MosaicData`; None opens
+            the one that the settings name.
 
     Attributes:
-        step: number of finished steps. miou: the latest validation result. network, data, config, out.
-        model: the network as a step calls it: its gradients are those of all processes.
+        config: the settings, with the number of threads that is used.
+        data: the data set.
+        network: the network that is trained.
+        model: the network as a step calls it; its gradients are averaged over all processes.
+        out: the folder, or None.
+        step: number of finished steps.
+        miou: mean intersection over union of the latest validation, 0 .. 1; None before the first.
 
     Raises:
-        InputError: settings, data or checkpoint that cannot be used.
+        InputError: settings, data or a checkpoint that cannot be used.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import TrainConfig, Trainer, checkpoint
+        >>> config = TrainConfig(steps=3, crop=(32, 32), batch_size=1, width=4, val_images=1)
+        >>> Trainer(config, "run").run(stop_after=1)  # writes run/checkpoint.pt and run/log.csv
+        >>> trainer = Trainer(config, "run", state=checkpoint.load("run/checkpoint.pt"))
+        >>> trainer.run()
+        >>> trainer.step, trainer.predict(trainer.data.validation_sample(0)[0]).shape
+        (3, torch.Size([32, 32]))
     """
 
     def __init__(
@@ -238,6 +285,7 @@ class Trainer:
 
     @property
     def checkpoint_path(self) -> Path | None:
+        """Where :meth:`save` writes, None without a folder."""
         return None if self.out is None else self.out / CHECKPOINT
 
     def save(self) -> None:
@@ -250,9 +298,9 @@ class Trainer:
             checkpoint.save(self.state(), self.checkpoint_path)
 
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training batch of a step: images (B, 3, *crop) float32 and labels (B, *crop) int64, on the CPU.
+        """Training batch of a step, on the CPU: images (B, 3, h, w) float32 and labels (B, h, w) int64.
 
-        Of P processes, each has its B = batch_size / P crops.
+        Each of P processes has B = batch_size / P crops.
         """
         config, first = self.config, step * self.config.batch_size
         numbers = distributed.share(config.batch_size)
@@ -261,7 +309,7 @@ class Trainer:
         return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.stack(labels)
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Context of the forward computation."""
+        """Context of the forward pass: autocast to bfloat16 where the settings ask for it."""
         if self.config.amp == "none":
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
@@ -303,7 +351,7 @@ class Trainer:
         return confusion
 
     def validate(self, listener: Listener, stop: StopFlag) -> None:
-        """mIoU over the validation images, kept in ``miou``; left undone where ``stop`` is set."""
+        """Measure the mIoU over the validation images, for ``miou``; it stays as it is where ``stop`` is set."""
         confusion = distributed.together(self._confusion, listener, stop)
         if distributed.largest(stop.signum or 0):
             return
@@ -315,7 +363,7 @@ class Trainer:
 
     @property
     def epoch(self) -> float:
-        """Finished part of the first, second, ... pass over the data, as in 1.25."""
+        """Passes over the training images so far, as in 1.25."""
         return round(self.step * self.config.batch_size / self.data.epoch, 4)
 
     def run(self, listener: Listener | None = None, stop_after: int | None = None) -> None:
@@ -379,12 +427,23 @@ class Trainer:
 
 
 def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean cross-entropy over pixels that are not IGNORE; 0 where all are.
+    """Mean cross-entropy over the pixels that count, those whose label is not ``IGNORE``; 0 where none does.
 
     Args:
-        logits: (B, C, H, W).
-        labels: (B, H, W).
+        logits: float tensor (B, C, H, W).
+        labels: int64 tensor (B, H, W).
         counted: number of pixels to divide by, a tensor; None is that of ``labels``.
+
+    Returns:
+        A tensor without dimensions, of the dtype of ``logits``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.segmentation import IGNORE
+        >>> from dnl_ext.segmentation.training import segmentation_loss
+        >>> labels = torch.tensor([[[0, IGNORE]]])
+        >>> segmentation_loss(torch.zeros(1, 2, 1, 2), labels)  # log 2 for each of the pixels that count
+        tensor(0.6931)
     """
     total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     return total / ((labels != IGNORE).sum() if counted is None else counted).clamp(min=1)

@@ -1,4 +1,4 @@
-// Backward of whitened pairwise attention on the CPU.
+// Backward pass of whitened pairwise attention on the CPU.
 //
 //   P = 2^(c (t - shift)) factor,  dS = P (dO V^T - Delta),  Delta_i = <dy_i, y_i - pooled>
 //   dV += P^T dO,  dK += dS^T Q,  dQ += dS K
@@ -7,11 +7,12 @@
 // dP = dO V (queries x keys) become P and dS in place; dV^T += dO^T P and dK^T += Q^T dS (channels x keys) stay with
 // the tile; dQ += dS K goes to a buffer that all threads share. So that no two touch the same query at once, the
 // queries are cut into as many ranges as threads share a batch element, and in step s thread t works on range (t + s)
-// modulo that number: no buffer per thread, no lock, and a sum whose order is fixed for a number of threads.
+// modulo that number. This needs no buffer for each thread and no lock, and the order of the sum is fixed for a given
+// number of threads.
 //
 // Query and dO are packed once per group of batch elements, by rows (the depth is the channel) and by channels (the
-// depth is the query); of the two, dO has one that already lies in memory as the product wants it, and that is read in
-// place.
+// depth is the query). Of dO one of the two is in memory already in the order that the product reads, and is not
+// copied.
 #pragma once
 
 #include "ops/pairwise/cpu/delta.h"
@@ -149,7 +150,7 @@ struct PairwiseBackward {
     bytes = arena.used();
   }
 
-  // Blocks are cut within each range. Ranges are of one size, as nearly as it goes: their threads wait for the slowest.
+  // Blocks are cut within each range. Ranges have equal sizes, as nearly as possible: threads wait for the slowest.
   int64_t first_of(int64_t block) const {
     const int64_t within = std::min(block % range_blocks * kQueryBlock, range_rows);
     return std::min(block / range_blocks * range_rows + within, args.queries);

@@ -1,7 +1,7 @@
 // Delta_i = <dy_i, y_i - pooled>, which the backward subtracts from dO V^T.
 //
-// y is taken with what rounding took from it, where the forward kept that, and less the mean of the values, where they
-// are centred: dO V^T is then without it too, and what is left does not cancel.
+// To y its rounding error is added, where the forward saved that as the residual. Where values are centred, their mean
+// is subtracted from y: dO V^T has lost it too, and the difference of the two does not cancel.
 #pragma once
 
 #include "core/cpu/reduce.h"
@@ -10,7 +10,7 @@
 namespace dnl {
 namespace DNL_ISA {
 
-// What of y does not come from P times the values as centred. offset: (batches, channels).
+// The part of y that does not come from P times the centred values. offset: (batches, channels).
 template <class Src>
 void delta_offsets(const PairwiseArgs& args, const Acc<Src>* value_mean, double* offset) {
   const auto* pooled = static_cast<const Acc<Src>*>(args.pooled);

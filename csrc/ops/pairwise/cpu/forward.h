@@ -1,10 +1,10 @@
-// Forward of whitened pairwise attention on the CPU.
+// Forward pass of whitened pairwise attention on the CPU.
 //
 // Once per call K is packed by rows and V by channels, in blocks of kKeyBlock keys. Then a thread takes a tile of
 // queries (on the lanes), packs it, and for each block of keys computes t = sign K Q (keys x queries), turns it into P
-// = 2^(c (t - m)) with a running maximum m per query, and adds V P (channels x queries) to its output, rescaled by 2^(c
-// (m_old - m)) on the way. A key is a row here, so maximum and sum run down the rows with no reduction across lanes,
-// and a last partial block simply has fewer rows.
+// = 2^(c (t - m)) with a running maximum m per query, and adds V P (channels x queries) to its output, which that
+// product first rescales by 2^(c (m_old - m)). A key is a row here, so maximum and sum run down the rows with no
+// reduction across lanes, and the last block may have fewer rows.
 #pragma once
 
 #include "ops/pairwise/cpu/operands.h"
@@ -159,7 +159,7 @@ struct PairwiseForward {
       divisor[v] = load(slot.divisor + lane) * alpha;
     }
     const auto exponential = [&](int64_t r, int v) { return exp2((logit(r, v) - shift[v]) * c); };
-    // Sums of short runs first: one float chain over all keys would absorb the small probabilities.
+    // Sums of short runs first: in one running sum over all keys small probabilities would be rounded away.
     constexpr int64_t kRun = 32;
     for (int64_t first = 0; first < rows; first += kRun) {
       Vec<A> run[V]{}, rounded_run[V]{};

@@ -1,8 +1,8 @@
 // Whitened pairwise attention on the CPU: what forward and backward share.
 //
-// Both are one tiled algorithm (cpu/forward.h, cpu/backward.h): a thread owns a tile, which lies on
-// the lanes of the vectors, and streams blocks of the other side past it, so that a block of logits lives and dies in
-// that core's cache and no buffer grows with Nq * Nk. In the forward a thread owns queries, in the backward keys.
+// Both use one tiled algorithm (cpu/forward.h, cpu/backward.h): a thread owns a tile, which lies along the lanes of the
+// vectors, and streams blocks of the other side past it, so that a block of logits never leaves the cache of that core,
+// and no buffer grows with Nq * Nk. In the forward a thread owns queries, in the backward keys.
 //
 // Centring. In float and double, operands are centred while they are packed. bfloat16 operands are multiplied as they
 // are, exactly, in float accumulators; the query mean enters as a bias per key, -<mu_q, k_j>, because rounding centred
@@ -51,7 +51,7 @@ struct Means {
     if (!args.whiten) return;
     query = arena.take<Acc<Src>>(args.batches * args.width);
   }
-  // Where centring is ours and not the caller's, an element that is not finite must spoil its own products only.
+  // Where the caller has not asked for centring, an element that is not finite may reach its own products only.
   static void only_finite(Acc<Src>* mean, int64_t count) {
     for (int64_t i = 0; i < count; ++i)
       if (!(mean[i] - mean[i] == 0)) mean[i] = 0;

@@ -10,7 +10,22 @@ from .config import TrainConfig
 
 
 class Trained(NamedTuple):
-    """network: in evaluation mode, on the CPU. config: its run's. classes: names. step, miou: where the run stood."""
+    """A trained network and the run it is from.
+
+    Attributes:
+        network: in evaluation mode, on the CPU.
+        config: settings of its run.
+        classes: names of the classes.
+        step: finished steps of the run.
+        miou: mean intersection over union at its last validation, 0 .. 1; None before the first.
+
+    Example:
+        >>> from dnl_ext.segmentation import SegmentationNetwork
+        >>> from dnl_ext.segmentation.training import TrainConfig, Trained
+        >>> trained = Trained(SegmentationNetwork(2, width=4).eval(), TrainConfig(width=4), ("road", "sky"), 400, 0.7)
+        >>> trained.config.variant, trained.classes
+        ('dnl', ('road', 'sky'))
+    """
 
     network: SegmentationNetwork
     config: TrainConfig
@@ -30,7 +45,15 @@ def restore(path: str | Path, with_block: bool = True) -> Trained:
         A :class:`Trained`.
 
     Raises:
-        InputError: the file is missing, damaged, of something else, or of a network without a block.
+        InputError: the file is missing, damaged, something else, or of a network without a block.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import TrainConfig, Trainer, restore
+        >>> trainer = Trainer(TrainConfig(steps=1, crop=(32, 32), batch_size=1, width=4, val_images=1), "run")
+        >>> trainer.run()
+        >>> trained = restore("run/checkpoint.pt")
+        >>> trained.step, trained.classes[:2]
+        (1, ('brick', 'grass'))
     """
     state = checkpoint.load(path)
     missing = [key for key in ("config", "classes", "network", "step") if key not in state]
