@@ -73,8 +73,6 @@ __all__ = [
     "whiten",
 ]
 
-_C = _load._C  # what tells of the build, compiled or not
-
 if torch.distributed.is_available():  # it teaches functions and blocks what lies on several devices
     from . import distributed as distributed
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 elif LEFT_OUT:
     from . import _no_kernels as _C
 
+    sys.modules[__package__]._C = _C  # as the import of a compiled one does
     _library = torch.library.Library("dnl_ext", "FRAGMENT")
     for _schema in schemas():
         _library.define(_schema)

@@ -311,9 +311,8 @@ PLAIN = "plain PyTorch: the map made and used in blocks of queries, memory linea
 
 def _plain_path(dtype: str, device: str) -> dict[str, Any]:
     if device == "cuda":  # a build without CUDA, or for AMD, whose devices torch names so too
-        why = (
-            f"built without CUDA: {_cuda()['left_out']}" if "left_out" in _cuda() else "no CUDA kernels are registered"
-        )
+        cuda = _cuda()
+        why = "the CUDA kernels are not registered" if cuda["built"] else f"built without CUDA: {cuda['left_out']}"
     else:
         why = f"there are no kernels for {device} tensors"
     sums = "float64" if dtype == "float64" else "float32"

@@ -11,7 +11,7 @@ row are in float64 where the device has it.
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def _say_so(device: str) -> None:
 _said = LEFT_OUT.startswith("DNL_EXT_KERNELS")
 
 
-def mean(x: torch.Tensor, dims: int | Sequence[int]) -> torch.Tensor:
+def mean(x: torch.Tensor, dims: int | tuple[int, ...]) -> torch.Tensor:
     """The mean of `x` over `dims`, which are kept, in :func:`sum_type`.
 
     What a mean is off by is the same for all positions and does not average out. Where the sum is of the type of `x`

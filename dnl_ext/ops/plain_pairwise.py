@@ -6,7 +6,7 @@ does, and what cancels in dP - Delta is rounded alike; that of a part takes the 
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +114,7 @@ def _backward(
     scale: float,
     whiten: str | None,
     part: tuple[torch.Tensor, torch.Tensor] | None,
-    needs: tuple[bool, bool, bool],
+    needs: Sequence[bool],
 ) -> list[Any]:
     """dq, dk and dv of the pairwise term, (..., N, C) in the accumulate type; None where not wanted.
 
