@@ -51,8 +51,11 @@ def kernel(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+_said = LEFT_OUT.startswith("DNL_EXT_KERNELS")  # who asked for it need not be told
+
+
 def _say_so(device: str) -> None:
-    """One warning a process, unless somebody asked for it."""
+    """One warning a process."""
     global _said
     if not _said:
         _said = True
@@ -62,9 +65,6 @@ def _say_so(device: str) -> None:
             "dnl_ext.show_config() has more.",
             stacklevel=3,
         )
-
-
-_said = LEFT_OUT.startswith("DNL_EXT_KERNELS")
 
 
 def mean(x: torch.Tensor, dims: int | tuple[int, ...]) -> torch.Tensor:
