@@ -24,7 +24,7 @@ MM := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc dnl_ext -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc') setup.py build_backend.py pyproject.toml
 
-.PHONY: help demo test test-slow test-integrations prove bench lint format docs host-test cuda-build cuda-budget gpu-check \
+.PHONY: help demo test test-slow test-integrations prove bench lint format docs host-test cuda-build cuda-budget cuda-model gpu-check \
   dist clean
 
 help:
@@ -36,7 +36,8 @@ help:
 	@echo "  make host-test   the kernels without torch or Python, under CMake and CTest"
 	@echo "  make cuda-build  build the CUDA extension (no GPU needed) and check that it loads"
 	@echo "  make cuda-budget rewrite the budget of registers, spills and tensor-core instructions (tests/cuda_budget.json)"
-	@echo "  make gpu-check   on a machine with a GPU: build, test, sanitize and time, in 8 minutes"
+	@echo "  make cuda-model  what the kernels cost by a model of a multiprocessor, beside eager PyTorch (docs/gpu-model.md)"
+	@echo "  make gpu-check   on a machine with a GPU: build, time, test and sanitize, in 8 minutes"
 	@echo "  make dist        sdist and wheel, the wheel built from the sdist"
 	@echo "  make lint        formatting, lint and types;  make format  mends what it can"
 	@echo "  make docs        the documentation site, build/docs/html/index.html"
@@ -127,11 +128,17 @@ cuda-build: .venv-cuda/.torch
 	$(CUDA_BIN)/python tests/ptxas_table.py build/cuda/build.log
 	$(CUDA_BIN)/python $(PIP) --no-deps --force-reinstall build/cuda/dnl_ext-*.whl
 	cd build/cuda && ../../$(CUDA_BIN)/python ../../tests/check_cuda_build.py
-	$(CUDA_BIN)/python tests/cuda_budget.py --nvcc $(CUDA_HOME)/bin/nvcc
+	$(CUDA_BIN)/python tests/cuda_budget.py --nvcc $(CUDA_HOME)/bin/nvcc --cubins build/cuda/cubins
+	PYTHONPATH=tests $(CUDA_BIN)/python -m cuda_model --check --cubins build/cuda/cubins --nvcc $(CUDA_HOME)/bin/nvcc
 
 cuda-budget: .venv-cuda/.torch
 	@test -n "$(CUDA_HOME)" || { echo "no CUDA toolkit found: set CUDA_HOME" >&2; exit 3; }
 	$(CUDA_BIN)/python tests/cuda_budget.py --write --nvcc $(CUDA_HOME)/bin/nvcc
+
+# MODEL_FLAGS: --write rewrites the budget of modelled cycles, --calibrate DIR models published kernels (docs/gpu-model.md).
+cuda-model: .venv-cuda/.torch
+	@test -n "$(CUDA_HOME)" || { echo "no CUDA toolkit found: set CUDA_HOME" >&2; exit 3; }
+	PYTHONPATH=tests $(CUDA_BIN)/python -m cuda_model --nvcc $(CUDA_HOME)/bin/nvcc $(MODEL_FLAGS)
 
 # Uses a python that has torch for the GPU (PYTHON), and builds in place.
 gpu-check:

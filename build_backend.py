@@ -25,6 +25,9 @@ from setuptools.build_meta import *  # noqa: F403
 
 OLDEST_TORCH = (2, 10)
 USUAL_TOOLKIT = "/usr/local/cuda"
+#: Architectures that are built for, and the CUDA release whose nvcc first knows them. PTX is that of 9.0: what has no
+#: machine code here, such as 11.0, compiles it at its first call.
+ARCHS = {"8.0": (11, 0), "9.0+PTX": (11, 8), "10.0": (12, 8), "12.0": (12, 8)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -146,6 +149,13 @@ def inspect_toolkit(home):
     )
 
 
+def cublas_include(toolkit):
+    """The folder of cublas_v2.h: the toolkit's, else that of NVIDIA's package that torch has cuBLAS from, else ""."""
+    packages = (glob.glob(f"{glob.escape(folder)}/nvidia/*/include") for folder in [*target_folders(), *sys.path])
+    folders = [toolkit.include, *sorted({path for found in packages for path in found})]
+    return next((folder for folder in folders if folder and Path(folder, "cublas_v2.h").is_file()), "")
+
+
 def output_of(*command):
     """What a command writes, or nothing if it does not run."""
     try:
@@ -170,6 +180,12 @@ def find_toolkit(torch_cuda, environ):
     homes += filter(os.path.exists, [USUAL_TOOLKIT])
     toolkits = [inspect_toolkit(home) for home in homes]
     return min(toolkits, key=lambda toolkit: (len(toolkit.lacks), toolkit.major != major(torch_cuda)), default=None)
+
+
+def default_archs(cuda):
+    """TORCH_CUDA_ARCH_LIST where it is not set, for a toolkit of version `cuda` ("13.0")."""
+    release = tuple(map(int, cuda.split(".")))
+    return ";".join(arch for arch, first in ARCHS.items() if first <= release)
 
 
 def flag(environ, name):
@@ -202,6 +218,9 @@ def choose_cuda(torch_version, torch_cuda, environ):
     elif toolkit.major != major(torch_cuda):
         why = f"the CUDA toolkit in {toolkit.home} is {toolkit.version}, torch {torch_version} is for {torch_cuda}"
         why += f": set CUDA_HOME to a toolkit of {major(torch_cuda)}"
+    elif not (force or cublas_include(toolkit)):
+        why = f"cublas_v2.h is neither in the CUDA toolkit in {toolkit.home} nor in a package of NVIDIA's beside torch"
+        why += ": install the headers of cuBLAS, or FORCE_CUDA=1 to build all the same"
     else:
         return toolkit, ""
     if force:

@@ -5,7 +5,7 @@ Environment:
     DNL_EXT_CPU_ONLY=1      leave CUDA out even where it could be built
     FORCE_CUDA=1            fail where CUDA cannot be built, and build it with a toolkit that seems incomplete
     CUDA_HOME               the CUDA toolkit, default: that of the nvcc on PATH, then /usr/local/cuda
-    TORCH_CUDA_ARCH_LIST    architectures, default "8.0;9.0+PTX"
+    TORCH_CUDA_ARCH_LIST    architectures, default "8.0;9.0+PTX;10.0;12.0", without the last two before CUDA 12.8
     MAX_JOBS                parallel compilations
 """
 
@@ -26,7 +26,6 @@ LIBRARY = "dnl_ext.libdnl_ext"
 MACOS = sys.platform == "darwin"
 #: Written into a package without kernels: why. dnl_ext/_load.py reads it.
 MARKER = "_left_out.txt"
-DEFAULT_ARCHS = "8.0;9.0+PTX"
 # The stable ABI version the operators are written for; a binary built with a later torch runs with this one too.
 TORCH_TARGET = "0x020a000000000000"
 
@@ -42,12 +41,13 @@ def extensions(torch, cpp_extension, toolkit, left_out):
     arguments = {"cxx": cxx.split()}
     includes, libraries = [str(ROOT / "csrc")], []
     if toolkit:
-        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHS)
+        archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", build_backend.default_archs(toolkit.version))
         sources += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cu"))
         defines += [("DNL_EXT_WITH_CUDA", None), ("USE_CUDA", None), ("DNL_EXT_CUDA_ARCHS", f'"{archs}"')]
         arguments["nvcc"] = ["-O3", "-lineinfo", "-Xptxas=-v", "--expt-relaxed-constexpr"]
         # torch adds those of CUDA_HOME itself. Those of the system are the compiler's own, and come in its order.
-        includes += [toolkit.include] if toolkit.include not in ("", "/usr/include") else []
+        headers = dict.fromkeys([toolkit.include, build_backend.cublas_include(toolkit)])
+        includes += [folder for folder in headers if folder not in ("", "/usr/include")]
         libraries += [toolkit.libraries] if toolkit.libraries else []
     common = {"include_dirs": includes, "define_macros": defines, "extra_compile_args": arguments}
     extension = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension

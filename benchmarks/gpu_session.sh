@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tests/gpu_check.py with a Python that has torch, on a machine with a GPU: build, test, sanitize, time.
+# tests/gpu_check.py with a Python that has torch, on a machine with a GPU: build, time, test, sanitize.
 #
 #   benchmarks/gpu_session.sh [OPTIONS of tests/gpu_check.py]
 #

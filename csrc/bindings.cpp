@@ -14,7 +14,7 @@
 #include "core/cpu/kernels.h"
 #include "core/errors.h"
 #include "core/tf32.h"
-#include "ops/pairwise/pairwise_plan.h"
+#include "ops/pairwise/path_choice.h"
 
 #ifndef DNL_EXT_CUDA_ARCHS
 #define DNL_EXT_CUDA_ARCHS ""
@@ -35,8 +35,8 @@ static dnl::DType dtype_of(const std::string& name) {
                               : dnl::DType::f32;
 }
 
-// Asks torch's newer setting, fp32_precision, where there is one: allow_tf32 writes to it too, and raises when it is
-// read after both have been used.
+// Asks torch's newer setting, fp32_precision, where there is one: allow_tf32 writes to it too, and raises when it
+// is read after both have been used.
 static bool torch_allows_tf32() {
   if (!Py_IsInitialized()) return false;
   const py::gil_scoped_acquire gil;
@@ -44,6 +44,44 @@ static bool torch_allows_tf32() {
   if (py::hasattr(torch, "_get_fp32_precision_getter"))
     return torch.attr("_get_fp32_precision_getter")("cuda", "matmul").cast<std::string>() == "tf32";
   return torch.attr("_get_cublas_allow_tf32")().cast<bool>();
+}
+
+static const char* name_of(dnl::DType dtype) {
+  switch (dtype) {
+    case dnl::DType::f64:
+      return "float64";
+    case dnl::DType::f32:
+      return "float32";
+    case dnl::DType::bf16:
+      return "bfloat16";
+    case dnl::DType::f16:
+      return "float16";
+  }
+  return "";
+}
+
+// What set_path_query registered. Never freed: operators may run until the process ends.
+static PyObject* path_query = nullptr;
+
+static dnl::PathAnswer ask_for_path(const dnl::PathQuestion& question) {
+  dnl::PathAnswer answer{dnl::CudaPath::chain, false};
+  if (!Py_IsInitialized()) return answer;
+  const py::gil_scoped_acquire gil;
+  const dnl::PairwiseShape& shape = question.shape;
+  try {
+    const py::dict layout(py::arg("query_channel_first") = shape.query_channel_first,
+                          py::arg("key_channel_first") = shape.key_channel_first,
+                          py::arg("value_channel_first") = shape.value_channel_first);
+    const py::object found = py::reinterpret_borrow<py::function>(path_query)(
+        question.device, question.gpu.capability, question.gpu.multiprocessors, name_of(shape.dtype), question.backward,
+        py::make_tuple(shape.batches, shape.queries, shape.keys, shape.width, shape.channels), layout);
+    const auto [name, keep] = found.cast<std::pair<std::string, bool>>();
+    for (const dnl::NamedPath& known : dnl::kCudaPaths)
+      if (name == known.name) return {known.path, keep};
+  } catch (py::error_already_set& error) {
+    error.discard_as_unraisable("dnl_ext: the choice of a path");
+  }
+  return answer;
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -56,6 +94,8 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetString(PyExc_TypeError, e.what());
     } catch (const dnl::NotImplementedError& e) {
       PyErr_SetString(PyExc_NotImplementedError, e.what());
+    } catch (const dnl::OutOfMemoryError& e) {
+      PyErr_SetString(py::module_::import("torch").attr("OutOfMemoryError").ptr(), e.what());
     }
   });
 
@@ -142,7 +182,8 @@ PYBIND11_MODULE(_C, m) {
       "cuda_plan",
       [](const std::string& dtype, int64_t batches, int64_t queries, int64_t keys, int64_t width, int64_t channels,
          bool query_channel_first, bool key_channel_first, bool value_channel_first, bool backward, int capability,
-         int multiprocessors, int shared_bytes, std::optional<bool> tf32) {
+         int multiprocessors, int shared_bytes, std::optional<bool> tf32, const std::string& path,
+         const std::string& advised) {
         dnl::PairwiseShape shape;
         shape.dtype = dtype_of(dtype);
         shape.tf32 = shape.dtype == dnl::DType::f32 && (tf32 ? *tf32 : dnl::tf32_allowed());
@@ -152,10 +193,13 @@ PYBIND11_MODULE(_C, m) {
         shape.key_channel_first = key_channel_first;
         shape.value_channel_first = value_channel_first;
         const dnl::Gpu gpu{capability, multiprocessors, shared_bytes ? shared_bytes : dnl::shared_bytes_of(capability)};
-        const dnl::PairwisePlan plan = dnl::plan_pairwise(shape, gpu, dnl::requested_cuda_path(), backward);
+        const dnl::CudaPath request = path.empty() ? dnl::requested_path() : dnl::path_named(path, "path");
+        const dnl::PairwisePlan plan =
+            dnl::plan_pairwise(shape, gpu, request, backward, dnl::path_named(advised, "advised"));
         py::dict result;
         result["path"] = plan.fused ? "fused" : "chain";
         result["why"] = plan.why;
+        result["advised"] = plan.advised;
         const dnl::ForwardPlan& forward = plan.forward;
         if (forward.slices) {
           const dnl::ForwardTile& tile = dnl::kForwardTiles[forward.tile];
@@ -170,9 +214,32 @@ PYBIND11_MODULE(_C, m) {
       py::arg("dtype"), py::arg("batches"), py::arg("queries"), py::arg("keys"), py::arg("width"), py::arg("channels"),
       py::kw_only(), py::arg("query_channel_first") = false, py::arg("key_channel_first") = false,
       py::arg("value_channel_first") = false, py::arg("backward") = false, py::arg("capability") = 80,
-      py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 0, py::arg("tf32") = py::none(),
-      "Path, reason and tiles that a CUDA call takes under the present DNL_EXT_CUDA_PATH. shared_bytes = 0: what the "
-      "architecture has. tf32 = None: what torch allows now.");
+      py::arg("multiprocessors") = 108, py::arg("shared_bytes") = 0, py::arg("tf32") = py::none(), py::arg("path") = "",
+      py::arg("advised") = "",
+      "Path, reason and tiles that a CUDA call takes. shared_bytes = 0: what the architecture has. tf32 = None: what "
+      "torch allows now. path: what it must take, by default that of DNL_EXT_CUDA_PATH; advised: what it takes where "
+      "it can and nothing else is asked for.");
+  m.def(
+      "cuda_paths",
+      [] {
+        py::list names;
+        for (const dnl::NamedPath& path : dnl::kCudaPaths) names.append(path.name);
+        return names;
+      },
+      "Names of the paths of pairwise attention on CUDA.");
+  m.def(
+      "set_path_query",
+      [](const py::function& query) {
+        path_query = py::function(query).release().ptr();
+        dnl::set_path_query(&ask_for_path);
+      },
+      "Registers what is asked for the path of a call on CUDA, once for each shape: a function of (device, capability, "
+      "multiprocessors, dtype, backward, (batches, queries, keys, width, channels), layout) that returns the path's "
+      "name and whether to keep that answer.");
+  m.def("forget_paths", &dnl::forget_paths, "Asks for the path of every shape anew.");
+  m.def(
+      "force_path", [](const std::string& path) { dnl::force_path(dnl::path_named(path, "path")); },
+      "What this thread's calls take, whatever else is set; an empty name for nothing.");
   m.def(
       "pairwise_compute_type",
       [](const std::string& dtype) {

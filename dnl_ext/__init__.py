@@ -7,6 +7,8 @@ PyTorch under :mod:`dnl_ext.reference`. Blocks: see :mod:`dnl_ext.modules`. Prog
 library: see :mod:`dnl_ext.export`.
 """
 
+from typing import Any
+
 import torch.distributed
 import torch.fx
 
@@ -75,6 +77,16 @@ __all__ = [
 
 if torch.distributed.is_available():  # it teaches functions and blocks what lies on several devices
     from . import distributed as distributed
+
+
+def _path_of_call(*question: Any) -> tuple[str, bool]:
+    """Asked by the operators at the first call of a shape on CUDA."""
+    from .tuning import advise  # measures with the benchmark, which most programs never need
+
+    return advise(*question)
+
+
+_load._C.set_path_query(_path_of_call)
 
 for _name in ops.__all__:  # as in ops: of the functions under the names that they have here too
     torch.fx.wrap(_name)

@@ -29,3 +29,11 @@ def amx_state() -> str:
 
 def cpu_capabilities() -> list[tuple[str, bool]]:
     return []
+
+
+def cuda_paths() -> list[str]:
+    return []
+
+
+def set_path_query(query: Any, /) -> None:
+    """There is no operator that would ask."""

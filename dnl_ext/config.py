@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from . import _tuned
 from ._load import _C, LEFT_OUT
 from ._version import __version__
 from .reference import check_whiten_name
@@ -19,6 +20,8 @@ VARIABLES = (
     "DNL_EXT_KERNELS",
     "DNL_EXT_CPU_CAPABILITY",
     "DNL_EXT_CUDA_PATH",
+    "DNL_EXT_TUNE",
+    "DNL_EXT_TUNE_FILE",
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "OMP_PROC_BIND",
@@ -112,7 +115,7 @@ def show_config(
             raise ValueError("show_config: expected query, key and value, or shape alone")
         config["call"] = _call_of_tensors(query, key, value, mask_logits, whiten)
     elif shape is not None:
-        batch, queries, keys, width, channels = _sizes(shape)
+        batch, queries, keys, width, channels = parse_sizes(shape)
         config["call"] = _call(
             batch, queries, keys, width, channels, parse_dtype(dtype), str(device or "cpu"), whiten, unary=True
         )
@@ -201,6 +204,8 @@ def _cuda() -> dict[str, Any]:
             name = torch.cuda.get_device_name(index)
             how = arch_cover(archs, capability) if built["cuda"] else None
             section["devices"].append({"name": name, "capability": "{}.{}".format(*capability), "code": how})
+    if section["devices"] and built["cuda"]:
+        section["measured"] = f"{len(_tuned.known().measured)} calls in {_tuned.file()}"
     return section
 
 
@@ -230,7 +235,7 @@ def _environment() -> dict[str, str | None]:
     return {name: os.environ.get(name) for name in names}
 
 
-def _sizes(shape: Sequence[int]) -> tuple[int, int, int, int, int]:
+def parse_sizes(shape: Sequence[int]) -> tuple[int, int, int, int, int]:
     """(batch, Nq, Nk, Dqk, Dv) from (N, Dqk, Dv) or from all five."""
     sizes = [int(size) for size in shape]
     if len(sizes) == 3:
@@ -368,12 +373,17 @@ def _cuda_path(dtype: str, sizes: Sequence[int], channel_first: dict[str, bool])
     major, minor = torch.cuda.get_device_capability(index)
     count = torch.cuda.get_device_properties(index).multi_processor_count
     return {"code": f"{device['name']} runs {device['code']}"} | cuda_plan(
-        dtype, sizes, channel_first, 10 * major + minor, count
+        dtype, sizes, channel_first, 10 * major + minor, count, _tuned.machine_of(index)
     )
 
 
 def cuda_plan(
-    dtype: str, sizes: Sequence[int], channel_first: dict[str, bool], capability: int, multiprocessors: int
+    dtype: str,
+    sizes: Sequence[int],
+    channel_first: dict[str, bool],
+    capability: int,
+    multiprocessors: int,
+    machine: _tuned.Machine | None = None,
 ) -> dict[str, Any]:
     """The path of forward and backward on a GPU and why, as the operators choose it (ops/pairwise/pairwise_plan.h).
 
@@ -381,10 +391,25 @@ def cuda_plan(
         sizes: (batch, Nq, Nk, Dqk, Dv).
         channel_first: {"query_channel_first": bool, ...} for query, key and value; what is absent lies by rows.
         capability: 10 * major + minor.
+        machine: whose measurements count; None for nobody's.
     """
-    gpu = {"capability": capability, "multiprocessors": multiprocessors}
+    batch, queries, keys, width, channels = sizes
+    query_first, key_first, value_first = (
+        bool(channel_first.get(f"{name}_channel_first")) for name in ("query", "key", "value")
+    )
+
+    def plan(backward: bool) -> dict[str, Any]:
+        layout = (query_first, key_first, value_first)
+        call = _tuned.Call(dtype, backward, (batch, queries, keys, width, channels), layout)
+        choice = None if machine is None else _tuned.choice(machine, capability, call)
+        found = _C.cuda_plan(
+            dtype, *sizes, **channel_first, backward=backward, capability=capability, multiprocessors=multiprocessors,
+            advised=choice.path if choice else "",
+        )  # fmt: skip
+        return found | ({"why": choice.why} if choice and found["advised"] else {})
+
     try:
-        forward, backward = (_C.cuda_plan(dtype, *sizes, **channel_first, **gpu, backward=b) for b in (False, True))
+        forward, backward = plan(False), plan(True)
     except (NotImplementedError, ValueError) as error:
         return {"path": "none", "why": str(error)}
     paths = {"chain": CHAIN, "fused": FUSED}
@@ -393,6 +418,7 @@ def cuda_plan(
         "path": paths[forward["path"]],
         "why": forward["why"],
         "backward": paths[backward["path"]],
+        "why_backward": backward["why"],
         "products": f"{'TF32' if tf32 else dtype} into {'float64' if dtype == 'float64' else 'float32'}",
     }
     if "fused_tile" in forward:

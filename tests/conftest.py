@@ -13,9 +13,19 @@ from dnl_ext._load import LEFT_OUT
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long form of the suites too")
     parser.addoption("--once", action="store_true", help="run each test function with the first of its parameters only")
+    parser.addoption("--no-emulator", action="store_true", help="leave out what the emulator of CUDA kernels runs")
+
+
+def is_emulated(item):
+    """Whether a test builds the emulated operators."""
+    device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
+    return "emulated_library" in item.fixturenames or device == "emulated"
 
 
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--no-emulator"):
+        config.hook.pytest_deselected(items=[item for item in items if is_emulated(item)])
+        items[:] = [item for item in items if not is_emulated(item)]
     slow, once = config.getoption("--slow"), config.getoption("--once")
     skip = pytest.mark.skip(reason="long form; give --slow")
     seen = set()
@@ -40,6 +50,14 @@ def pytest_terminal_summary(terminalreporter):
 def pytest_make_parametrize_id(config, val, argname):
     """Names of dtypes in the tests' ids, so that -k finds them."""
     return str(val).removeprefix("torch.") if isinstance(val, torch.dtype) else None
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_tune_file(tmp_path_factory):
+    """What the user's own GPU was found to prefer (dnl-ext tune) decides nothing here, and no test writes to it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DNL_EXT_TUNE_FILE", str(tmp_path_factory.mktemp("tune") / "paths.json"))
+        yield
 
 
 @pytest.fixture(autouse=True)

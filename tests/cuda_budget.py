@@ -1,6 +1,6 @@
 """What the compiler makes of every CUDA kernel, against a committed budget (cuda_budget.json). Needs nvcc, no GPU.
 
-    python tests/cuda_budget.py [--write] [--archs 8.0,9.0] [--nvcc nvcc]
+    python tests/cuda_budget.py [--write] [--archs 8.0,9.0] [--nvcc nvcc] [--cubins FOLDER]
 
 Compiles tests/cuda_kernels.cu, which names every kernel: all of them for 8.0 and 9.0, the fused ones for 8.9, 10.0 and
 12.0 too. Per kernel and architecture: registers of a thread, bytes of stack and of spills, static shared memory of a
@@ -165,13 +165,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="rewrite the budget from this build")
     parser.add_argument("--archs", default=",".join((*EVERY_KERNEL, *FUSED_ONLY)))
+    parser.add_argument("--cubins", help="folder to keep the compiled kernels in, as ARCH.cubin")
     parser.add_argument("--nvcc", default=shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc")
     options = parser.parse_args()
     if not shutil.which(options.nvcc):
         print("cuda_budget: no nvcc here (--nvcc)", file=sys.stderr)
         return 3
     built = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = pathlib.Path(options.cubins or scratch)
+        folder.mkdir(parents=True, exist_ok=True)
         for arch in options.archs.split(","):
             built[arch] = compile_arch(arch, options.nvcc, folder, arch in FUSED_ONLY)
             if not built[arch]:

@@ -18,17 +18,17 @@ struct NamingDevice {
   T* allocate(int64_t) {
     return nullptr;
   }
-  template <class T, class Out>
-  void product(const Matrix<const T>&, const Matrix<const T>&, const Matrix<Out>&, int64_t, int64_t, int64_t,
-               int64_t) const {}
+  template <class... Arguments>
+  void product(const Arguments&...) const {}
+  Gpu gpu() const { return {}; }
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t, const Arguments&...) const {
+  void launch(void (*kernel)(Parameters...), const Tasks&, const Arguments&...) const {
     cudaFuncAttributes attributes;
     cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
   }
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), const LaunchShape&, const Arguments&... arguments) const {
-    launch(kernel, int64_t(0), arguments...);
+    launch(kernel, Tasks(0), arguments...);
   }
 };
 

@@ -29,6 +29,7 @@ OPERATORS = (
 )
 HAS_GPU = torch.cuda.is_available() and dnl_ext._C.build_info()["cuda"]
 
+OPERATORS_LIBRARY = str(pathlib.Path(dnl_ext.__file__).parent / "libdnl_ext.so")
 NAME = "dnl_cuda_emulated"
 TURNS = ("ascending", "descending", "random")
 FLAGS = (
@@ -45,7 +46,7 @@ def onto(x, device):
     return x.as_strided((length,), (1,), 0).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
-def build_library(name, main, folders=(), flags=()):
+def build_library(name, main, folders=(), flags=(), links=()):
     """The library `name` of the file `main`, which includes files of `folders`, built once for what it is made of."""
     from torch.utils import cpp_extension
 
@@ -65,6 +66,7 @@ def build_library(name, main, folders=(), flags=()):
             [str(ROOT / main)],
             extra_include_paths=[str(ROOT / included) for included in folders],
             extra_cflags=list(flags),
+            extra_ldflags=list(links),
             build_directory=str(folder),
             is_python_module=False,
         )
@@ -89,23 +91,35 @@ def load_other_device():
 def emulated_library():
     """Builds and loads it; torch.ops.dnl_cuda_emulated then has every operator. Returns what must stay alive.
 
-    Products of float32 in it use TF32 where torch allows that.
+    It asks libdnl_ext.so for torch's settings and for the path of a call, as the operators on a GPU do.
     """
-    path = build_library(NAME, "tests/cpp/cuda_emulated.cpp", ("csrc", "tests/emulator"), FLAGS)
+    path = build_library(NAME, "tests/cpp/cuda_emulated.cpp", ("csrc", "tests/emulator"), FLAGS, (OPERATORS_LIBRARY,))
     library = torch.library.Library(NAME, "DEF")
     for name in OPERATORS:
         schema = str(getattr(torch.ops.dnl_ext, name).default._schema)
         library.define(schema.removeprefix("dnl_ext::"))
     torch.ops.load_library(path)
-    loaded, query = ctypes.CDLL(str(path)), ctypes.CFUNCTYPE(ctypes.c_bool)(dnl_ext._C.tf32_allowed)
-    loaded.set_emulated_tf32_query(query)
-    return loaded, library, query
+    return ctypes.CDLL(str(path)), library
 
 
 def configure(turns="ascending", seed=0, max_threads=1024):
     """Sets the emulator's options (tests/emulator/state.h)."""
     library, *_ = emulated_library()
     library.configure_emulator(TURNS.index(turns), ctypes.c_uint64(seed), ctypes.c_int64(max_threads))
+
+
+class HostWork(ctypes.Structure):
+    """What the emulated operators asked of torch: tensors that were allocated, calls of its dispatcher, views."""
+
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("allocations", "dispatcher_calls", "views"))
+
+
+def take_host_work():
+    """The HostWork since the last call of this."""
+    library, *_ = emulated_library()
+    work = HostWork()
+    library.take_host_work(ctypes.byref(work))
+    return work
 
 
 def on_device(device, name, *arguments):

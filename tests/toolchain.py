@@ -9,6 +9,7 @@ import shutil
 import sys
 
 import compilers
+import cuda_model.sass
 import pytest
 import routes
 
@@ -31,6 +32,11 @@ needs_aot = pytest.mark.skipif(
 )
 needs_binutils = pytest.mark.skipif(
     not (shutil.which("nm") and shutil.which("readelf")), reason="needs nm and readelf: they are GNU binutils"
+)
+NVCC = shutil.which("nvcc") or f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin/nvcc"
+needs_nvcc = pytest.mark.skipif(
+    not (shutil.which(NVCC) and cuda_model.sass.cuobjdump()),
+    reason="needs nvcc and cuobjdump: a CUDA toolkit of 12.8 or later",
 )
 needs_gpu = pytest.mark.skipif(not routes.HAS_GPU, reason=NO_GPU)
 needs_onnx = pytest.mark.skipif(

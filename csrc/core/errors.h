@@ -1,5 +1,5 @@
 // Errors an operator may raise; csrc/bindings.cpp maps each to the Python exception of its name.
-// ValueError is std::invalid_argument, which pybind11 maps without our help.
+// ValueError is std::invalid_argument, which pybind11 maps without our help. OutOfMemoryError is torch's: of a GPU.
 #pragma once
 
 // Visible outside libdnl_ext.so, where all else is hidden: what dnl_ext._C, another library, catches or calls.
@@ -16,6 +16,10 @@ struct DNL_EXPORT TypeError : std::runtime_error {
 };
 
 struct DNL_EXPORT NotImplementedError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct DNL_EXPORT OutOfMemoryError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 

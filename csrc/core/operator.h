@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "core/errors.h"
+#include "core/torch_errors.h"
 #include "core/types.h"
 
 namespace dnl {
@@ -146,9 +147,14 @@ inline Sizes operator+(Sizes sizes, std::initializer_list<int64_t> more) {
 inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType type) {
   AtenTensorHandle result;
   const auto device = like.device();
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+  const AOTITorchError failed = aoti_torch_empty_strided(
       sizes.size(), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &result));
+      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &result);
+  if (failed) {
+    const std::string tried = message("allocating a tensor of shape ", to_string(sizes), " and dtype ",
+                                      torch::headeronly::toString(type), " on ", device_name(like));
+    like.is_cuda() ? throw_torch_error<OutOfMemoryError>(tried) : throw_torch_error(tried);
+  }
   return Tensor(result);
 }
 
@@ -160,6 +166,14 @@ inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
     step *= std::max<int64_t>(sizes[i], 1);
   }
   return empty_strided(like, sizes, strides, type);
+}
+
+// `x`, or a contiguous copy. Not torch::stable::contiguous, whose errors have no text.
+inline Tensor made_contiguous(const Tensor& x) {
+  if (x.is_contiguous()) return x;
+  Tensor copy = empty(x, sizes_of(x), x.scalar_type());
+  torch::stable::copy_(copy, x);
+  return copy;
 }
 
 // A dense tensor of `sizes` whose dimensions are ordered in memory as those of `x`: channel-first in, channel-first

@@ -18,12 +18,29 @@
 // clang-format on
 #include "check.h"
 #include "core/cuda/affine.cuh"
+#include "core/cuda/cublas.h"
 #include "core/cuda/ptx.cuh"
 
 using namespace dnl;
 
 inline std::mt19937 generator(1);
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// Orders in which threads and blocks get their turns, as command lines name them.
+constexpr std::pair<const char*, emulator::Turns> kTurns[] = {{"ascending", emulator::Turns::ascending},
+                                                              {"descending", emulator::Turns::descending},
+                                                              {"random", emulator::Turns::random}};
+
+// test() in each order that the command line names, all where it names none.
+template <class Test>
+void for_turns(int argc, char** argv, const Test& test) {
+  for (const auto& [name, turns] : kTurns) {
+    if (argc > 1 && std::find(argv + 1, argv + argc, std::string(name)) == argv + argc) continue;
+    emulator::machine().options.turns = turns;
+    generator.seed(1);
+    test();
+  }
+}
 
 template <class T>
 constexpr DType kType = std::is_same_v<T, double>          ? DType::f64
@@ -43,7 +60,11 @@ struct HostDevice : emulator::Launcher {
   HostDevice() { most_blocks = 3; }  // so that blocks take several tasks
 
   std::deque<std::unique_ptr<void, void (*)(void*)>> buffers;
-  bool tf32 = false;  // products of float round their operands to TF32
+  cublasContext blas;       // whether products of float round their operands to TF32
+  bool whole_lines = true;  // extents of products are multiples of kPitch, as the chain promises
+  Gpu on{90, 4, 227 << 10};
+
+  Gpu gpu() const { return on; }
 
   // Aligned, of its exact size (a sanitizer sees the next byte), and NaN in every type.
   template <class T>
@@ -56,26 +77,17 @@ struct HostDevice : emulator::Launcher {
     return static_cast<T*>(data);
   }
 
+  // By the stand-in for cuBLAS (cublas_v2.h beside this file).
   template <class T, class Out>
   void product(const Matrix<const T>& a, const Matrix<const T>& b, const Matrix<Out>& c, int64_t batches, int64_t m,
-               int64_t n, int64_t k) {
+               int64_t n, int64_t k, bool accumulate = false) {
     CHECK(operand(a, m, k), "left operand of a product is not one");
     CHECK(operand(b, k, n), "right operand of a product is not one");
     CHECK((operand<Out>(c.read(), m, n)), "result of a product is not one");
-    for (int64_t e = 0; e < batches; ++e)
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < n; ++j) {
-          double sum = 0;
-          for (int64_t l = 0; l < k; ++l) sum += factor(*a.element(e, i, l)) * factor(*b.element(e, l, j));
-          *c.element(e, i, j) = static_cast<Out>(sum);
-        }
-  }
-
-  template <class T>
-  double factor(T x) const {
-    if constexpr (std::is_same_v<T, float>)
-      if (tf32) return wide(rounded<Tf32>(x));
-    return wide(x);
+    CHECK(m > 0 && n > 0 && k > 0, "an extent of a product is zero");
+    CHECK(!whole_lines || (m % kPitch == 0 && n % kPitch == 0 && k % kPitch == 0),
+          "an extent of a product is no whole line");
+    cublas_gemm(&blas, gemm_of(a, b, c, batches, m, n, k), accumulate);
   }
 
   template <class T>

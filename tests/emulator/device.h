@@ -10,8 +10,9 @@ struct Launcher {
   int64_t most_blocks = int64_t(1) << 30;  // fewer make blocks take several tasks
 
   template <class... Parameters, class... Arguments>
-  void launch(void (*kernel)(Parameters...), int64_t tasks, const Arguments&... arguments) const {
-    launch(kernel, dnl::LaunchShape{std::min(tasks, most_blocks), dnl::kThreads}, arguments...);
+  void launch(void (*kernel)(Parameters...), const dnl::Tasks& tasks, const Arguments&... arguments) const {
+    const int64_t blocks = std::min(tasks.count, most_blocks);
+    launch(kernel, dnl::LaunchShape{blocks, dnl::kThreads, tasks.shared_bytes}, arguments...);
   }
   template <class... Parameters, class... Arguments>
   void launch(void (*kernel)(Parameters...), const dnl::LaunchShape& shape, const Arguments&... arguments) const {

@@ -89,13 +89,10 @@ inline void close(const std::string& name, const Values& got, const Values& want
 inline int run(int argc, char** argv, const std::function<void(Draw&)>& one) {
   const int64_t count = argc > 1 ? std::atoll(argv[1]) : 30, first = argc > 2 ? std::atoll(argv[2]) : 0;
   const std::string order = argc > 3 ? argv[3] : "all";
-  const std::pair<const char*, emulator::Turns> every[] = {{"ascending", emulator::Turns::ascending},
-                                                           {"descending", emulator::Turns::descending},
-                                                           {"random", emulator::Turns::random}};
   int64_t done = 0, failed = 0;
   for (int64_t number = first; number < first + count && failed < 5; ++number, ++done) {
-    const auto* turns = &every[number % 3];
-    for (const auto& option : every)
+    const auto* turns = &kTurns[number % 3];
+    for (const auto& option : kTurns)
       if (order == option.first) turns = &option;
     emulator::machine().options.turns = turns->second;
     emulator::machine().options.seed = number;

@@ -57,27 +57,21 @@ Values row_softmax() {
   return softmax(x.data(), kColumns);
 }
 
+MapRows rows_to(int64_t row) { return {row + 1, kColumns, row + 1, kColumns}; }
+
 template <class T>
 void map_softmax(int64_t row) {
   using A = AccOf<T>;
   const Sparse<A> logits((row + 1) * kColumns);
-  const Sparse<T> probability((row + 1) * kColumns);
   std::vector<A> inverse(row + 1), stats(2 * (row + 1));
   for (int64_t j = 0; j < kColumns; ++j) logits.data[row * kColumns + j] = A(logit(j));
-  const SoftmaxStep<T> step{logits.data,
-                            probability.data,
-                            {inverse.data(), row + 1},
-                            {stats.data(), 2 * (row + 1)},
-                            {},
-                            row + 1,
-                            kColumns,
-                            kColumns,
-                            1,
-                            1};
-  launch_one(row, row + 1, &pairwise_softmax_kernel<T>, step, row + 1);
+  const SoftmaxStep<T> step{
+      rows_to(row), logits.data, {inverse.data(), row + 1}, {stats.data(), 2 * (row + 1)}, {}, 1, 1};
+  launch_one(row, row + 1, &pairwise_softmax_kernel<T, false>, step, row + 1);
   const Values p = row_softmax();
+  const T* probability = reinterpret_cast<const T*>(logits.data + row * kColumns);
   for (int64_t j : {int64_t(0), int64_t(77), kColumns - 1})
-    near("map softmax", row, "P", wide(probability.data[row * kColumns + j]) * inverse[row], p[j], 1e-2);
+    near("map softmax", row, "P", wide(probability[j]) * inverse[row], p[j], 1e-2);
 }
 
 void row_backward(int64_t row) {
@@ -89,8 +83,8 @@ void row_backward(int64_t row) {
     grad.data[row * kColumns + j] = float(j % 3);
     delta += p[j] * (j % 3);
   }
-  launch_one(row, row + 1, &pairwise_row_backward_kernel<float>,
-             SoftmaxRowStep<float>{map.data, grad.data, {}, row + 1, kColumns, kColumns, 1, 1}, row + 1);
+  launch_one(row, row + 1, &pairwise_row_backward_kernel<float, 0>,
+             SoftmaxRowStep<float>{rows_to(row), map.data, grad.data, {}, 1, 1}, row + 1);
   for (int64_t j : {int64_t(0), int64_t(77), kColumns - 1}) {
     near("row backward", row, "P", map.data[row * kColumns + j], p[j], 1e-3);
     near("row backward", row, "dS", grad.data[row * kColumns + j], p[j] * (j % 3 - delta), 1e-2);
@@ -107,11 +101,9 @@ void part_row_backward(int64_t row) {
   }
   const Sparse<float> stats(2 * (row + 1)), delta(row + 1);
   stats.data[2 * row] = kShift, stats.data[2 * row + 1] = 0.5f, delta.data[row] = 0.75f;
-  launch_one(
-      row, row + 1, &pairwise_part_row_backward_kernel<float>,
-      PartRowStep<float>{
-          map.data, grad.data, {stats.data, 2 * (row + 1)}, {delta.data, row + 1}, row + 1, kColumns, kColumns, 1, 1},
-      row + 1);
+  const PartRowStep<float> step{rows_to(row),          map.data, grad.data, {stats.data, 2 * (row + 1)},
+                                {delta.data, row + 1}, 1,        1};
+  launch_one(row, row + 1, &pairwise_part_row_backward_kernel<float>, step, row + 1);
   for (int64_t j : {int64_t(0), int64_t(77), kColumns - 1}) {
     const double p = 0.5 * std::exp(logit(j) - kShift);
     near("part", row, "P", map.data[row * kColumns + j], p, 1e-3);
@@ -123,7 +115,8 @@ void part_row_backward(int64_t row) {
 template <class T>
 void map_backward(int64_t row) {
   const Sparse<float> logits((row + 1) * kColumns), grad((row + 1) * kColumns);
-  const Sparse<T> probability((row + 1) * kColumns), grad_logits((row + 1) * kColumns);
+  const T* probability = reinterpret_cast<T*>(logits.data + row * kColumns);
+  const T* grad_logits = reinterpret_cast<T*>(grad.data + row * kColumns);
   std::vector<float> shift(kColumns, kShift), row_factor(kColumns, 1), delta(kColumns, 0.5f), sum(row + 1);
   double want_sum = 0;
   for (int64_t j = 0; j < kColumns; ++j) {
@@ -133,7 +126,8 @@ void map_backward(int64_t row) {
   }
   SoftmaxBackwardStep<T> step{};
   step.logits = logits.data, step.grad_probability = grad.data;
-  step.probability = probability.data, step.grad_logits = grad_logits.data, step.row_sum = sum.data();
+  step.probability = reinterpret_cast<T*>(logits.data), step.grad_logits = reinterpret_cast<T*>(grad.data);
+  step.row_sum = sum.data(), step.buffer_rows = row + 1;
   step.shift = {shift.data(), kColumns}, step.row_factor = {row_factor.data(), kColumns};
   step.delta = {delta.data(), kColumns};
   step.rows = row + 1, step.columns = kColumns, step.pitch = kColumns;
@@ -141,9 +135,8 @@ void map_backward(int64_t row) {
   launch_one(row, row + 1, &pairwise_softmax_backward_kernel<T>, step, row + 1);
   for (int64_t j : {int64_t(0), int64_t(77), kColumns - 1}) {
     const double p = std::exp(logit(j) - kShift);
-    near("map backward", row, "P", wide(probability.data[row * kColumns + j]) / (1 << kProbabilityExponent<T>), p,
-         1e-2);
-    near("map backward", row, "dS", wide(grad_logits.data[row * kColumns + j]), p * (j % 3 - 0.5), 1e-2);
+    near("map backward", row, "P", wide(probability[j]) / (1 << kProbabilityExponent<T>), p, 1e-2);
+    near("map backward", row, "dS", wide(grad_logits[j]), p * (j % 3 - 0.5), 1e-2);
   }
   near("map backward", row, "sum of dS", sum[row], want_sum, 1e-2);
 }
@@ -200,10 +193,6 @@ void elementwise(int64_t row) {
   const int64_t tasks = ceil_div_of(row + 1, kTileSlow) * ceil_div_of(kColumns, kTileFast);
   launch_one(tasks - 1, tasks, &affine_kernel<float, float, false>, op, tasks);
   near("affine", row, "out", out.data[at], 14, 1e-6);
-
-  const int64_t quads = (row + 1) * kColumns / kQuad, adds = ceil_div_of(quads, kThreads);
-  launch_one(adds - 1, adds, &add_kernel<float>, out.data, in.data, quads, adds);
-  near("add", row, "sum", out.data[at], 21, 1e-6);
 }
 
 // Whitening, its last tile and its last column sums of moments.

@@ -59,7 +59,7 @@ struct PairwiseProblem {
         pooled(B * C),
         mask_lse(B) {
     device.most_blocks = t.most_blocks;
-    device.tf32 = !std::is_same_v<E, T>;
+    device.blas.tf32 = !std::is_same_v<E, T>;
     args.query = q.view, args.key = k.view, args.value = v.view, args.output = y.view;
     if (kHalf<T>) args.residual = rest.view;
     args.stats = stats.data();
@@ -147,7 +147,7 @@ struct PairwiseProblem {
       for (int64_t i = 0; i < B * N; ++i)
         both[i] = double(stats[2 * i]) * std::abs(scale()) - std::log(double(stats[2 * i + 1]));
       close("y", y.value, want.y, eager.y, size.y, 2, u, what);
-      close("lse", both, want.lse, device.tf32 ? eager.lse : want.lse, size.lse, 2, kSumRoundoff<T>, what);
+      close("lse", both, want.lse, device.blas.tf32 ? eager.lse : want.lse, size.lse, 2, kSumRoundoff<T>, what);
     }
     if (!backward) return;
     if (t.needs & 1) close("dq", dq.value, want.dq, eager.dq, size.dq, 3, u, what);
@@ -202,7 +202,7 @@ struct PairwiseProblem {
         constant += scale() * query[d] * (k.value[b * M * D + d] - key[b * M * D + d]) * (kHalf<T> ? 1 : -1);
     x.lse[b * N + i] = most + std::log(sum) + constant,
                   size.lse[b * N + i] = 4 * (1 + std::abs(most) + std::abs(constant) + spread);
-    if (device.tf32) size.lse[b * N + i] += spread / sums;  // operands are rounded, not the lse
+    if (device.blas.tf32) size.lse[b * N + i] += spread / sums;  // operands are rounded, not the lse
     for (double& value : p) value = round(value);
     const double u = kRoundoff<E>, logit_error = rounding + sums * (1 + spread);  // in units of u
     const double loose = 1 + 2 * logit_error;
@@ -264,7 +264,7 @@ PairwiseCase any_pairwise(Draw& draw, int64_t most, int64_t most_width, int64_t 
   const double large = std::pow(10.0, double(draw.upto(0, kLargestScale<T>)));
   t.logit = draw.of({1.0, 3.0, 3.0, 12.0, -3.0, large, -large});
   // All rows at once; few rows at a time; as few as steps of eight allow.
-  t.limits = draw.of({ChunkLimits{}, ChunkLimits{24, int64_t(1) << 20, 8}, ChunkLimits{1 << 20, 512, 8}});
+  t.limits = draw.of({ChunkLimits{}, ChunkLimits{8, int64_t(1) << 20, 8}, ChunkLimits{1 << 20, 512, 8}});
   t.most_blocks = draw.of({1, 2, 3});
   return t;
 }

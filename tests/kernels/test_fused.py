@@ -267,9 +267,26 @@ class TestPlan:
     def test_default_is_the_chain(self, monkeypatch):
         monkeypatch.delenv("DNL_EXT_CUDA_PATH", raising=False)
         for backward in (False, True):
-            assert plan(backward=backward)["path"] == "chain" and "not been measured" in plan(backward=backward)["why"]
+            assert (
+                plan(backward=backward)["path"] == "chain" and "nothing has measured" in plan(backward=backward)["why"]
+            )
         assert "without TF32" in plan(dtype="float32", tf32=False)["why"]
         assert "at most 256" in plan(width=300)["why"]
+
+    def test_advice_is_taken_where_nothing_is_asked_for(self, monkeypatch):
+        monkeypatch.delenv("DNL_EXT_CUDA_PATH", raising=False)
+        assert plan(advised="fused")["path"] == "fused" and plan(advised="chain")["path"] == "chain"
+        assert plan(advised="fused", width=300)["path"] == "chain"  # it cannot run
+        assert plan(advised="fused", dtype="float32", tf32=True, backward=True)["path"] == "chain"
+        monkeypatch.setenv("DNL_EXT_CUDA_PATH", "chain")
+        assert plan(advised="fused")["path"] == "chain" and plan(path="fused")["path"] == "fused"
+        with pytest.raises(ValueError, match="advised: expected one of 'chain', 'fused', got 'fast'"):
+            plan(advised="fast")
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+    def test_gpus_that_are_too_old_are_refused(self, dtype):
+        with pytest.raises(NotImplementedError, match=r"compute capability 8\.0 or later, got 7\.5"):
+            plan(dtype=dtype, capability=75)
 
     def test_environment_forces_a_path(self, monkeypatch):
         for path in ("chain", "fused"):

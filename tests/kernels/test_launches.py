@@ -53,7 +53,8 @@ def test_only_one_file_launches(path):
 
 def test_the_launcher_guards_checks_and_uses_the_current_stream():
     text = code(CSRC / "core/cuda" / LAUNCHER)
-    steps = ["DeviceGuard", "shape.blocks == 0", "get_current_cuda_stream", "<<<", "STD_CUDA_KERNEL_LAUNCH_CHECK"]
+    steps = ["guard_(index_)", "stream_(current_stream(index_))", "shape.blocks == 0", "<<<", "stream_>>>"]
+    steps += ["cudaGetLastError", "get_current_cuda_stream(index, ", "DeviceGuard guard_;"]
     places = [text.find(step) for step in steps]
     assert min(places) >= 0 and places == sorted(places), dict(zip(steps, places, strict=True))
     assert len(launches(text)) == 1

@@ -33,6 +33,7 @@ REPORTS = (
     ("emulator", r"gate.h:\d+: false  (.*?) (?:at |\[block)"),
     ("promise", r"cuda_host.h:\d+: .*?  (.*)"),
     ("values", r"gate.h:\d+: error <= bar  (.*?): error"),
+    ("plan", r"plan_checks.h:\d+: .*?  (.*)"),
     ("operands", r"fused.cpp:\d+: .*?  (.*?): operand"),
     ("overflow", r"overflow.cpp:\d+: .*?  (.*)"),
 )

@@ -10,6 +10,8 @@ import pytest
 import torch
 from calls import CALLS, EVERY_CALL, call, expect, says, several, tensors, with_fault
 
+import dnl_ext
+
 
 class TestCallsThemselves:
     """Without a fault, every call of the table succeeds; a table of invalid calls would prove nothing."""
@@ -106,3 +108,13 @@ class TestDevices:
         (x, *_) = CALLS[route]("meta")["mean_subtract"].values()
         y = call(route, "mean_subtract", CALLS[route]("meta")["mean_subtract"])
         assert y.device.type == "meta" and y.shape == x.shape
+
+
+def test_memory_that_there_is_not_is_refused_with_torch_s_own_words():
+    """An output of 2^50 floats, of inputs that take no memory."""
+    q = torch.zeros(1, 1).expand(2**40, 1)
+    with pytest.raises(RuntimeError, match=r"(?i)allocate .*memory") as ours:
+        dnl_ext.pairwise_attention(q, torch.zeros(3, 1), torch.zeros(3, 2**10), whiten=None)
+    with pytest.raises(RuntimeError) as torchs:
+        torch.empty(2**40, 2**10)
+    assert type(ours.value) is type(torchs.value)

@@ -92,7 +92,7 @@ class TestKernels:
         assert "Windows, whose compiler MSVC" in build_backend.kernels_left_out({}, "win32")
 
 
-def make_toolkit(home, version="13.0", headers="include", libraries="lib64", top=None):
+def make_toolkit(home, version="13.0", headers="include", libraries="lib64", top=None, cublas=True):
     """A folder that looks like a CUDA toolkit; None leaves a part out."""
     (home / "bin").mkdir(parents=True)
     if version:
@@ -104,6 +104,8 @@ def make_toolkit(home, version="13.0", headers="include", libraries="lib64", top
         if folder:
             (home / folder).mkdir(parents=True, exist_ok=True)
             (home / folder / name).touch()
+    if headers and cublas:
+        (home / headers / "cublas_v2.h").touch()
     return home
 
 
@@ -183,6 +185,21 @@ class TestCuda:
         script = make_toolkit(tmp_path / "local", headers=None, libraries=None, top=home / "bin/..")
         assert self.choose(path=[script])[0].home == str(home)
 
+    def test_headers_of_cublas_may_be_those_that_torch_came_with(self, tmp_path, monkeypatch):
+        home, packages = make_toolkit(tmp_path / "cuda", cublas=False), tmp_path / "site-packages"
+        monkeypatch.setattr(build_backend, "target_folders", lambda: [str(packages)])
+        monkeypatch.setattr(sys, "path", [])
+        toolkit, why = self.choose(path=[home])
+        assert toolkit is None and "install the headers of cuBLAS" in why
+        assert self.choose(path=[home], FORCE_CUDA=1)[0].home == str(home)
+        include = packages / "nvidia/cu13/include"
+        include.mkdir(parents=True)
+        (include / "cublas_v2.h").touch()
+        toolkit, why = self.choose(path=[home])
+        assert why == "" and build_backend.cublas_include(toolkit) == str(include)
+        (home / "include/cublas_v2.h").touch()
+        assert build_backend.cublas_include(toolkit) == str(home / "include")
+
     @pytest.mark.parametrize("parts", [{"libraries": None}, {"version": "12.4"}])
     def test_the_one_that_serves_is_taken(self, parts, tmp_path):
         broken, usual = make_toolkit(tmp_path / "broken", **parts), make_toolkit(tmp_path / "usual")
@@ -193,6 +210,10 @@ class TestCuda:
         home = make_toolkit(tmp_path / "cuda")
         assert self.choose(CUDA_HOME=home, DNL_EXT_CPU_ONLY=1) == (None, "DNL_EXT_CPU_ONLY is set")
         assert self.choose(CUDA_HOME=home, DNL_EXT_CPU_ONLY=0, FORCE_CUDA="off")[0].home == str(home)
+
+    @pytest.mark.parametrize(("release", "archs"), [("13.0", "8.0;9.0+PTX;10.0;12.0"), ("12.6", "8.0;9.0+PTX")])
+    def test_architectures_are_those_that_its_nvcc_knows(self, release, archs):
+        assert build_backend.default_archs(release) == archs
 
 
 def test_the_source_distribution_has_what_builds_it():

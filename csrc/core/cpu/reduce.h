@@ -57,17 +57,8 @@ template <class T, class F>
 inline double lane_sum(int64_t count, const F& f) {
   double lane[kReduceLanes] = {}, lane_rest[kReduceLanes] = {}, sum = 0, rest = 0;
   int64_t i = 0;
-  for (; i + kReduceLanes <= count; i += kReduceLanes) {
-    if constexpr (std::is_same_v<T, f16>) {
-      // Converted in a loop of their own: unrolled with the sums, they would not be vectorised.
-      double x[kReduceLanes];
-#pragma GCC unroll 1
-      for (int64_t l = 0; l < kReduceLanes; ++l) x[l] = f(i + l);
-      for (int64_t l = 0; l < kReduceLanes; ++l) add_to<T>(lane[l], lane_rest[l], x[l]);
-    } else {
-      for (int64_t l = 0; l < kReduceLanes; ++l) add_to<T>(lane[l], lane_rest[l], f(i + l));
-    }
-  }
+  for (; i + kReduceLanes <= count; i += kReduceLanes)
+    for (int64_t l = 0; l < kReduceLanes; ++l) add_to<T>(lane[l], lane_rest[l], f(i + l));
   for (; i < count; ++i) add_to<T>(sum, rest, f(i));
   for (int64_t l = 0; l < kReduceLanes; ++l) {
     add_to<T>(sum, rest, lane[l]);
@@ -105,10 +96,13 @@ inline void column_sums(const Src* x, const View& view, int64_t positions, int64
                         const Acc<Src>* weight, double* out) {
   const auto sums = [&](auto order) {
     using Order = decltype(order);
-    const auto term = [&](int64_t i, int64_t c) {
-      return double(widen(x[Order::at(view, i, c)])) * (weight ? double(weight[i]) : 1.0);
-    };
-    column_sums_of<Order, Src>(positions, begin, end, out, term);
+    const auto term = [&](int64_t i, int64_t c) { return double(widen(x[Order::at(view, i, c)])); };
+    const auto weighted = [&](int64_t i, int64_t c) { return term(i, c) * double(weight[i]); };
+    // Two loops: in one, a compiler may load the weights under a mask, which is slow at an address that is null.
+    if (weight)
+      column_sums_of<Order, Src>(positions, begin, end, out, weighted);
+    else
+      column_sums_of<Order, Src>(positions, begin, end, out, term);
   };
   dispatch_order(sums, view);
 }

@@ -29,14 +29,21 @@ struct Affine {
   const A* gamma = nullptr;     // (batches, channels); nullptr leaves the second term out
   A scale = 1;
   const A* factor = nullptr;  // (batches), multiplies scale; or nullptr
+  // Extents of `out`, which is 0 beyond the above. Not with `rest`.
+  int64_t written_positions = positions, written_channels = channels;
+
+  void zeros_to(int64_t all_positions, int64_t all_channels) {
+    written_positions = all_positions;
+    written_channels = all_channels;
+  }
 };
 
 template <class In, class Out, bool kPositionFast>
 __global__ void __launch_bounds__(kThreads) affine_kernel(Affine<In, Out> op, int64_t tasks) {
   using A = AccOf<Out>;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int64_t slow_count = kPositionFast ? op.channels : op.positions;
-  const int64_t fast_count = kPositionFast ? op.positions : op.channels;
+  const int64_t slow_count = kPositionFast ? op.written_channels : op.written_positions;
+  const int64_t fast_count = kPositionFast ? op.written_positions : op.written_channels;
   const int64_t fast_tiles = ceil_div_of(fast_count, kTileFast), slow_tiles = ceil_div_of(slow_count, kTileSlow);
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t fast = task % fast_tiles * kTileFast, slow = task / fast_tiles % slow_tiles * kTileSlow;
@@ -53,9 +60,11 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(Affine<In, Out> op, in
         if (f >= fast_count) continue;
         const int64_t i = kPositionFast ? f : s, c = kPositionFast ? s : f;
         A value = 0;
-        if (in) value = op.alpha * (alpha ? alpha[i] : A(1)) * wide(in[i * op.in.position + c * op.in.channel]);
-        if (gamma) value += op.beta * (beta ? beta[i] : A(1)) * gamma[c];
-        value *= scale;
+        if (i < op.positions && c < op.channels) {
+          if (in) value = op.alpha * (alpha ? alpha[i] : A(1)) * wide(in[i * op.in.position + c * op.in.channel]);
+          if (gamma) value += op.beta * (beta ? beta[i] : A(1)) * gamma[c];
+          value *= scale;
+        }
         const Out result = rounded<Out>(value);
         out[i * op.out.position + c * op.out.channel] = result;
         if (rest) rest[i * op.rest.position + c * op.rest.channel] = rounded<Out>(value - wide(result));
@@ -67,30 +76,10 @@ __global__ void __launch_bounds__(kThreads) affine_kernel(Affine<In, Out> op, in
 template <class In, class Out, class Device>
 void affine(Device& device, const Affine<In, Out>& op) {
   const bool position_fast = position_is_fast(op.out, op.positions, op.channels);
-  const int64_t slow = position_fast ? op.channels : op.positions, fast = position_fast ? op.positions : op.channels;
+  const int64_t slow = position_fast ? op.written_channels : op.written_positions;
+  const int64_t fast = position_fast ? op.written_positions : op.written_channels;
   const int64_t tasks = op.batches * ceil_div_of(slow, kTileSlow) * ceil_div_of(fast, kTileFast);
   device.launch(position_fast ? &affine_kernel<In, Out, true> : &affine_kernel<In, Out, false>, tasks, op, tasks);
-}
-
-// sum += more, for `count` values of a buffer of our own.
-template <class A>
-__global__ void __launch_bounds__(kThreads) add_kernel(A* sum,         // (quads * kQuad)
-                                                       const A* more,  // the same
-                                                       int64_t quads, int64_t tasks) {
-  for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
-    const int64_t quad = task * kThreads + threadIdx.x;
-    if (quad >= quads) continue;
-    Quad<A> total = load_quad(sum, quad);
-    const Quad<A> term = load_quad(more, quad);
-    for (int i = 0; i < kQuad; ++i) total.value[i] += term.value[i];
-    store_quad(sum, quad, total);
-  }
-}
-
-template <class A, class Device>
-void add(Device& device, A* sum, const A* more, int64_t count) {
-  const int64_t quads = count / kQuad, tasks = ceil_div_of(quads, kThreads);
-  device.launch(&add_kernel<A>, tasks, sum, more, quads, tasks);
 }
 
 }  // namespace dnl

@@ -3,9 +3,8 @@
 // No torch header and no launch: a kernel file compiles alone, with nvcc or, after tests/emulator/emulator.h has
 // defined CUDA's names, with a host compiler. What C++ has no name for is in ptx.cuh.
 //
-// How kernels share out work, unless they ask for a LaunchShape: a launch names a number of tasks, blocks take tasks
-// blockIdx.x, blockIdx.x + gridDim.x,
-// ... So no count of rows or batch elements can exceed a limit of the grid.
+// How kernels share out work, unless they ask for a LaunchShape: a launch names a number of Tasks, blocks take tasks
+// blockIdx.x, blockIdx.x + gridDim.x, ... So no count of rows or batch elements can exceed a limit of the grid.
 #pragma once
 
 #ifdef __CUDACC__
@@ -32,6 +31,14 @@ constexpr int kThreads = 256;  // of a block, unless it has a LaunchShape
 constexpr int kWarps = kThreads / kWarp;
 constexpr unsigned kAllLanes = 0xffffffffu;
 static_assert(kThreads % kWarp == 0 && kWarps <= kWarp, "reductions combine whole warps, at most one warp of them");
+
+// A launch of blocks of kThreads threads.
+struct Tasks {
+  int64_t count;
+  int64_t shared_bytes;  // dynamic shared memory of a block
+
+  Tasks(int64_t number, int64_t bytes = 0) : count(number), shared_bytes(bytes) {}
+};
 
 // A launch that is not of tasks: a one-dimensional grid, whose kernel takes blockIdx.x apart itself.
 struct LaunchShape {

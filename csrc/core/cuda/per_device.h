@@ -1,4 +1,4 @@
-// What is found out once for a device and never changes, such as its attributes, each of which costs a driver call.
+// What is found out or set once for a device and then known, such as its attributes, each of which costs a driver call.
 #pragma once
 
 #include <map>
@@ -20,6 +20,25 @@ class PerDevice {
  private:
   std::mutex mutex_;
   std::map<int, Value> values_;
+};
+
+// Limits that are raised and never lowered, one for each key.
+template <class Key>
+class Limits {
+ public:
+  // raise() where `value` is above all that `key` was raised to. If it throws, nothing has been raised.
+  template <class Raise>
+  void at_least(const Key& key, int64_t value, const Raise& raise) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto known = values_.find(key);
+    if (known != values_.end() && known->second >= value) return;
+    raise();
+    values_[key] = value;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<Key, int64_t> values_;
 };
 
 }  // namespace dnl

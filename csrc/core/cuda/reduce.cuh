@@ -64,12 +64,15 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// out[b][c] = factor * sum_s partial[b][s][c], or 0 in place of NaN and infinity where `only_finite`.
+// How a column sum is stored: as it is, 0 in place of NaN and infinity, or added to what is there.
+enum class ColumnSum { plain, only_finite, added };
+
+// out[b][c] (+)= factor * sum_s partial[b][s][c]
 template <class A>
 __global__ void __launch_bounds__(kThreads)
     column_sums_finish_kernel(const double* partial,  // (batches, splits, channels)
                               A* out,                 // (batches, channels)
-                              double factor, bool only_finite, int64_t channels, int64_t splits, int64_t count,
+                              double factor, ColumnSum kind, int64_t channels, int64_t splits, int64_t count,
                               int64_t tasks) {
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t index = task * kThreads + threadIdx.x;
@@ -78,16 +81,20 @@ __global__ void __launch_bounds__(kThreads)
     double sum = 0;
     for (int64_t s = 0; s < splits; ++s) sum += column[s * channels];
     const A result = static_cast<A>(sum * factor);
-    out[index] = only_finite && !(result - result == 0) ? A(0) : result;
+    const bool finite = result - result == 0;
+    if (kind == ColumnSum::added)
+      out[index] += result;
+    else
+      out[index] = kind == ColumnSum::only_finite && !finite ? A(0) : result;
   }
 }
 
 inline int64_t column_splits(int64_t positions) { return ceil_div_of(positions, kSplit); }
 
-// out[b][c] = factor * sum_i weight_i x(b, i, c)
+// out[b][c] (+)= factor * sum_i weight_i x(b, i, c)
 template <class T, class Device>
 void column_sums(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions, int64_t channels,
-                 const Rows<const AccOf<T>>& weight, double factor, AccOf<T>* out, bool only_finite = false) {
+                 const Rows<const AccOf<T>>& weight, double factor, AccOf<T>* out, ColumnSum kind = ColumnSum::plain) {
   const int64_t splits = column_splits(positions), count = batches * channels;
   if (count == 0) return;
   double* partial = device.template allocate<double>(batches * splits * channels);
@@ -95,8 +102,8 @@ void column_sums(Device& device, const Matrix<const T>& x, int64_t batches, int6
   auto kernel = position_is_fast(x, positions, channels) ? &column_sums_kernel<T, true> : &column_sums_kernel<T, false>;
   device.launch(kernel, tasks, x, weight, partial, positions, channels, splits, tasks);
   const int64_t blocks = ceil_div_of(count, kThreads);
-  device.launch(&column_sums_finish_kernel<AccOf<T>>, blocks, partial, out, factor, only_finite, channels, splits,
-                count, blocks);
+  device.launch(&column_sums_finish_kernel<AccOf<T>>, blocks, partial, out, factor, kind, channels, splits, count,
+                blocks);
 }
 
 // op.store(b, i, sum_c op.term(b, i, c)) for every position. `Op` is a small struct passed by value, with type `Sum`,

@@ -5,6 +5,7 @@
 #include "ops/pairwise/chain/forward.cuh"
 #include "ops/pairwise/fused/forward.cuh"
 #include "ops/pairwise/pairwise_op.h"
+#include "ops/pairwise/path_choice.h"
 
 namespace dnl {
 
@@ -14,35 +15,31 @@ using PairwiseBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 std::tuple<Tensor, Tensor> unary_forward_on_cuda(const Tensor& mask_logits, const Tensor& value);
 
 template <class T>
-PairwisePlan plan_of(const PairwiseArgs& args, const Gpu& gpu, bool backward) {
-  PairwiseShape shape = shape_of<T>(args);
-  const CudaPath request = requested_cuda_path();
-  shape.tf32 = tf32_matters(shape, gpu, request, backward) && tf32_allowed();
-  return plan_pairwise(shape, gpu, request, backward);
+PairwisePlan plan_of(const PairwiseArgs& args, const Tensor& query, const Gpu& gpu, bool backward) {
+  return choose_path({query.get_device_index(), backward, gpu, shape_of<T>(args)}, &tf32_allowed);
 }
 
-static void run_forward(const PairwiseCall& call, const Tensor& query, const Tensor& key, const Tensor& value) {
+static void run_forward(const PairwiseCall& call, const Tensor& query) {
   if (call.empty()) return;
   CudaDevice device(query);
-  for (const Tensor& x : {query, key, value}) device.know(x);
   dispatch_element(call.args.dtype, [&](auto type) {
     using T = decltype(type);
-    const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), false);
-    if constexpr (!std::is_same_v<T, double>)
-      if (plan.fused) return pairwise_fused_forward_cuda<FusedOf<T>>(call.args, device, plan.forward);
-    pairwise_forward_cuda<T>(call.args, device);
+    const PairwisePlan plan = plan_of<T>(call.args, query, device.gpu(), false);
+    with_workspace(device, [&](auto& on) {
+      if constexpr (!std::is_same_v<T, double>)
+        if (plan.fused) return pairwise_fused_forward_cuda<FusedOf<T>>(call.args, on, plan.forward);
+      pairwise_forward_cuda<T>(call.args, on);
+    });
   });
 }
 
-static void run_backward(PairwiseCall& call, const Tensor& grad_output, const Tensor& query, const Tensor& key,
-                         const Tensor& value) {
+static void run_backward(PairwiseCall& call, const Tensor& query) {
   if (call.empty()) return call.clear_gradients();
   CudaDevice device(query);
-  for (const Tensor& x : {grad_output, query, key, value}) device.know(x);
   dispatch_element(call.args.dtype, [&](auto type) {
     using T = decltype(type);
-    const PairwisePlan plan = plan_of<T>(call.args, device.gpu(), true);
-    pairwise_backward_cuda<T>(call.args, device, {}, plan.fused);
+    const PairwisePlan plan = plan_of<T>(call.args, query, device.gpu(), true);
+    with_workspace(device, [&](auto& on) { pairwise_backward_cuda<T>(call.args, on, {}, plan.fused); });
   });
 }
 
@@ -54,7 +51,7 @@ PairwiseForwardResult pairwise_forward_on_cuda(const Tensor& query, const Tensor
     const auto [pooled, mask_lse] = unary_forward_on_cuda(*mask_logits, value);
     call.set_unary(pooled, mask_lse);
   }
-  run_forward(call, query, key, value);
+  run_forward(call, query);
   return {call.output, call.stats, call.residual, call.pooled, call.mask_lse};
 }
 
@@ -66,14 +63,14 @@ PairwiseBackwardResult pairwise_backward_on_cuda(const Tensor& grad_output, cons
                                                  bool need_query, bool need_key, bool need_value, bool need_mask) {
   PairwiseCall call(grad_output, query, key, value, mask_logits, output, softmax_stats, residual, pooled, mask_lse,
                     scale, whiten, need_query, need_key, need_value, need_mask);
-  run_backward(call, grad_output, query, key, value);
+  run_backward(call, query);
   return {call.grad_query, call.grad_key, call.grad_value, call.grad_mask};
 }
 
 PairwiseCall::PartForward pairwise_part_forward_on_cuda(const Tensor& query, const Tensor& key, const Tensor& value,
                                                         double scale, bool save_residual) {
   PairwiseCall call(query, key, value, scale, save_residual);
-  run_forward(call, query, key, value);
+  run_forward(call, query);
   return {call.output, call.stats, call.residual};
 }
 
@@ -83,7 +80,7 @@ PairwiseCall::PartBackward pairwise_part_backward_on_cuda(const Tensor& grad_out
                                                           double scale, bool need_query, bool need_key,
                                                           bool need_value) {
   PairwiseCall call(grad_output, query, key, value, softmax_stats, delta, scale, need_query, need_key, need_value);
-  run_backward(call, grad_output, query, key, value);
+  run_backward(call, query);
   return {call.grad_query, call.grad_key, call.grad_value};
 }
 

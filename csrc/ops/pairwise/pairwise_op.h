@@ -72,8 +72,10 @@ struct PairwiseCall {
     stats = dnl::empty(query, leading(query, 1) + std::initializer_list<int64_t>{2}, accumulate_type(query));
     residual = save_residual && query.element_size() == 2 ? empty_like_layout(query, sizes_of(output))
                                                           : absent(query, query.scalar_type());
-    pooled = absent(query, accumulate_type(query));
-    mask_lse = absent(query, accumulate_type(query));
+    if (!mask_logits) {
+      pooled = absent(query, accumulate_type(query));
+      mask_lse = absent(query, accumulate_type(query));
+    }
     set(query, key, value, scale);
   }
 
@@ -108,15 +110,15 @@ struct PairwiseCall {
     check_alike("output", output, "query", query);
     check_sizes("output", output, out_sizes);
     check_saved("softmax_stats", stats, "query", query, leading(query, 1) + std::initializer_list<int64_t>{2});
-    stats = torch::stable::contiguous(stats);
+    stats = made_contiguous(stats);
     check_alike("residual", residual, "query", query);
     check_dims("residual", residual, 1, "(..., Nq, Dv)");
     check_sizes("residual", residual, residual.size(-1) ? out_sizes : lead + std::initializer_list<int64_t>{0});
     if (mask_logits) {
       check_saved("pooled", pooled, "query", query, lead + std::initializer_list<int64_t>{value.size(-1)});
       check_saved("mask_lse", mask_lse, "query", query, lead);
-      pooled = torch::stable::contiguous(pooled);
-      mask_lse = torch::stable::contiguous(mask_lse);
+      pooled = made_contiguous(pooled);
+      mask_lse = made_contiguous(mask_lse);
     }
     grad_query = need_query ? empty_like_layout(query, sizes_of(query)) : absent(query, query.scalar_type());
     grad_key = need_key ? empty_like_layout(key, sizes_of(key)) : absent(query, query.scalar_type());
@@ -153,7 +155,7 @@ struct PairwiseCall {
                      absent(query, query.scalar_type()), row_stats, row_stats, scale, std::nullopt, need_query,
                      need_key, need_value, false) {
     check_saved("delta", delta, "query", query, leading(query, 1));
-    delta_ = torch::stable::contiguous(delta);
+    delta_ = made_contiguous(delta);
     args.part = true;
     args.delta = delta_.data_ptr();
   }

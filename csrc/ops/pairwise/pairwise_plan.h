@@ -1,10 +1,11 @@
 // Which CUDA path a call of pairwise attention takes, with which tiles, and why: host code that needs no GPU.
 //
-//   path    for                                         chosen
-//   chain   every size, type and architecture           by default: no GPU has shown the fused path to be faster
-//   fused   16-bit types, and float where TF32 is       by DNL_EXT_CUDA_PATH=fused
-//           allowed; sm_80 and later; forward with
-//           Dqk <= 256 and tiles that fit
+//   path    for
+//   chain   every size and type
+//   fused   16-bit types, and float where TF32 is allowed; forward with Dqk <= 256 and tiles that fit
+//
+// Both need sm_80: the chain for its products of bfloat16 with float results, the fused one for mma.sync in its types.
+// The path is that of DNL_EXT_CUDA_PATH, else what this GPU was found to prefer (path_choice.h), else the chain.
 //
 // Tiles of the fused forward, in order of preference. The first that serves all channels in one slice is taken, else
 // the one with the fewest slices; slices shrink until they fit.
@@ -158,25 +159,53 @@ inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu
 
 enum class CudaPath { by_default, chain, fused };
 
-// What DNL_EXT_CUDA_PATH asks for.
-inline CudaPath requested_cuda_path() {
-  const char* value = std::getenv("DNL_EXT_CUDA_PATH");
-  const std::string name = value ? value : "";
-  if (name.empty()) return CudaPath::by_default;
-  if (name == "chain") return CudaPath::chain;
-  if (name == "fused") return CudaPath::fused;
-  throw ValueError(message("DNL_EXT_CUDA_PATH: expected one of 'chain', 'fused', got '", name, "'"));
+struct NamedPath {
+  const char* name;
+  CudaPath path;
+};
+constexpr NamedPath kCudaPaths[] = {{"chain", CudaPath::chain}, {"fused", CudaPath::fused}};
+
+inline const char* name_of(CudaPath path) {
+  for (const NamedPath& known : kCudaPaths)
+    if (known.path == path) return known.name;
+  return "";
 }
+
+// The path of a name, by_default for none; `source` said it.
+inline CudaPath path_named(const std::string& name, const char* source) {
+  if (name.empty()) return CudaPath::by_default;
+  std::string expected;
+  for (const NamedPath& known : kCudaPaths) {
+    if (name == known.name) return known.path;
+    expected += message(expected.empty() ? "'" : ", '", known.name, "'");
+  }
+  throw ValueError(message(source, ": expected one of ", expected, ", got '", name, "'"));
+}
+
+// What DNL_EXT_CUDA_PATH asks for.
+inline CudaPath path_of_environment() {
+  const char* value = std::getenv("DNL_EXT_CUDA_PATH");
+  return path_named(value ? value : "", "DNL_EXT_CUDA_PATH");
+}
+
+constexpr int kOldestCapability = 80;
 
 struct PairwisePlan {
   bool fused = false;
+  bool advised = false;  // it is what was advised
   std::string why;
   ForwardPlan forward{};  // of a fused forward
 };
 
-// Whether the path depends on shape.tf32: only then need torch be asked.
-inline bool tf32_matters(const PairwiseShape& shape, const Gpu& gpu, CudaPath request, bool backward) {
-  return shape.dtype == DType::f32 && request == CudaPath::fused && gpu.capability >= 80 && !backward;
+// Whether any path but the chain may take calls of this kind.
+inline bool has_choice(const PairwiseShape& shape, const Gpu& gpu, bool backward) {
+  return gpu.capability >= kOldestCapability && shape.dtype != DType::f64 && !(shape.dtype == DType::f32 && backward);
+}
+
+// Whether the path depends on shape.tf32: only then need torch be asked. `wanted`: what is requested or advised.
+inline bool tf32_matters(const PairwiseShape& shape, const Gpu& gpu, CudaPath wanted, bool backward) {
+  const bool other = wanted != CudaPath::by_default && wanted != CudaPath::chain;
+  return shape.dtype == DType::f32 && other && has_choice(shape, gpu, backward);
 }
 
 // Why the fused path cannot take a call; empty where it can.
@@ -184,9 +213,6 @@ inline std::string fused_obstacle(const PairwiseShape& shape, const Gpu& gpu, bo
   if (shape.dtype == DType::f64 || (shape.dtype == DType::f32 && !shape.tf32))
     return message("the fused path takes bfloat16 and float16, and float32 where TF32 is allowed; got ",
                    shape.dtype == DType::f32 ? "float32 without TF32" : "float64");
-  if (gpu.capability < 80)
-    return message("the fused path needs compute capability 8.0 or later, got ", gpu.capability / 10, ".",
-                   gpu.capability % 10);
   if (shape.channels == 0) return "the fused path needs value channels, got none";
   if (!backward && shape.width > kFusedWidth)
     return message("the fused forward takes at most ", kFusedWidth, " query channels, got ", shape.width);
@@ -196,7 +222,12 @@ inline std::string fused_obstacle(const PairwiseShape& shape, const Gpu& gpu, bo
   return "";
 }
 
-inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, CudaPath request, bool backward) {
+// `request`: what the call must take; where it leaves the choice, `advised` is taken if it can run.
+inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, CudaPath request, bool backward,
+                                  CudaPath advised = CudaPath::by_default) {
+  if (gpu.capability < kOldestCapability)
+    throw NotImplementedError(message("attention on CUDA needs compute capability 8.0 or later, got ",
+                                      gpu.capability / 10, ".", gpu.capability % 10));
   PairwisePlan plan;
   if (shape.dtype == DType::f32 && backward) {
     plan.why = "the backward of float32 makes its softmax again, which the chain does";
@@ -207,15 +238,16 @@ inline PairwisePlan plan_pairwise(const PairwiseShape& shape, const Gpu& gpu, Cu
     plan.forward = plan_fused_forward(shape, gpu);
     if (plan.forward.slices == 0) obstacle = "no tile of the fused forward fits into the GPU's shared memory";
   }
-  if (request == CudaPath::fused) {
-    if (!obstacle.empty()) throw NotImplementedError(message("DNL_EXT_CUDA_PATH=fused: ", obstacle));
-    plan.fused = true;
-    plan.why = "DNL_EXT_CUDA_PATH=fused";
-  } else if (request == CudaPath::chain) {
-    plan.why = "DNL_EXT_CUDA_PATH=chain";
-  } else {
-    plan.why = obstacle.empty() ? "the default: the fused path has not been measured to be faster" : obstacle;
-  }
+  const bool asked = request != CudaPath::by_default;
+  const CudaPath wanted = asked ? request : advised;
+  const bool can = wanted != CudaPath::fused || obstacle.empty();
+  if (asked && !can) throw NotImplementedError(message("DNL_EXT_CUDA_PATH=", name_of(request), ": ", obstacle));
+  plan.fused = wanted == CudaPath::fused && can;
+  plan.advised = !asked && wanted != CudaPath::by_default && can;
+  plan.why = asked               ? message("DNL_EXT_CUDA_PATH=", name_of(request))
+             : !obstacle.empty() ? obstacle
+             : plan.advised      ? "found to be best on this GPU"
+                                 : "the default: nothing has measured the paths on this GPU";
   return plan;
 }
 

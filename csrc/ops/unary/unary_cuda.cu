@@ -25,7 +25,9 @@ std::tuple<Tensor, Tensor> unary_forward_on_cuda(const Tensor& mask_logits, cons
   UnaryCall call(mask_logits, value);
   if (!call.empty()) {
     CudaDevice device(value);
-    dispatch_element(call.args.dtype, [&](auto type) { unary_forward_cuda<decltype(type)>(call.args, device); });
+    dispatch_element(call.args.dtype, [&](auto type) {
+      with_workspace(device, [&](auto& on) { unary_forward_cuda<decltype(type)>(call.args, on); });
+    });
   }
   return {call.pooled, call.lse};
 }
@@ -36,7 +38,9 @@ std::tuple<Tensor, Tensor> unary_backward_on_cuda(const Tensor& grad_pooled, con
   UnaryCall call(grad_pooled, mask_logits, value, pooled, lse, need_mask, need_value);
   if (!call.empty()) {
     CudaDevice device(value);
-    dispatch_element(call.args.dtype, [&](auto type) { unary_backward_cuda<decltype(type)>(call.args, device); });
+    dispatch_element(call.args.dtype, [&](auto type) {
+      with_workspace(device, [&](auto& on) { unary_backward_cuda<decltype(type)>(call.args, on); });
+    });
   }
   return {call.grad_mask, call.grad_value};
 }

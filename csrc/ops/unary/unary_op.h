@@ -72,9 +72,9 @@ struct UnaryCall {
     check_saved("grad_pooled", grad_pooled, "value", value, pooled_sizes);
     check_saved("pooled", pooled, "value", value, pooled_sizes);
     check_saved("lse", lse, "value", value, lead);
-    grad_pooled_.emplace(torch::stable::contiguous(grad_pooled));
-    pooled = torch::stable::contiguous(pooled);
-    lse = torch::stable::contiguous(lse);
+    grad_pooled_.emplace(made_contiguous(grad_pooled));
+    pooled = made_contiguous(pooled);
+    lse = made_contiguous(lse);
     const Sizes absent = lead + std::initializer_list<int64_t>{0};
     grad_mask = need_mask ? empty_like_layout(mask_logits, sizes_of(mask_logits))
                           : dnl::empty(value, absent, value.scalar_type());

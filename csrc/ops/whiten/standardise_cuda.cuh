@@ -109,10 +109,10 @@ __global__ void __launch_bounds__(kThreads) standardise_kernel(Standardise<T> op
   }
 }
 
-// out[g] = factor * the sum over the elements of group g of one moment around mean[g]
+// out[g] (+)= factor * the sum over the elements of group g of one moment around mean[g]
 template <Moment kMoment, class T, class Device>
 void moment_sums(Device& device, const StandardiseArgs& args, const Matrix<const T>& x, const Matrix<const T>& y,
-                 const AccOf<T>* mean, double factor, double* out) {
+                 const AccOf<T>* mean, double factor, double* out, ColumnSum kind = ColumnSum::plain) {
   const int64_t splits = column_splits(args.positions), parts = args.batches * splits;
   double* partial = device.template allocate<double>(parts * args.channels);
   const MomentSums<T, kMoment> op{x,     y, mean, partial, args.group, splits, args.positions, parts, args.channels,
@@ -121,7 +121,8 @@ void moment_sums(Device& device, const StandardiseArgs& args, const Matrix<const
   // A group of one column is summed over its splits; a larger one is whole batch elements, which lie in one run.
   const int64_t width = args.group == 1 ? args.channels : 1, runs = args.groups() / width;
   const int64_t rows = parts * args.channels / args.groups();
-  column_sums<double>(device, dense<double>(partial, runs, rows, width).read(), runs, rows, width, {}, factor, out);
+  column_sums<double>(device, dense<double>(partial, runs, rows, width).read(), runs, rows, width, {}, factor, out,
+                      kind);
 }
 
 template <class T, class Device>
@@ -129,18 +130,16 @@ void standardise_cuda(const StandardiseArgs& args, Device& device) {
   using A = AccOf<T>;
   const auto x = matrix_of<const T>("x", args.input, args.batches);
   const auto y = args.rstd ? matrix_of<const T>("output", args.result, args.batches) : Matrix<const T>{};
-  const int64_t columns = args.columns(), groups = args.groups(), whole_quads = round_up_to(groups, kQuad);
+  const int64_t columns = args.columns(), groups = args.groups();
 
   A* column = device.template allocate<A>(columns);
-  A* mean = device.template allocate<A>(whole_quads);
+  A* mean = device.template allocate<A>(groups);
   column_sums<T>(device, x, args.batches, args.positions, args.channels, {}, 1.0 / args.positions, column);
   column_sums<A>(device, dense<A>(column, groups, args.group, 1).read(), groups, args.group, 1, {}, 1.0 / args.group,
                  mean);
-  double* second = device.template allocate<double>(whole_quads);
-  if constexpr (std::is_same_v<T, double>) {  // nothing is wider: what rounding took from the mean, all elements share
-    moment_sums<Moment::first>(device, args, x, y, mean, 1.0 / args.count(), second);
-    add(device, mean, second, whole_quads);
-  }
+  double* second = device.template allocate<double>(groups);
+  if constexpr (std::is_same_v<T, double>)  // nothing is wider: what rounding took from the mean, all elements share
+    moment_sums<Moment::first>(device, args, x, y, mean, 1.0 / args.count(), mean, ColumnSum::added);
   if (args.rstd) {
     const double factor = 1.0 / (args.count() - 1);  // one element has no variance: 0 times infinity
     if (args.result.data) {

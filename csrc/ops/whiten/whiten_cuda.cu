@@ -10,14 +10,18 @@ Tensor mean_subtract_cuda(const Tensor& x, int64_t dim) {
   WhitenCall call(x, dim);
   if (call.empty()) return call.output;
   CudaDevice device(x);
-  dispatch_element(call.args.dtype, [&](auto type) { whiten_cuda<decltype(type)>(call.args, device); });
+  dispatch_element(call.args.dtype, [&](auto type) {
+    with_workspace(device, [&](auto& on) { whiten_cuda<decltype(type)>(call.args, on); });
+  });
   return call.output;
 }
 
 static void run_on_cuda(const StandardiseCall& call) {
   if (call.empty()) return;
   CudaDevice device(call.output);
-  dispatch_element(call.args.dtype, [&](auto type) { standardise_cuda<decltype(type)>(call.args, device); });
+  dispatch_element(call.args.dtype, [&](auto type) {
+    with_workspace(device, [&](auto& on) { standardise_cuda<decltype(type)>(call.args, on); });
+  });
 }
 
 std::tuple<Tensor, Tensor> whiten_forward_on_cuda(const Tensor& x, const std::string& name, int64_t apart, double eps) {

@@ -82,7 +82,7 @@ struct StandardiseCall {
       check_alike("output", *result, argument, x);
       check_sizes("output", *result, sizes);
       check_saved("rstd", *forward_rstd, argument, x, saved);
-      rstd = torch::stable::contiguous(*forward_rstd);
+      rstd = made_contiguous(*forward_rstd);
       result_.set(*result);
       args.result = result_.view;
     } else {

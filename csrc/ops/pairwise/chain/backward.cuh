@@ -6,15 +6,14 @@
 //   dS' = P' (dP' - Delta_i), and its sum over the queries;  Delta_i = <dO_i, y_i - offset>
 //   dv = P' dO + u G                 library product, then our write with the unary term
 //   dk = scale (dS' Q + mean_term (sum_i dS'_ji) mu_q)      where the query mean enters apart (chain/operands.cuh)
-//   dQ += dS K'                      library product into a buffer of its own, then added
+//   dQ += dS K'                      library product that adds to its result
 //   dq = scale (dQ - its mean over queries)       once all keys have passed
 //
 // The first three lines are one kernel on the fused path (fused/backward_map.cuh), which writes only P' and
-// dS'.
+// dS'. Its map has no zeros beyond the last key, so that its products are of exact extents.
 //
 // The sum over queries uses dS as rounded, which is what makes the correction exact. Only dQ (queries x width) is held
-// in float over the whole call. Traded away: adding dQ costs a pass over it per chunk, because the product that adds to
-// its output is not reachable through the stable ABI.
+// in float over the whole call.
 //
 // float16 alone has a range to fear. P' is stored times 2^12, and dS' times a power of two that a bound on
 // |dO_i| |v_j| gives per batch element; both are divided out in float. For bfloat16 these factors are 1.
@@ -194,28 +193,39 @@ struct PairwiseBackwardChain {
   }
 
   void run_chunks(const ChunkLimits& limits) {
-    const Chunks chunks(args.batches, args.keys, args.queries, sizeof(A), limits);
-    const int64_t pitch = pitch_of(args.queries), map = chunks.group * chunks.rows * pitch;
-    const int64_t query_size = like_order_size(chunks.group, args.queries, args.width);
-    const bool several = chunks.rows < args.keys;
+    // The narrowest product of as many rows as a chunk: dk, dv, or S'.
+    const int64_t narrowest = std::min(
+        {out.key.data ? args.width : args.queries, out.value.data ? args.channels : args.queries, args.queries});
+    const Chunks chunks(args.batches, args.keys, args.queries, sizeof(A),
+                        rows_of_waves(narrowest, device.gpu().multiprocessors), limits);
+    const auto extent = [&](int64_t n) { return fused ? n : pitch_of(n); };
+    const int64_t pitch = pitch_of(args.queries), map = chunks.group * chunks.buffer_rows() * pitch;
+    const int64_t queries = extent(args.queries), width = extent(args.width), channels = extent(args.channels);
 
-    // S' is done with when dQ is made: its buffer then takes the chunk's part of dQ.
-    const int64_t part_size = several && out.query.data ? query_size : 0;
-    A* logits = device.template allocate<A>(fused ? part_size : std::max(map, part_size));
-    A* grad = need_logits && !fused ? device.template allocate<A>(map) : nullptr;
-    T* probability = out.value.data ? device.template allocate<T>(map) : nullptr;
-    T* grad_logits = need_logits ? device.template allocate<T>(map) : nullptr;
+    A *logits = nullptr, *grad = nullptr;
+    T *probability = nullptr, *grad_logits = nullptr;
+    if (fused) {
+      if (out.value.data) probability = device.template allocate<T>(map);
+      if (need_logits) grad_logits = device.template allocate<T>(map);
+    } else {
+      logits = device.template allocate<A>(map);
+      if (need_logits) grad = device.template allocate<A>(map);
+      if (out.value.data) probability = reinterpret_cast<T*>(logits);
+      grad_logits = reinterpret_cast<T*>(grad);
+    }
     const int64_t widest = std::max(out.key.data ? args.width : 0, out.value.data ? args.channels : 0);
     A* sums = device.template allocate<A>(like_order_size(chunks.group, chunks.rows, widest));
     A* row_sum = out.needs_sum() ? device.template allocate<A>(chunks.group * chunks.rows) : nullptr;
     A* row_part = row_sum && fused
                       ? device.template allocate<A>(chunks.group * chunks.rows * ceil_div_of(args.queries, kMapTile))
                       : nullptr;
-    A* grad_query = out.query.data ? device.template allocate<A>(query_size) : nullptr;
+    A* grad_query =
+        out.query.data ? device.template allocate<A>(like_order_size(chunks.group, args.queries, args.width)) : nullptr;
 
     chunks.for_each(args.batches, args.keys, [&](int64_t b, int64_t group, int64_t first, int64_t rows) {
       const A* inverse = grad_inverse ? grad_inverse + b : nullptr;
       const auto query = in.query.from(b, 0), dy = grad_output.from(b, 0);
+      const int64_t lines = extent(rows);
       const SoftmaxBackwardStep<T> step{logits,
                                         grad,
                                         probability,
@@ -230,39 +240,38 @@ struct PairwiseBackwardChain {
                                         args.queries,
                                         pitch,
                                         in.sign,
-                                        args.magnitude<A>(kLog2OfE)};
+                                        args.magnitude<A>(kLog2OfE),
+                                        lines};
       const auto key = in.key.from(b, first), value = in.value.from(b, first);
+      Matrix<const T> p, ds;
       if (fused) {
         fused_backward_map(device, step, {key, rows, args.width}, {query, args.queries, args.width},
                            {value, rows, args.channels}, {dy, args.queries, args.channels}, row_part, group);
+        p = dense(static_cast<const T*>(probability), group, rows, pitch);
+        ds = dense(static_cast<const T*>(grad_logits), group, rows, pitch);
       } else {
-        device.product(key, query.transposed(), dense(logits, group, rows, pitch), group, rows, args.queries,
-                       args.width);
-        if (need_logits)
-          device.product(value, dy.transposed(), dense(grad, group, rows, pitch), group, rows, args.queries,
-                         args.channels);
-        device.launch(&pairwise_softmax_backward_kernel<T>, group * rows, step, group * rows);
+        const Matrix<A> s = dense(logits, group, lines, pitch), dp = dense(grad, group, lines, pitch);
+        device.product(key, query.transposed(), s, group, lines, queries, width);
+        if (need_logits) device.product(value, dy.transposed(), dp, group, lines, queries, channels);
+        device.launch(&pairwise_softmax_backward_kernel<T>, group * lines, step, group * lines);
+        p = in_place_of<T>(s);
+        ds = in_place_of<T>(dp);
       }
 
-      const auto p = dense(static_cast<const T*>(probability), group, rows, pitch);
-      const auto ds = dense(static_cast<const T*>(grad_logits), group, rows, pitch);
       if (out.value.data) {
         const auto dv = like_order(out.value.from(b, first), sums, group, rows, args.channels);
-        device.product(p, dy, dv, group, rows, args.channels, args.queries);
+        device.product(p, dy, dv, group, lines, channels, queries);
         out.write_value(dv, b, group, first, rows, A(1) / (1 << kProbabilityExponent<T>));
       }
       if (out.key.data) {
         const auto dk = like_order(out.key.from(b, first), sums, group, rows, args.width);
-        device.product(ds, query, dk, group, rows, args.width, args.queries);
+        device.product(ds, query, dk, group, lines, width, queries);
         out.write_key(dk, row_sum, b, group, first, rows, inverse);
       }
       if (out.query.data) {
-        const auto total = like_order(out.query, grad_query, group, args.queries, args.width);
-        auto dq = total;
-        if (first) dq.data = logits;
-        device.product(ds.transposed(), centred_key.from(b, first), dq, group, args.queries, args.width, rows);
-        if (first) add(device, grad_query, logits, group * dq.batch.stride[0]);
-        if (first + rows == args.keys) out.write_query(total, b, group, inverse);
+        const auto dq = like_order(out.query, grad_query, group, args.queries, args.width);
+        device.product(ds.transposed(), centred_key.from(b, first), dq, group, queries, width, lines, first > 0);
+        if (first + rows == args.keys) out.write_query(dq, b, group, inverse);
       }
     });
   }

@@ -1,12 +1,11 @@
 // Whitened pairwise attention on CUDA as a chain of library products and our own kernels: what forward and backward
 // share.
 //
-// The N x N map is made in chunks: a group of batch elements, or a run of rows of one, small enough that a chunk's
-// buffers stay under a fixed size. The forward cuts queries (a row's softmax needs all its keys), and so does the
-// backward of float and double, which makes the softmax again; the backward of halves, which has the forward's row
-// statistics, cuts keys, so that dk and dv of a chunk are complete and only dq is summed over chunks
-// (chain/forward.cuh, chain/backward_rows.cuh, chain/backward.cuh). Any width, any number of
-// keys; no atomics.
+// The N x N map is made in chunks (chain/plan.h): a group of batch elements, or a run of rows of one. The forward cuts
+// queries (a row's softmax needs all its keys), and so does the backward of float and double, which makes the softmax
+// again; the backward of halves, which has the forward's row statistics, cuts keys, so that dk and dv of a chunk are
+// complete and only dq is summed over chunks (chain/forward.cuh, chain/backward_rows.cuh, chain/backward.cuh). Any
+// width, any number of keys; no atomics.
 //
 // Centring. Float and double queries and keys are centred in a copy, before any rounding to TF32, whatever `whiten`
 // says: the keys' mean shifts the logits of a row alike and the softmax not at all, and without whitening the query
@@ -17,8 +16,14 @@
 // of P sum to one, so their mean is added at the end, and Delta and dO V^T lose the same multiple of it. A part
 // (pairwise.h) is not centred.
 //
-// `Device` is how the chain reaches the machine: allocate<T>(count), launch(kernel, tasks, arguments...) and
-// product(a, b, c, batches, m, n, k). The operators pass core/cuda/launch.h, the host test its own.
+// Whole lines. Libraries are at full speed where extents, and not only strides, are multiples of 16 bytes. So every
+// extent of a product is rounded up to kPitch: an operand is zero beyond its positions and channels, in the copy that
+// is made of it, and so are the buffers of the map where a product sums over them. What a result has there, nobody
+// reads.
+//
+// `Device` is how the chain reaches the machine: allocate<T>(count), launch(kernel, tasks or shape, arguments...),
+// product(a, b, c, batches, m, n, k, accumulate) and gpu(). The operators pass core/cuda/launch.h, the host test its
+// own.
 #pragma once
 
 #include <algorithm>
@@ -26,6 +31,7 @@
 #include "core/cuda/affine.cuh"
 #include "core/cuda/operand.cuh"
 #include "core/cuda/reduce.cuh"
+#include "ops/pairwise/chain/plan.h"
 #include "ops/pairwise/pairwise.h"
 #include "ops/unary/unary_cuda.cuh"
 
@@ -34,65 +40,38 @@ namespace dnl {
 constexpr double kLog2OfE = 1.4426950408889634;  // logits times it are exponents of 2
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Chunks
-// ---------------------------------------------------------------------------------------------------------------------
-
-// At most `rows` rows of the map, fewer where a chunk of accumulators would exceed `bytes`, never below `step`.
-// Products of 4096 rows fill a large chip (32 x Dv / 128 tiles of 128 x 128); more rows would only cost memory.
-struct ChunkLimits {
-  int64_t rows = 4096;
-  int64_t bytes = int64_t(256) << 20;
-  int64_t step = 128;  // chunks start at multiples of it, so that their operands stay aligned
-};
-
-// `group` batch elements and `rows` rows of the map at a time; group > 1 only with all rows.
-struct Chunks {
-  int64_t group, rows;
-
-  Chunks(int64_t batches, int64_t all_rows, int64_t columns, int64_t element_bytes, const ChunkLimits& limits) {
-    const int64_t fit = std::min(limits.rows, limits.bytes / (pitch_of(columns) * element_bytes));
-    const int64_t most = std::max(limits.step, fit / limits.step * limits.step);
-    group = std::clamp<int64_t>(most / all_rows, 1, batches);
-    const int64_t count = ceil_div_of(all_rows, most);
-    rows = std::min(all_rows, round_up_to(ceil_div_of(all_rows, count), limits.step));  // of about equal size
-  }
-
-  // f(first batch element, their number, first row, their number)
-  template <class F>
-  void for_each(int64_t batches, int64_t all_rows, const F& f) const {
-    for (int64_t b = 0; b < batches; b += group)
-      for (int64_t i = 0; i < all_rows; i += rows) f(b, std::min(group, batches - b), i, std::min(rows, all_rows - i));
-  }
-};
-
-// ---------------------------------------------------------------------------------------------------------------------
 // Operands
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Whether the library multiplies x where it lies, at full speed: one batch stride, one dimension dense, rows aligned.
+// Whether the library multiplies x where it lies, at full speed: whole lines, one batch stride, one dimension dense,
+// rows aligned.
 template <class T>
 bool is_product_operand(const Matrix<const T>& x, int64_t positions, int64_t channels) {
   constexpr int64_t kAlign = 16 / sizeof(T);
+  if (positions % kPitch || channels % kPitch) return false;
   if (x.batch.dims > 1 || (x.batch.dims == 1 && x.batch.stride[0] % kAlign)) return false;
   if (reinterpret_cast<uintptr_t>(x.data) % 16) return false;
   if (x.channel == 1) return x.position >= channels && x.position % kAlign == 0;
   return x.position == 1 && x.channel >= positions && x.channel % kAlign == 0;
 }
 
-// x less `mean` (batches, channels; null: nothing), rounded to E, as an operand of products: x itself where it can be,
-// else a copy whose faster dimension stays the faster one.
+// x less `mean` (batches, channels; null: nothing), rounded to E, as an operand of products, of which
+// pitch_of(positions) x pitch_of(channels) may be read: x itself where it can be, else a copy whose faster dimension
+// stays the faster one, with zeros beyond x.
 template <class E, class T, class Device>
 Matrix<const E> product_operand(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions,
                                 int64_t channels, const AccOf<T>* mean) {
   if constexpr (std::is_same_v<E, T>)
     if (!mean && is_product_operand(x, positions, channels)) return x;
   const bool position_fast = position_is_fast(x, positions, channels);
-  const int64_t slow = position_fast ? channels : positions, pitch = pitch_of(position_fast ? positions : channels);
-  Matrix<E> copy = dense(device.template allocate<E>(batches * slow * pitch), batches, slow, pitch);
-  if (position_fast) copy = copy.transposed();
+  const int64_t all_positions = pitch_of(positions), all_channels = pitch_of(channels);
+  E* data = device.template allocate<E>(batches * all_positions * all_channels);
+  const Matrix<E> copy = position_fast ? dense(data, batches, all_channels, all_positions).transposed()
+                                       : dense(data, batches, all_positions, all_channels);
   Affine<T, E> op{x, copy, batches, positions, channels};
   op.beta = -1;
   op.gamma = mean;
+  op.zeros_to(all_positions, all_channels);
   affine(device, op);
   return copy.read();
 }
@@ -102,11 +81,21 @@ Matrix<const E> product_operand(Device& device, const Matrix<const T>& x, int64_
 template <class A, class T>
 Matrix<A> like_order(const Matrix<T>& out, A* data, int64_t batches, int64_t positions, int64_t channels) {
   if (position_is_fast(out, positions, channels))
-    return dense(data, batches, channels, pitch_of(positions)).transposed();
-  return dense(data, batches, positions, pitch_of(channels));
+    return dense(data, batches, pitch_of(channels), pitch_of(positions)).transposed();
+  return dense(data, batches, pitch_of(positions), pitch_of(channels));
 }
 inline int64_t like_order_size(int64_t batches, int64_t positions, int64_t channels) {
-  return batches * std::max(channels * pitch_of(positions), positions * pitch_of(channels));
+  return batches * pitch_of(positions) * pitch_of(channels);
+}
+
+// A map of T that has taken the place of a map of floats or doubles, each row in the first bytes of what it was made
+// of.
+template <class T, class A>
+Matrix<const T> in_place_of(const Matrix<A>& x) {
+  constexpr int64_t kRatio = sizeof(A) / sizeof(T);
+  Matrix<const T> result{reinterpret_cast<const T*>(x.data), x.batch, x.position * kRatio, 1};
+  for (int d = 0; d < x.batch.dims; ++d) result.batch.stride[d] *= kRatio;
+  return result;
 }
 
 // Query, key and value as operands, with what centring needs. The logit of query i and key j, up to a constant of the
@@ -168,7 +157,8 @@ struct PairwiseOperands {
   static const A* means(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions, int64_t channels,
                         bool only_finite) {
     A* mean = device.template allocate<A>(batches * channels);
-    column_sums<T>(device, x, batches, positions, channels, {}, 1.0 / positions, mean, only_finite);
+    column_sums<T>(device, x, batches, positions, channels, {}, 1.0 / positions, mean,
+                   only_finite ? ColumnSum::only_finite : ColumnSum::plain);
     return mean;
   }
 

@@ -1,9 +1,19 @@
-// A row of logits as the row kernels of the chain read it: with the bias of its columns, a quad at a time.
+// Rows of a chunk's map as the row kernels of the chain read and write them: a quad at a time, whole lines of them.
 #pragma once
 
-#include "core/cuda/device.cuh"
+#include "core/cuda/ptx.cuh"
 
 namespace dnl {
+
+// Where the rows of a chunk lie, for a block that takes the tasks of `group` batch elements.
+struct MapRows {
+  int64_t rows, columns;  // of the map, of each batch element
+  int64_t buffer_rows;    // of each batch element, whole lines
+  int64_t pitch;          // between rows of float or double
+
+  DNL_HOST_DEVICE int64_t quads() const { return pitch / kQuad; }  // of a row, those beyond its columns included
+  DNL_HOST_DEVICE int64_t start(int64_t b, int64_t i) const { return (b * buffer_rows + i) * pitch; }
+};
 
 template <class A>
 struct RowLogits {
@@ -42,5 +52,37 @@ struct RowLogits {
     return block_max(largest, scratch);
   }
 };
+
+// Begins to copy a row to shared memory. A thread copies the quads that it will read, those with its index modulo
+// kThreads: after its own wait for the copies it needs no barrier.
+template <class A>
+DNL_DEVICE void copy_row_async(A* kept, const A* row, int64_t quads) {
+  for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads)
+    for (int half = 0; half < int(sizeof(Quad<A>) / 16); ++half) {
+      const int64_t at = quad * kQuad + half * (16 / sizeof(A));
+      cp_async_16(kept + at, row + at, true);
+    }
+  cp_async_commit();
+}
+
+// Four values rounded to T, two to an instruction where T has 16 bits.
+template <class T>
+DNL_DEVICE Quad<T> rounded_quad(const AccOf<T> (&x)[kQuad]) {
+  Quad<T> result;
+  if constexpr (kHalf<T>) {
+    const uint32_t pairs[2] = {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3])};
+    memcpy(&result, pairs, sizeof(result));
+  } else {
+    for (int u = 0; u < kQuad; ++u) result.value[u] = rounded<T>(x[u]);
+  }
+  return result;
+}
+
+// Rows of the map that no query or key belongs to, but over which a product sums.
+template <class T>
+DNL_DEVICE void store_zeros(T* row, int64_t quads) {
+  const AccOf<T> none[kQuad] = {};
+  for (int64_t quad = threadIdx.x; quad < quads; quad += kThreads) store_quad(row, quad, rounded_quad<T>(none));
+}
 
 }  // namespace dnl
