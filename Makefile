@@ -22,7 +22,7 @@ FRAMEWORKS_NEED := "setuptools<81" addict yapf termcolor rich opencv-python-head
   terminaltables matplotlib prettytable scipy einops pyyaml tqdm huggingface_hub safetensors zipp six numpy pytest
 MM := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
-SOURCES := $(shell find csrc dnl_ext -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h') setup.py build_backend.py pyproject.toml
+SOURCES := $(shell find csrc dnl_ext -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc') setup.py build_backend.py pyproject.toml
 
 .PHONY: help demo test test-slow test-integrations prove bench lint format docs host-test cuda-build cuda-budget cuda-model gpu-check \
   dist clean

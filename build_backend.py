@@ -1,5 +1,7 @@
 """Setuptools as a PEP 517 backend, for the torch that will run what is built, and whether CUDA is part of it.
 
+DNL_EXT_NO_KERNELS=1 asks for a package without anything compiled, which needs neither a compiler nor torch to be built.
+
 Build isolation hides the environment that pip installs into. With torch among the requirements of the build, pip would
 fetch the newest one, often for CUDA, whatever torch that environment has. So torch is asked for only where there is
 none, and setup.py imports the one that is there.
@@ -51,6 +53,8 @@ def has_torch(folders):
 
 def torch_requirement():
     """What pip shall fetch for the build: the newest torch, as for the environment, only where that has none."""
+    if kernels_left_out(os.environ, sys.platform):  # nothing is compiled against it
+        return []
     if has_torch(target_folders()) or importlib.util.find_spec("torch"):
         return []
     return ["torch>={}.{}".format(*OLDEST_TORCH)]
@@ -74,6 +78,31 @@ def target_importable():
     finally:
         for folder in hidden:
             sys.path.remove(folder)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels at all
+# ----------------------------------------------------------------------------------------------------------------------
+
+#: How an installation comes about whatever the compiler does.
+WITHOUT_KERNELS = "DNL_EXT_NO_KERNELS=1 pip install . installs dnl_ext without kernels, as plain PyTorch"
+
+
+def kernels_left_out(environ, platform):
+    """Why the package is installed without kernels, in one line for users of it; empty where they are built.
+
+    Args:
+        environ: DNL_EXT_NO_KERNELS is read.
+        platform: as sys.platform.
+    """
+    if flag(environ, "DNL_EXT_NO_KERNELS"):
+        return (
+            "installed with DNL_EXT_NO_KERNELS=1; pip install --force-reinstall --no-deps . without it builds them, "
+            "with GCC 11 or Clang 15"
+        )
+    if platform == "win32":
+        return "on Windows, whose compiler MSVC has not the vector types of GCC and Clang that they are written in"
+    return ""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

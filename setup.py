@@ -1,6 +1,7 @@
 """Builds the operators and dnl_ext._C, for CPU alone or for CPU and CUDA. build_backend.py chooses torch and toolkit.
 
 Environment:
+    DNL_EXT_NO_KERNELS=1    compile nothing: a pure Python package, whose operators are plain PyTorch
     DNL_EXT_CPU_ONLY=1      leave CUDA out even where it could be built
     FORCE_CUDA=1            fail where CUDA cannot be built, and build it with a toolkit that seems incomplete
     CUDA_HOME               the CUDA toolkit, default: that of the nvcc on PATH, then /usr/local/cuda
@@ -17,6 +18,7 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 import build_backend
 
@@ -24,6 +26,8 @@ ROOT = Path(__file__).resolve().parent
 LIBRARY = "dnl_ext.libdnl_ext"
 MACOS = sys.platform == "darwin"
 HOPPER = "csrc/ops/pairwise/hopper/hopper_cuda.cu"  # compiled for 9.0a alone, all else for the other architectures
+#: Written into a package without kernels: why. dnl_ext/_load.py reads it.
+MARKER = "_left_out.txt"
 # The stable ABI version the operators are written for; a binary built with a later torch runs with this one too.
 TORCH_TARGET = "0x020a000000000000"
 
@@ -64,7 +68,16 @@ def extensions(torch, cpp_extension, toolkit, left_out):
 
 def build_command(cpp_extension):
     class Build(cpp_extension.BuildExtension):
-        """Gives the library of operators its plain name, and links the module to it."""
+        """Gives the library of operators its plain name, links the module to it, and says what to do if that fails."""
+
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                sys.exit(
+                    f"{error}\n\ndnl_ext: its kernels do not compile here, for the reason above. They need GCC 11 or "
+                    f"Clang 15 or later; {build_backend.WITHOUT_KERNELS}."
+                )
 
         def get_ext_filename(self, fullname):
             if LIBRARY.endswith(fullname):  # with the package in front or without
@@ -101,6 +114,21 @@ def build_command(cpp_extension):
     return Build
 
 
+def build_python(left_out):
+    class BuildPython(build_py):
+        """Writes into the package why it has no kernels, or takes that note away: it may lie in an editable tree."""
+
+        def run(self):
+            super().run()
+            folder = self.get_package_dir("dnl_ext") if self.editable_mode else Path(self.build_lib, "dnl_ext")
+            if left_out:
+                Path(folder, MARKER).write_text(f"{left_out}\n")
+            else:
+                Path(folder, MARKER).unlink(missing_ok=True)
+
+    return BuildPython
+
+
 def compiled():
     """The arguments of setup() for what is compiled."""
     # ninja lies beside the Python that builds, whether or not its environment is activated.
@@ -122,5 +150,10 @@ def compiled():
     return {"ext_modules": modules, "cmdclass": {"build_ext": build_command(cpp_extension)}}
 
 
+left_out = build_backend.kernels_left_out(os.environ, sys.platform)
+arguments = {"cmdclass": {"build_py": build_python(left_out)}}
 # Metadata and the source distribution need no torch.
-setup(**({} if {"egg_info", "dist_info", "sdist"}.intersection(sys.argv) else compiled()))
+if not left_out and not {"egg_info", "dist_info", "sdist"}.intersection(sys.argv):
+    modules = compiled()
+    arguments = {**modules, "cmdclass": {**arguments["cmdclass"], **modules["cmdclass"]}}
+setup(**arguments)

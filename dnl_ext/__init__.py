@@ -12,7 +12,7 @@ from typing import Any
 import torch.distributed
 import torch.fx
 
-from . import _load as _load  # first: the compiled operators, before anything that calls them
+from . import _load as _load  # first: the operators, before anything that calls them
 from . import export, ops, reference
 from ._version import __version__ as __version__
 from .config import show_config

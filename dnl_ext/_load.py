@@ -1,17 +1,59 @@
-"""Loads the compiled operators, or says in one sentence why they cannot be loaded."""
+"""Loads the compiled operators, or defines them without kernels, or says in one sentence why neither can be had."""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch  # before ours: its libraries must be loaded first, and ours link to them
 
 REBUILD = "rebuild it against the torch you run: pip install --force-reinstall --no-deps ."
+#: What DNL_EXT_NO_KERNELS=1 leaves in the package when it is installed: why there are no kernels, in one line.
+MARKER = Path(__file__).with_name("_left_out.txt")
 
-try:
+
+def _why_left_out() -> str:
+    """Why the operators run without kernels; empty where they have some."""
+    wanted = os.environ.get("DNL_EXT_KERNELS", "on")
+    if wanted not in ("on", "off"):
+        raise ValueError(f"DNL_EXT_KERNELS: expected on or off, got {wanted!r}")
+    if wanted == "off":
+        return "DNL_EXT_KERNELS=off"
+    return MARKER.read_text().strip() if MARKER.exists() else ""
+
+
+def schemas() -> list[str]:
+    """The schemas of all operators that have kernels, as the compiled library defines them."""
+    text = Path(__file__).with_name("schemas.inc").read_text()
+    found = re.findall(r'^DNL_SCHEMA\(((?:\s*"[^"]*")+)\)$', text, re.MULTILINE)
+    return ["".join(re.findall(r'"([^"]*)"', words)) for words in found]
+
+
+#: Why there are no kernels; empty where there are.
+LEFT_OUT = _why_left_out()
+
+if TYPE_CHECKING:
     from . import _C
-except ImportError as error:
-    missing = any(name in str(error) for name in ("_C", "libdnl_ext.so: cannot open")) and "dnl_ext" in str(error)
-    if missing and "undefined symbol" not in str(error):
-        reason = "dnl_ext is not built: its compiled part, dnl_ext._C or the libdnl_ext.so beside it, is missing"
-    else:
-        reason = f"dnl_ext._C was built for another torch or Python and does not load into torch {torch.__version__}"
-    raise ImportError(f"{reason}; {REBUILD} ({error})") from error
+elif LEFT_OUT:
+    from . import _no_kernels as _C
 
-__all__ = ["_C"]
+    sys.modules[__package__]._C = _C  # as the import of a compiled one does
+    _library = torch.library.Library("dnl_ext", "FRAGMENT")
+    for _schema in schemas():
+        _library.define(_schema)
+else:
+    try:
+        from . import _C
+    except ImportError as error:
+        missing = any(name in str(error) for name in ("_C", "libdnl_ext.so: cannot open")) and "dnl_ext" in str(error)
+        if missing and "undefined symbol" not in str(error):
+            reason = "dnl_ext is not built: its compiled part, dnl_ext._C or the libdnl_ext.so beside it, is missing"
+        else:
+            reason = (
+                f"dnl_ext._C was built for another torch or Python and does not load into torch {torch.__version__}"
+            )
+        without = "or set DNL_EXT_KERNELS=off to run it as plain PyTorch"
+        raise ImportError(f"{reason}; {REBUILD}, {without} ({error})") from error
+
+__all__ = ["LEFT_OUT", "_C"]

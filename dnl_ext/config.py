@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import _tuned
-from ._load import _C
+from ._load import _C, LEFT_OUT
 from ._version import __version__
 from .reference import check_whiten_name
 from .types import Whitening
@@ -17,6 +17,7 @@ __all__ = ["Config", "show_config"]
 
 #: Environment variables that change what runs or how fast; every other DNL_EXT_* that is set is shown too.
 VARIABLES = (
+    "DNL_EXT_KERNELS",
     "DNL_EXT_CPU_CAPABILITY",
     "DNL_EXT_CUDA_PATH",
     "DNL_EXT_TUNE",
@@ -90,12 +91,12 @@ def show_config(
         mask_logits: its logits of the unary term, or None.
         shape: in their place, (N, Dqk, Dv), or (batch, Nq, Nk, Dqk, Dv) where batch counts images times heads.
         dtype: with ``shape``: a torch.dtype or its name ("float32", "fp32", ...). Default float32.
-        device: with ``shape``: "cpu", "cuda" or "meta". Default "cpu".
+        device: with ``shape``: a device as torch names it ("cpu", "cuda", "mps", "meta", ...). Default "cpu".
         whiten: as in the call.
 
     Returns:
-        Config: ``print`` it, or read it as a dict with the sections "versions", "cpu", "cuda", "environment" and, for a
-        call, "call". Sizes are in bytes.
+        Config: ``print`` it, or read it as a dict with the sections "versions", "kernels", "cpu", "cuda", "environment"
+        and, for a call, "call". Sizes are in bytes.
 
     Raises:
         ValueError: a shape, dtype or device that no call can have.
@@ -108,7 +109,7 @@ def show_config(
         >>> call["path"].startswith("tiled")
         True
     """
-    config = Config(versions=_versions(), cpu=_cpu(), cuda=_cuda(), environment=_environment())
+    config = Config(versions=_versions(), kernels=_kernels(), cpu=_cpu(), cuda=_cuda(), environment=_environment())
     if query is not None:
         if shape is not None or key is None or value is None:
             raise ValueError("show_config: expected query, key and value, or shape alone")
@@ -146,6 +147,19 @@ def _versions() -> dict[str, Any]:
         "compiler": built["compiler"],
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
     }
+
+
+def has_kernels(device: str) -> bool:
+    """Whether tensors on devices of this type have kernels; others are computed as plain PyTorch."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key("dnl_ext::pairwise_forward", key)
+
+
+def _kernels() -> dict[str, Any]:
+    section: dict[str, Any] = {"devices_with": [device for device in ("cpu", "cuda") if has_kernels(device)]}
+    if LEFT_OUT:
+        section["left_out"] = LEFT_OUT
+    return section | {"elsewhere": PLAIN}
 
 
 def _cpu() -> dict[str, Any]:
@@ -269,24 +283,45 @@ def _call(
     name = str(dtype).removeprefix("torch.")
     parse_dtype(name)
     check_whiten_name(whiten)
+    kind = _device_type(device)
     call = {
         "shape": {"batch": batch, "Nq": queries, "Nk": keys, "Dqk": width, "Dv": channels},
         "dtype": name,
         "device": device,
     }
-    if device == "cpu":
+    if kind == "meta":
+        call |= {"path": "shapes only", "why": "meta tensors hold no values"}
+    elif not has_kernels(kind):
+        call |= _plain_path(name, kind)
+    elif kind == "cpu":
         call |= _cpu_path(name)
         call |= _cpu_workspace(name, batch, queries, keys, width, channels, whiten, unary)
-    elif device == "cuda":
-        call |= _cuda_path(name, (batch, queries, keys, width, channels), channel_first or {})
-    elif device == "meta":
-        call |= {"path": "shapes only", "why": "meta tensors hold no values"}
     else:
-        raise ValueError(f"device: expected cpu, cuda or meta, got {device}")
+        call |= _cuda_path(name, (batch, queries, keys, width, channels), channel_first or {})
     if whiten not in IN_KERNEL:
         call["whiten"] = f"{whiten}, applied to query and key before the operator: two tensors of their sizes"
     call["map_bytes"] = batch * queries * keys * dtype.itemsize
     return call
+
+
+def _device_type(device: str) -> str:
+    try:
+        return torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device: expected one that torch knows, got {device!r}") from error
+
+
+PLAIN = "plain PyTorch: the map made and used in blocks of queries, memory linear in their number"
+
+
+def _plain_path(dtype: str, device: str) -> dict[str, Any]:
+    if device == "cuda":  # a build without CUDA, or for AMD, whose devices torch names so too
+        cuda = _cuda()
+        why = "the CUDA kernels are not registered" if cuda["built"] else f"built without CUDA: {cuda['left_out']}"
+    else:
+        why = f"there are no kernels for {device} tensors"
+    sums = "float64" if dtype == "float64" else "float32"
+    return {"path": PLAIN, "why": LEFT_OUT or why, "products": f"{sums} x {sums} into {sums}, by torch"}
 
 
 def _cpu_path(dtype: str) -> dict[str, Any]:
@@ -330,9 +365,6 @@ HOPPER = "hopper: the map made on chip by wgmma kernels, fed by TMA"
 
 def _cuda_path(dtype: str, sizes: Sequence[int], channel_first: dict[str, bool]) -> dict[str, Any]:
     cuda = _cuda()
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("dnl_ext::pairwise_forward", "CUDA"):
-        why = "the CUDA kernels are not registered" if cuda["built"] else f"built without CUDA: {cuda['left_out']}"
-        return {"path": "none", "why": why}
     if not cuda["devices"]:
         return {"path": CHAIN, "why": f"built for {', '.join(cuda['archs'])}, but torch sees no GPU here"}
     index = torch.cuda.current_device()

@@ -18,9 +18,17 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# zig compiles its C++ runtime when it first needs it, which takes a minute; the cache goes with `make clean`.
-ZIG = ("env", f"ZIG_GLOBAL_CACHE_DIR={ROOT / 'build/zig'}", f"ZIG_LOCAL_CACHE_DIR={ROOT / 'build/zig'}")
-ZIG = (*ZIG, sys.executable, "-m", "ziglang", "c++", "-target", f"{os.uname().machine}-linux-gnu")
+
+def zig(target):
+    """The command of zig's clang for a machine and system, such as "aarch64-macos".
+
+    It compiles its C++ runtime when it first needs it, which takes a minute; the cache goes with `make clean`.
+    """
+    cache = (f"ZIG_{kind}_CACHE_DIR={ROOT / 'build/zig'}" for kind in ("GLOBAL", "LOCAL"))
+    return ("env", *cache, sys.executable, "-m", "ziglang", "c++", "-target", target)
+
+
+ZIG = zig(f"{os.uname().machine}-linux-gnu")
 CXX = tuple(shlex.split(os.environ.get("CXX", ""))) or ("c++",)
 GNU = (CXX, *((f"g++{version}",) for version in ("", *(f"-{v}" for v in range(20, 10, -1)))))
 CLANG = (ZIG, CXX, *((f"clang++{version}",) for version in ("", *(f"-{v}" for v in range(30, 14, -1)))))

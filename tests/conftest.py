@@ -7,9 +7,12 @@ import routes
 import toolchain
 import torch
 
+from dnl_ext._load import LEFT_OUT
+
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the long form of the suites too")
+    parser.addoption("--once", action="store_true", help="run each test function with the first of its parameters only")
     parser.addoption("--no-emulator", action="store_true", help="leave out what the emulator of CUDA kernels runs")
 
 
@@ -23,19 +26,19 @@ def pytest_collection_modifyitems(config, items):
     if config.getoption("--no-emulator"):
         config.hook.pytest_deselected(items=[item for item in items if is_emulated(item)])
         items[:] = [item for item in items if not is_emulated(item)]
-    if config.getoption("--slow"):
-        return
+    slow, once = config.getoption("--slow"), config.getoption("--once")
     skip = pytest.mark.skip(reason="long form; give --slow")
     seen = set()
     for item in items:
-        if "slow" in item.keywords:
+        function = item.nodeid.split("[")[0]
+        emulated = "device" in item.fixturenames and item.callspec.params["device"] == "emulated"
+        if "slow" in item.keywords and not slow:
             item.add_marker(skip)
         # Emulated, a test function runs once, with the first of its parameters.
-        elif "device" in item.fixturenames and item.callspec.params["device"] == "emulated":
-            function = item.nodeid.split("[")[0]
-            if function in seen:
+        elif once or (emulated and not slow):
+            if (function, emulated) in seen:
                 item.add_marker(skip)
-            seen.add(function)
+            seen.add((function, emulated))
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -79,6 +82,8 @@ def device(request):
     """Runs a test of operators on CPU tensors by every route there is: see routes.py."""
     if request.param == "cuda" and not routes.HAS_GPU:
         pytest.skip(toolchain.NO_GPU)
+    if request.param == "emulated" and LEFT_OUT:
+        pytest.skip(toolchain.WITHOUT_KERNELS)
     with routes.route(request.param, zlib.crc32(request.node.nodeid.encode())):
         yield request.param
 
@@ -99,7 +104,9 @@ def emulated_library():
 
 
 @pytest.fixture
-def emulated(request, emulated_library):
+def emulated(request):
     """dnl_ext with every operator on CPU tensors computed by the emulated CUDA route."""
+    if LEFT_OUT:
+        pytest.skip(toolchain.WITHOUT_KERNELS)
     with routes.route("emulated", zlib.crc32(request.node.nodeid.encode())):
         yield

@@ -217,6 +217,12 @@ def emulated_routes(context, outcome, seconds):
         )
 
 
+def plain(context, outcome, seconds):
+    part = outcome_target("plain") // 2
+    for kind, first in (("random", 600_000), ("large", 700_000)):
+        python_cases(context, outcome, kind, part, seconds / 2, 250, first=first, DNL_EXT_KERNELS="off")
+
+
 def positions(context, outcome, seconds):
     python_cases(context, outcome, "positions", outcome_target("positions"), seconds, 250)
 
@@ -255,6 +261,7 @@ STAGES = {
     "routes": ("values, emulated operators in Python", 400, 120, emulated_routes),
     "random": ("values and gradients, CPU", 20_000, 360, random_cpu),
     "large": ("values and gradients, large logits, CPU", 20_000, 590, large_logits),
+    "plain": ("values and gradients, plain PyTorch", 2000, 180, plain),
     "positions": ("NaN and infinity positions", 500, 30, positions),
     "determinism": ("determinism, CPU", 20, 180, determinism),
     "gradients": ("gradients: gradcheck and derivative tests", 200, 180, gradients),

@@ -2,7 +2,7 @@
 
 - ``cpu``: as they do;
 - ``emulated``: by the CUDA route (glue, drivers, kernels) in the emulator of tests/emulator, on CPU memory;
-- ``cuda``: on the GPU, tensors moved there and back with their strides.
+- any other, such as ``cuda``: on that device, tensors moved there and back with their strides.
 
 Nothing else of a test changes: autograd, layouts and errors are those of the route.
 """
@@ -14,6 +14,7 @@ import hashlib
 import os
 import pathlib
 import sysconfig
+import types
 import warnings
 
 import torch
@@ -28,6 +29,7 @@ OPERATORS = (
 )
 HAS_GPU = torch.cuda.is_available() and dnl_ext._C.build_info()["cuda"]
 
+OPERATORS_LIBRARY = str(pathlib.Path(dnl_ext.__file__).parent / "libdnl_ext.so")
 NAME = "dnl_cuda_emulated"
 TURNS = ("ascending", "descending", "random")
 FLAGS = (
@@ -44,32 +46,45 @@ def onto(x, device):
     return x.as_strided((length,), (1,), 0).to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
-def build_emulated():
-    """The library of the emulated operators, built once for the sources it is made of."""
+def build_library(name, main, folders=(), flags=(), links=()):
+    """The library `name` of the file `main`, which includes files of `folders`, built once for what it is made of."""
     from torch.utils import cpp_extension
 
-    main = ROOT / "tests/cpp/cuda_emulated.cpp"
-    files = [main, *(p for folder in ("csrc", "tests/emulator") for p in (ROOT / folder).rglob("*") if p.is_file())]
-    key = hashlib.sha256(repr((torch.__version__, FLAGS)).encode())
+    files = [ROOT / main, *(p for folder in folders for p in (ROOT / folder).rglob("*") if p.is_file())]
+    key = hashlib.sha256(repr((torch.__version__, flags)).encode())
     for path in sorted(files):
         key.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode())
         key.update(path.read_bytes())
-    folder = ROOT / "build" / f"emulated-{key.hexdigest()[:16]}"
-    library = folder / f"{NAME}.so"
+    folder = ROOT / "build" / f"{name.removeprefix('dnl_cuda_')}-{key.hexdigest()[:16]}"
+    library = folder / f"{name}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         # torch runs ninja, which lies beside this Python.
         os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
         cpp_extension.load(
-            NAME,
-            [str(main)],
-            extra_include_paths=[str(ROOT / "csrc"), str(ROOT / "tests/emulator")],
-            extra_cflags=list(FLAGS),
-            extra_ldflags=[str(pathlib.Path(dnl_ext.__file__).parent / "libdnl_ext.so")],
+            name,
+            [str(ROOT / main)],
+            extra_include_paths=[str(ROOT / included) for included in folders],
+            extra_cflags=list(flags),
+            extra_ldflags=list(links),
             build_directory=str(folder),
             is_python_module=False,
         )
     return library
+
+
+def load_other_device():
+    """From now on torch has a device `elsewhere`, which dnl_ext has no kernels for: tests/cpp/other_device.cpp.
+
+    It lasts as long as the process.
+    """
+    path = build_library("other_device", "tests/cpp/other_device.cpp", flags=("-O0",))
+    torch.ops.load_library(path)
+    torch.utils.rename_privateuse1_backend("elsewhere")
+    module = types.ModuleType("elsewhere")
+    module.is_available = module.is_initialized = lambda: True
+    module.device_count, module.current_device, module._lazy_init = lambda: 1, lambda: 0, lambda: None
+    torch._register_device_module("elsewhere", module)
 
 
 @functools.cache
@@ -78,7 +93,7 @@ def emulated_library():
 
     It asks libdnl_ext.so for torch's settings and for the path of a call, as the operators on a GPU do.
     """
-    path = build_emulated()
+    path = build_library(NAME, "tests/cpp/cuda_emulated.cpp", ("csrc", "tests/emulator"), FLAGS, (OPERATORS_LIBRARY,))
     library = torch.library.Library(NAME, "DEF")
     for name in OPERATORS:
         schema = str(getattr(torch.ops.dnl_ext, name).default._schema)
@@ -107,9 +122,9 @@ def take_host_work():
     return work
 
 
-def on_gpu(name, *arguments):
-    """An operator of CPU tensors, on the GPU."""
-    moved = [onto(x, "cuda:0") if isinstance(x, torch.Tensor) else x for x in arguments]
+def on_device(device, name, *arguments):
+    """An operator of CPU tensors, on another device."""
+    moved = [onto(x, device) if isinstance(x, torch.Tensor) else x for x in arguments]
     result = getattr(torch.ops.dnl_ext, name)(*moved)
     return onto(result, "cpu") if isinstance(result, torch.Tensor) else tuple(onto(x, "cpu") for x in result)
 
@@ -127,5 +142,5 @@ def route(name, seed=0):
             warnings.filterwarnings("ignore", "Warning only once for all operators")
             for op in OPERATORS:
                 function = getattr(torch.ops.dnl_cuda_emulated, op).default if name == "emulated" else None
-                override.impl(op, function or functools.partial(on_gpu, op), "CPU", allow_override=True)
+                override.impl(op, function or functools.partial(on_device, f"{name}:0", op), "CPU", allow_override=True)
         yield

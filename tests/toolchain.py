@@ -13,9 +13,13 @@ import cuda_model.sass
 import pytest
 import routes
 
+from dnl_ext._load import LEFT_OUT
+
 DEV = 'pip install -e ".[dev]"'
+WITHOUT_KERNELS = f"is about kernels, which are left out: {LEFT_OUT}"
 NO_GPU = "needs a GPU and dnl_ext built with CUDA: make gpu-check"
 
+needs_kernels = pytest.mark.skipif(bool(LEFT_OUT), reason=WITHOUT_KERNELS)
 needs_compiler = pytest.mark.skipif(
     not shutil.which(os.environ.get("CXX", "g++")),
     reason="needs g++, or CXX, for torch's inductor: the README lists the commands",

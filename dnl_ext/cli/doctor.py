@@ -22,15 +22,14 @@ QUERIES, KEYS, WIDTH, CHANNELS = 301, 403, 67, 131
 def doctor(
     shape: Annotated[str, typer.Option(help="N,Dqk,Dv: say which path such a call takes and why.")] = "4096,256,512",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 (or fp32, bf16, ...).")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, cuda or meta (cuda where there is one).")] = "",
+    device: Annotated[str, typer.Option(help="As torch names it (an accelerator where there is one).")] = "",
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Show versions, builds and paths, then check forward and backward against plain PyTorch. Exits 1 if broken."""
-    import torch
 
     from dnl_ext.config import show_config
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or accelerator() or "cpu"
     try:
         sizes = [int(part) for part in shape.split(",")]
         config = show_config(shape=sizes, dtype=dtype, device=device)
@@ -50,22 +49,32 @@ def doctor(
         raise typer.Exit(1)
 
 
+def accelerator() -> str:
+    """The type of the accelerator that torch sees here, such as "cuda" or "mps"; empty without one."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return "" if found is None else found.type
+
+
 def self_check() -> list[dict[str, Any]]:
-    """Forward and backward of every dtype on the CPU, and on each GPU that torch sees if CUDA was built.
+    """Forward and backward of every dtype on the CPU, and on each accelerator that torch sees.
 
     Returns:
         list of {"name", "ok", "text", "seconds"}; an exception is a check that is not ok.
     """
     import torch
 
-    from dnl_ext._load import _C
+    from dnl_ext.ops._common import sum_type
 
     devices = ["cpu"]
-    if _C.build_info()["cuda"] and torch.cuda.is_available():
-        devices += [f"cuda:{index}" for index in range(torch.cuda.device_count())]
+    if kind := accelerator():
+        devices += [f"{kind}:{index}" for index in range(torch.accelerator.device_count())]
     checks = []
     for device in devices:
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            if dtype == torch.float64 and sum_type(torch.empty(0, device=device)) != dtype:
+                continue  # Apple's GPUs have none
             start = time.perf_counter()
             try:
                 ratios = error_ratios(dtype, device)
@@ -92,23 +101,23 @@ def error_ratios(dtype: "torch.dtype", device: str) -> dict[str, float]:
 
     def conv_output(channels, positions, mean):
         x = torch.randn(1, channels, positions, generator=generator) + mean
-        return x.to(device, dtype).transpose(1, 2)
+        return x.to(dtype).transpose(1, 2)
 
     tensors = [conv_output(WIDTH, QUERIES, 1.0), conv_output(WIDTH, KEYS, 1.0), conv_output(CHANNELS, KEYS, 0.0)]
-    tensors.append(torch.randn(1, KEYS, generator=generator).to(device, dtype))
+    tensors.append(torch.randn(1, KEYS, generator=generator).to(dtype))
     grad_output = conv_output(CHANNELS, QUERIES, 0.0)
     exact_type = torch.float64
 
-    def results(function, kind):
-        inputs = [x.detach().to(kind).requires_grad_() for x in tensors]
+    def results(function, kind, where):
+        inputs = [x.to(where, kind).detach().requires_grad_() for x in tensors]
         output = function(*inputs, scale=0.5)
-        grads = torch.autograd.grad(output, inputs, grad_output.to(kind))
+        grads = torch.autograd.grad(output, inputs, grad_output.to(where, kind))
         names = ("output", "query", "key", "value", "mask")
-        return {name: x.detach().to(exact_type) for name, x in zip(names, (output, *grads), strict=True)}
+        return {name: x.detach().cpu().to(exact_type) for name, x in zip(names, (output, *grads), strict=True)}
 
-    truth = results(dnl_ext.reference.disentangled_attention, exact_type)
-    plain = results(dnl_ext.reference.disentangled_attention, dtype)
-    fused = results(dnl_ext.disentangled_attention, dtype)
+    truth = results(dnl_ext.reference.disentangled_attention, exact_type, "cpu")
+    plain = results(dnl_ext.reference.disentangled_attention, dtype, device)
+    fused = results(dnl_ext.disentangled_attention, dtype, device)
     ratios = {}
     for name, exact in truth.items():
         norm = exact.norm().item()

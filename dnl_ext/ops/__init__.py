@@ -4,6 +4,7 @@ import torch.fx
 
 from . import flops as _registers_the_formulas  # noqa: F401
 from . import part as part  # its operators' fake implementations
+from . import plain_pairwise as _registers_plain_pytorch  # noqa: F401
 from .linear import concatenation_attention, dot_product_attention, shared_key_logits
 from .pairwise import disentangled_attention, pairwise_attention, pairwise_softmax
 from .unary import unary_attention, unary_softmax

@@ -1,5 +1,6 @@
 """Layout, differentiation and batching rules shared by the operators' Python side."""
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,17 @@ ops = torch.ops.dnl_ext
 def accumulate_type(dtype: torch.dtype) -> torch.dtype:
     """Type of sums and softmax statistics: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+#: Types of devices that have no float64: Apple's GPUs. Of Intel's some have it.
+WITHOUT_FLOAT64 = ("mps",)
+
+
+def sum_type(x: torch.Tensor) -> torch.dtype:
+    """Type of means and other O(N) sums: float64 where the device of `x` has it, else float32."""
+    kind = x.device.type
+    has = kind not in WITHOUT_FLOAT64 and (kind != "xpu" or torch.xpu.get_device_properties(x.device).has_fp64)
+    return torch.float64 if has else torch.float32
 
 
 def memory_order(x: torch.Tensor) -> list[int]:
@@ -43,9 +55,14 @@ def empty_like_layout(x: torch.Tensor, sizes: Sequence[int], dtype: torch.dtype 
     return torch.empty_strided(sizes, strides, dtype=dtype or x.dtype, device=x.device)
 
 
-def without_autocast(x: torch.Tensor) -> torch.autocast:
+def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context in which torch's products on the device of `x` keep the types they are given."""
-    return torch.autocast("cuda" if x.is_cuda else "cpu", enabled=False)
+    kind = x.device.type
+    if not torch.amp.is_autocast_available(kind):
+        kind = "cpu"
+    elif kind == torch._C._get_privateuse1_backend_name() and not torch.is_autocast_enabled(kind):
+        return contextlib.nullcontext()  # torch.autocast asks a backend for more than it must have
+    return torch.autocast(kind, enabled=False)
 
 
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:

@@ -5,21 +5,27 @@ gradient is (y, J^T dy), J being the Jacobian of y; so the Hessian times (0, t) 
 is the derivative of y along t (forward mode), and what a double backward owes to dy. The second is what it owes to x
 and, the Hessian being symmetric, the derivative of the gradient J^T dy along t.
 
-The map exists a block of queries at a time. The blocks are made of torch's products in the accumulate type: one code
-for every device, bound by its twelve products of Nq x Nk, without 16-bit intermediates.
+The map exists a block of queries at a time, in up to six matrices. The blocks are made of torch's products in the
+accumulate type: one code for every device, bound by its twelve products of Nq x Nk, without 16-bit intermediates.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from ._checks import check_alike, check_pairwise
-from ._common import accumulate_type, empty_like_layout, ops, product, register_batching, without_autocast
-
-#: Numbers in a block of the map. Up to six live at a time: 24 MB in float32 on a CPU; it takes more to fill a GPU.
-BLOCK = {"cpu": 2**20, "cuda": 2**24}
+from ._blocks import blocks
+from ._checks import check_alike, check_in_operator, check_pairwise
+from ._common import (
+    accumulate_type,
+    empty_like_layout,
+    ops,
+    product,
+    register_batching,
+    sum_type,
+    without_autocast,
+)
 
 #: A tensor, or None for zero or for what nobody wants. Flags say which, and a type checker does not follow them.
 _Optional = Any
@@ -60,9 +66,10 @@ def unary_double_backward(
     """
     wide = accumulate_type(value.dtype)
     v, tv = (None if x is None else x.to(wide) for x in (value, tangent_value))
-    # What is one number a key is float64: it costs nothing beside the products.
-    u = torch.softmax(mask_logits.double(), -1)
-    e = torch.zeros_like(u) if tangent_mask is None else less_mean_under(u, tangent_mask.double())
+    # What is one number a key is float64 where there is such: it costs nothing beside the products.
+    fine = sum_type(value)
+    u = torch.softmax(mask_logits.to(fine), -1)
+    e = torch.zeros_like(u) if tangent_mask is None else less_mean_under(u, tangent_mask.to(fine))
 
     def pooled(weights, values):
         return product(weights.to(wide).unsqueeze(-2), values).squeeze(-2)
@@ -75,7 +82,7 @@ def unary_double_backward(
     dy = grad.to(wide).unsqueeze(-2)
 
     def dots(values):
-        return product(dy, values.mT).squeeze(-2).double()
+        return product(dy, values.mT).squeeze(-2).to(fine)
 
     b = e * less_mean_under(u, dots(v))
     if tv is not None:
@@ -158,8 +165,7 @@ def _empty_results(
     """Where the results go, after every check of a call."""
     query, _, value, _ = inputs
     check_pairwise(*inputs, scale, whiten)
-    if whiten not in ("channel", None):
-        raise ValueError(f"whiten: expected one of 'channel', None, got {whiten!r}")
+    check_in_operator(whiten)
     shapes: tuple[Any, ...] = ((*query.shape[:-1], value.shape[-1]), *(None if x is None else x.shape for x in inputs))
     if grad_output is not None:
         check_alike("grad_output", grad_output, "query", query, shapes[0])
@@ -203,7 +209,7 @@ def _pairwise_terms(
     sizes = ((queries, v.shape[2]), q.shape[1:], k.shape[1:], v.shape[1:])
     results = [q.new_zeros((batches, *size)) if need else None for size, need in zip(sizes, needs, strict=False)]
     if any(needs[:4]) and any(x is not None for x in (tq, tk, tv)):
-        for batch, rows in _blocks(batches, queries, keys, BLOCK.get(q.device.type, BLOCK["cpu"])):
+        for batch, rows in blocks(batches, queries, keys, q.device.type):
             by_query: list[Any] = [None if x is None else x[batch, rows] for x in (dy, q, tq, results[0], results[1])]
             by_key: list[Any] = [None if x is None else x[batch] for x in (k, v, tk, tv, results[2], results[3])]
             _add_block(*by_query, *by_key)
@@ -213,15 +219,6 @@ def _pairwise_terms(
         if whiten is not None:
             dq -= dq.mean(-2, keepdim=True)
     return [None if x is None else x.view(*lead, *x.shape[1:]) for x in results]
-
-
-def _blocks(batches: int, queries: int, keys: int, elements: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of batches and of queries that cover the map, each of at most `elements` numbers or one row."""
-    rows = max(1, elements // keys)
-    step = max(1, rows // max(1, queries))
-    for batch in range(0, batches, step):
-        for first in range(0, queries, rows):
-            yield slice(batch, batch + step), slice(first, first + rows)
 
 
 def _add_block(

@@ -6,7 +6,15 @@ import torch
 from torch.autograd import Function
 
 from ..types import Whitening
-from ._checks import check_alike, check_pairwise, check_query_key, check_saved, check_tensor, parse_scale
+from ._checks import (
+    check_alike,
+    check_in_operator,
+    check_pairwise,
+    check_query_key,
+    check_saved,
+    check_tensor,
+    parse_scale,
+)
 from ._common import (
     accumulate_type,
     differentiable,
@@ -75,7 +83,7 @@ _attend = differentiable("pairwise_forward", DisentangledAttention)
 
 
 @torch.library.register_fake("dnl_ext::pairwise_forward")
-def _(
+def allocate_pairwise_forward(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -84,6 +92,7 @@ def _(
     whiten: str | None,
     save_residual: bool,
 ) -> tuple[torch.Tensor, ...]:
+    check_in_operator(whiten)
     check_pairwise(query, key, value, mask_logits, scale, whiten)
     dtype, lead = accumulate_type(query.dtype), query.shape[:-2]
     output = empty_like_layout(query, (*query.shape[:-1], value.shape[-1]))
@@ -98,7 +107,7 @@ def _(
 
 
 @torch.library.register_fake("dnl_ext::pairwise_backward")
-def _(
+def allocate_pairwise_backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -116,11 +125,13 @@ def _(
     need_value: bool,
     need_mask: bool,
 ) -> tuple[torch.Tensor, ...]:
+    check_in_operator(whiten)
     check_pairwise(query, key, value, mask_logits, scale, whiten)
     lead, output_shape = query.shape[:-2], (*query.shape[:-1], value.shape[-1])
     check_alike("grad_output", grad_output, "query", query, output_shape)
     check_alike("output", output, "query", query, output_shape)
     check_saved("softmax_stats", softmax_stats, "query", query, (*query.shape[:-1], 2))
+    check_tensor("residual", residual, "(...)")
     check_alike("residual", residual, "query", query, output_shape if residual.shape[-1:] != (0,) else (*lead, 0))
     if mask_logits is not None:
         check_saved("pooled", pooled, "query", query, (*lead, value.shape[-1]))

@@ -15,7 +15,7 @@ from ._common import accumulate_type, empty_like_layout, ops, register_batching
 
 
 @torch.library.register_fake("dnl_ext::pairwise_part_forward")
-def _(
+def allocate_pairwise_part_forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, save_residual: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_pairwise(query, key, value, None, scale, None)
@@ -27,7 +27,7 @@ def _(
 
 
 @torch.library.register_fake("dnl_ext::pairwise_part_backward")
-def _(
+def allocate_pairwise_part_backward(
     grad_output: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,

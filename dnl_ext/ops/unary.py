@@ -177,20 +177,20 @@ _pool = differentiable("unary_forward", UnaryAttention)
 
 
 @torch.library.register_fake("dnl_ext::softmax")
-def _(x: torch.Tensor) -> torch.Tensor:
+def allocate_softmax(x: torch.Tensor) -> torch.Tensor:
     check_softmax("x", x)
     return empty_like_layout(x, x.shape)
 
 
 @torch.library.register_fake("dnl_ext::softmax_backward")
-def _(grad_output: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+def allocate_softmax_backward(grad_output: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     check_softmax("grad_output", grad_output)
     check_alike("output", output, "grad_output", grad_output, grad_output.shape)
     return empty_like_layout(output, output.shape)
 
 
 @torch.library.register_fake("dnl_ext::unary_forward")
-def _(mask_logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def allocate_unary_forward(mask_logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     check_unary(mask_logits, value)
     dtype = accumulate_type(value.dtype)
     pooled = value.new_empty((*value.shape[:-2], value.shape[-1]), dtype=dtype)
@@ -198,7 +198,7 @@ def _(mask_logits: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, tor
 
 
 @torch.library.register_fake("dnl_ext::unary_backward")
-def _(
+def allocate_unary_backward(
     grad_pooled: torch.Tensor,
     mask_logits: torch.Tensor,
     value: torch.Tensor,

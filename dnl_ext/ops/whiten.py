@@ -77,7 +77,7 @@ class Whiten(Function):
             gradient = ops.whiten_backward if torch.compiler.is_compiling() else WhitenGradient.apply
             grad = gradient(grad_output, output, rstd, *ctx.options)
         if grad_rstd is not None and ctx.options[0] in DEVIATION and not torch.compiler.is_compiling():
-            group = _Group(output, *ctx.options[:2])
+            group = Group(output, *ctx.options[:2])
             through = (-output * group.expand(grad_rstd * rstd**2) / (group.count - 1)).to(output.dtype)
             grad = through if grad is None else grad + through
         return grad, None, None, None  # name, apart, eps
@@ -87,7 +87,7 @@ class Whiten(Function):
         output, rstd = ctx.saved_tensors
         along = torch.zeros_like(rstd)
         if ctx.options[0] in DEVIATION:
-            group = _Group(output, *ctx.options[:2])
+            group = Group(output, *ctx.options[:2])
             along = -(rstd**2) * group.covariance(group.centred(tangent), output).reshape(rstd.shape)
         return WhitenGradient.apply(tangent, output, rstd, *ctx.options), along
 
@@ -122,7 +122,7 @@ class WhitenGradient(Function):
         by_grad = WhitenGradient.apply(tangent, output, rstd, *ctx.options) if need_grad else None
         by_output = by_rstd = None
         if ctx.options[0] in DEVIATION and any(need_others):
-            group = _Group(output, *ctx.options[:2])
+            group = Group(output, *ctx.options[:2])
             g, y, t = group.centred(grad_output), group.wide(output), group.centred(tangent)
             s = group.covariance(g, y)
             by_output = (-group.expand(rstd) * (t * s + g * group.covariance(t, y))).to(output.dtype)
@@ -137,7 +137,7 @@ class WhitenGradient(Function):
         total = WhitenGradient.apply(tangent_grad, output, rstd, *ctx.options)
         if ctx.options[0] not in DEVIATION:
             return total
-        group = _Group(output, *ctx.options[:2])
+        group = Group(output, *ctx.options[:2])
         g, y, t = group.centred(grad_output), group.wide(output), group.wide(tangent_output)
         s = group.covariance(g, y)
         by_output = -group.expand(rstd) * (t * s + y * group.covariance(g, t))
@@ -145,7 +145,7 @@ class WhitenGradient(Function):
         return total + (by_output + by_rstd).to(output.dtype)
 
 
-class _Group:
+class Group:
     """The elements of x (..., N, C) that share a mean under a name: sums over them, in the accumulate type."""
 
     def __init__(self, x: torch.Tensor, name: str, apart: int) -> None:
@@ -193,19 +193,19 @@ def _rstd_shape(x: torch.Tensor, name: str, apart: int) -> Sequence[int]:
 
 
 @torch.library.register_fake("dnl_ext::mean_subtract")
-def _(x: torch.Tensor, dim: int) -> torch.Tensor:
+def allocate_mean_subtract(x: torch.Tensor, dim: int) -> torch.Tensor:
     check_mean(x, dim)
     return empty_like_layout(x, x.shape)
 
 
 @torch.library.register_fake("dnl_ext::whiten_forward")
-def _(x: torch.Tensor, name: str, apart: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def allocate_whiten_forward(x: torch.Tensor, name: str, apart: int, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     _check_whiten(x, name, apart, eps)
     return empty_like_layout(x, x.shape), x.new_empty(_rstd_shape(x, name, apart), dtype=accumulate_type(x.dtype))
 
 
 @torch.library.register_fake("dnl_ext::whiten_backward")
-def _(
+def allocate_whiten_backward(
     grad_output: torch.Tensor, output: torch.Tensor, rstd: torch.Tensor, name: str, apart: int, eps: float
 ) -> torch.Tensor:
     check_tensor("grad_output", grad_output, "(..., N, C)")

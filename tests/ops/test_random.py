@@ -13,6 +13,7 @@ from math import copysign
 import accuracy
 import cases
 import pytest
+import toolchain
 import torch
 
 import dnl_ext
@@ -90,6 +91,7 @@ class TestNonFinite:
         report(failures(range(first, first + 500), accuracy.check_poisoned))
 
 
+@toolchain.needs_kernels
 class TestCpuCapabilities:
     """Every instruction set this CPU has: the choice is made once per process, so each runs in its own."""
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import dnl_ext
 from dnl_ext import reference
-from dnl_ext.ops import double_backward
+from dnl_ext.ops import _blocks
 
 every_op = pytest.mark.parametrize("op", ARGUMENTS)
 
@@ -121,7 +121,7 @@ class TestAgainstTheReference:
         op = ATTENTION[0] if mask else ATTENTION[1]
         inputs = make(op, lead=lead, nq=7, nk=11, dqk=5, dv=6)
         for elements in (1, 3 * 11, 2 * 7 * 11 + 5):
-            monkeypatch.setitem(double_backward.BLOCK, "cpu", elements)
+            monkeypatch.setitem(_blocks.BLOCK, "cpu", elements)
             self.compare(
                 op,
                 lambda *x: function(op)(*x, whiten=whiten),
@@ -131,10 +131,11 @@ class TestAgainstTheReference:
 
     @pytest.mark.parametrize("sizes", [(1, 5, 3), (3, 1000, 7), (6, 7, 1), (2, 0, 3), (0, 4, 3)])
     @pytest.mark.parametrize("elements", [1, 20, 50, 10**6])
-    def test_blocks_cover_the_map_once(self, sizes, elements):
+    def test_blocks_cover_the_map_once(self, sizes, elements, monkeypatch):
+        monkeypatch.setitem(_blocks.BLOCK, "cpu", elements)
         batches, queries, keys = sizes
         seen = torch.zeros(batches, queries)
-        for batch, rows in double_backward._blocks(batches, queries, keys, elements):
+        for batch, rows in _blocks.blocks(batches, queries, keys, "cpu"):
             seen[batch, rows] += 1
             assert seen[batch, rows].numel() * keys <= max(elements, keys)
         assert (seen == 1).all()

@@ -49,6 +49,10 @@ class TestTorch:
         monkeypatch.setattr(build_backend.importlib.util, "find_spec", lambda name: object())
         assert build_backend.torch_requirement() == []
 
+    def test_is_not_asked_for_where_nothing_is_compiled(self, monkeypatch):
+        monkeypatch.setenv("DNL_EXT_NO_KERNELS", "1")
+        assert build_backend.torch_requirement() == []
+
     def test_of_the_environment_is_importable_for_as_long_as_it_takes(self, tmp_path):
         (tmp_path / "only_in_the_environment.py").write_text("answer = 42\n")
         before = list(sys.path)
@@ -74,6 +78,18 @@ class TestTorch:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONNOUSERSITE": "1"}
         done = subprocess.run(folders, env=environment, capture_output=True, text=True, check=True)
         assert done.stdout.strip() == "True"
+
+
+class TestKernels:
+    @pytest.mark.parametrize("platform", ["linux", "darwin"])
+    def test_are_built_unless_asked_not_to(self, platform):
+        for environ in ({}, {"DNL_EXT_NO_KERNELS": "0"}, {"DNL_EXT_CPU_ONLY": "1"}):
+            assert build_backend.kernels_left_out(environ, platform) == ""
+        why = build_backend.kernels_left_out({"DNL_EXT_NO_KERNELS": "1"}, platform)
+        assert why.startswith("installed with DNL_EXT_NO_KERNELS=1; pip install") and "\n" not in why
+
+    def test_are_not_built_by_msvc(self):
+        assert "Windows, whose compiler MSVC" in build_backend.kernels_left_out({}, "win32")
 
 
 def make_toolkit(home, version="13.0", headers="include", libraries="lib64", top=None, cublas=True):

@@ -1,6 +1,9 @@
 """show_config and `python -m dnl_ext doctor`."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -66,8 +69,15 @@ class TestShowConfig:
         meta = torch.empty(1, 10, 4, device="meta")
         assert show_config(meta, meta, meta)["call"]["path"] == "shapes only"
         call = show_config(shape=(1024, 256, 256), device="cuda")["call"]
-        assert call["path"] == "none" or call["path"].startswith("GEMM chain")
+        assert call["path"] == "none" or call["path"].startswith(("GEMM chain", "plain PyTorch"))
         assert call["why"]
+
+    @pytest.mark.parametrize("device", ["mps", "xpu", "mps:0"])
+    def test_a_device_without_kernels(self, device):
+        config = show_config(shape=(1024, 256, 256), device=device)
+        call = config["call"]
+        assert call["path"].startswith("plain PyTorch") and device.split(":")[0] in call["why"]
+        assert "cpu" in config["kernels"]["devices_with"] and call["path"] == config["kernels"]["elsewhere"]
 
     def test_cuda_plan_says_which_path_and_why(self, monkeypatch):
         sizes = (1, 16384, 16384, 256, 512)
@@ -88,7 +98,7 @@ class TestShowConfig:
             {"shape": (1, 2)},
             {"shape": (1, 2, -3)},
             {"shape": (4, 4, 4), "dtype": "int8"},
-            {"shape": (4, 4, 4), "device": "mps"},
+            {"shape": (4, 4, 4), "device": "tpu"},
             {"query": torch.zeros(1, 2)},
         ],
     )
@@ -139,6 +149,16 @@ class TestDoctor:
         result = doctor("--device", "cpu")
         assert result.exit_code == 1
         assert "BROKEN" in result.output
+
+    def test_without_kernels(self):
+        """It says that they are left out and why, and checks what runs in their place."""
+        environment = {**os.environ, "DNL_EXT_KERNELS": "off"}
+        command = [sys.executable, "-m", "dnl_ext", "doctor", "--json"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        report = json.loads(done.stdout)
+        assert report["ok"] and report["call"]["path"].startswith("plain PyTorch")
+        assert report["kernels"]["devices_with"] == [] and report["cpu"]["capability"] == "none"
+        assert report["kernels"]["left_out"] == report["call"]["why"] == "DNL_EXT_KERNELS=off"
 
     @pytest.mark.parametrize("arguments", [("--shape", "1,2"), ("--shape", "a,b,c"), ("--dtype", "int8")])
     def test_bad_arguments_exit_2(self, arguments):

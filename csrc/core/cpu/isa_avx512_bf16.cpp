@@ -3,7 +3,7 @@
 #define DNL_BF16_PRODUCTS
 #define DNL_ISA avx512_bf16
 #define DNL_VECTOR_BYTES 64
-#define DNL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512"
+#define DNL_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"
 #include "core/cpu/target_begin.h"
 // clang-format off
 #include "core/cpu/table.h"

@@ -26,5 +26,8 @@ DNL_PRAGMA(clang attribute push(__attribute__((target(DNL_TARGET))), apply_to = 
 #define DNL_PRAGMA_(x) _Pragma(#x)
 #define DNL_PRAGMA(x) DNL_PRAGMA_(x)
 DNL_PRAGMA(GCC target(DNL_TARGET))
+#if DNL_VECTOR_BYTES == 64  // clang knows no such target, and would leave out all of one that names it
+#pragma GCC target("prefer-vector-width=512")
+#endif
 #endif
 #endif

@@ -1,4 +1,4 @@
-// Pairwise attention: schemas and the CPU route.
+// Pairwise attention: the CPU route.
 #include "core/cpu/kernels.h"
 #include "ops/pairwise/pairwise_op.h"
 
@@ -68,26 +68,6 @@ PairwiseCall::PartBackward pairwise_part_backward_cpu(const Tensor& grad_output,
 }
 
 }  // namespace dnl
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
-  m.def(
-      "pairwise_forward(Tensor query, Tensor key, Tensor value, Tensor? mask_logits, float scale, str? whiten, bool "
-      "save_residual) -> (Tensor output, Tensor softmax_stats, Tensor residual, Tensor pooled, Tensor mask_lse)");
-  m.def(
-      "pairwise_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask_logits, Tensor "
-      "output, Tensor softmax_stats, Tensor residual, Tensor pooled, Tensor mask_lse, float scale, str? whiten, bool "
-      "need_query, "
-      "bool need_key, "
-      "bool need_value, bool need_mask) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor "
-      "grad_mask_logits)");
-  m.def(
-      "pairwise_part_forward(Tensor query, Tensor key, Tensor value, float scale, bool save_residual) -> (Tensor "
-      "output, Tensor softmax_stats, Tensor residual)");
-  m.def(
-      "pairwise_part_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor softmax_stats, Tensor "
-      "delta, float scale, bool need_query, bool need_key, bool need_value) -> (Tensor grad_query, Tensor grad_key, "
-      "Tensor grad_value)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
   m.impl("pairwise_forward", TORCH_BOX(&dnl::pairwise_forward_cpu));

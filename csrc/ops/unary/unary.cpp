@@ -1,4 +1,4 @@
-// softmax and unary pooling: schemas and the CPU route.
+// softmax and unary pooling: the CPU route.
 #include "core/cpu/kernels.h"
 #include "ops/unary/unary_op.h"
 
@@ -31,15 +31,6 @@ std::tuple<Tensor, Tensor> unary_backward_cpu(const Tensor& grad_pooled, const T
 }
 
 }  // namespace dnl
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
-  m.def("softmax(Tensor x) -> Tensor");
-  m.def("softmax_backward(Tensor grad_output, Tensor output) -> Tensor");
-  m.def("unary_forward(Tensor mask_logits, Tensor value) -> (Tensor pooled, Tensor lse)");
-  m.def(
-      "unary_backward(Tensor grad_pooled, Tensor mask_logits, Tensor value, Tensor pooled, Tensor lse, bool need_mask, "
-      "bool need_value) -> (Tensor grad_mask_logits, Tensor grad_value)");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
   m.impl("softmax", TORCH_BOX(&dnl::softmax_cpu));

@@ -1,4 +1,4 @@
-// mean_subtract and whiten: schemas, checks and the CPU route.
+// mean_subtract and whiten: checks and the CPU route.
 #include "ops/whiten/whiten.h"
 
 #include "core/cpu/kernels.h"
@@ -35,12 +35,6 @@ Tensor whiten_backward_cpu(const Tensor& grad_output, const Tensor& output, cons
 }
 
 }  // namespace dnl
-
-STABLE_TORCH_LIBRARY_FRAGMENT(dnl_ext, m) {
-  m.def("mean_subtract(Tensor x, int dim) -> Tensor");
-  m.def("whiten_forward(Tensor x, str name, int apart, float eps) -> (Tensor output, Tensor rstd)");
-  m.def("whiten_backward(Tensor grad_output, Tensor output, Tensor rstd, str name, int apart, float eps) -> Tensor");
-}
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
   m.impl("mean_subtract", TORCH_BOX(&dnl::mean_subtract_cpu));
