@@ -197,14 +197,6 @@ MUTANTS = [
         mode="tsan",
         cases=12,
     ),
-    of_backward(
-        "hopper map: padding counts as queries",
-        MAP,
-        "std::numeric_limits<float>::infinity();\n      "
-        "factor[threadIdx.x] = inside ? step.row_factor.element(at.b)[i] : 0.0f;",
-        "0.0f;\n      factor[threadIdx.x] = inside ? step.row_factor.element(at.b)[i] : 1.0f;",
-        cases=60,
-    ),
     of_backward("hopper map: Delta left out", MAP, "delta[column(n) + u]);", "0.0f);", cases=60),
     of_backward("hopper map: bias left out", MAP, "* step.sign + bias[h] - shift", "* step.sign - shift", cases=60),
     of_backward(
@@ -229,8 +221,8 @@ MUTANTS = [
         MAP,
         "const MapPlace& at) const {\n    __syncwarp();",
         "const MapPlace& at) const {",
-        mode="order",
-        cases=30,
+        mode="tsan",
+        cases=12,
     ),
     of_backward(
         "hopper map: lines beyond the pitch",

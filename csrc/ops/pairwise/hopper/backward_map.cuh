@@ -154,8 +154,8 @@ struct MapConsumer {
           const float exponent = (p[u] * step.sign + bias[h] - shift[i]) * step.magnitude;
           p[u] = factor[i] * exp2_approx(not_positive(exponent));
         }
-        store_rounded<T>(reinterpret_cast<T*>(place(kMapProbability, row + 8 * h, column(n))), kStored * p[0],
-                         kStored * p[1]);
+        *reinterpret_cast<uint32_t*>(place(kMapProbability, row + 8 * h, column(n))) =
+            pack2<T>(kStored * p[0], kStored * p[1]);
       }
   }
 
@@ -170,7 +170,7 @@ struct MapConsumer {
         float ds[2];
         for (int u = 0; u < 2; ++u)
           ds[u] = grad_scale * softmax_jacobian(p[4 * n + 2 * h + u], dp[4 * n + 2 * h + u], delta[column(n) + u]);
-        sum[h] += store_rounded<T>(reinterpret_cast<T*>(place(kMapGradient, row + 8 * h, column(n))), ds[0], ds[1]);
+        *reinterpret_cast<uint32_t*>(place(kMapGradient, row + 8 * h, column(n))) = round_both<T>(ds[0], ds[1], sum[h]);
       }
     for (int h = 0; h < 2; ++h) {
       for (int other = 1; other <= 2; other *= 2) sum[h] += __shfl_xor_sync(kAllLanes, sum[h], other);
