@@ -211,7 +211,9 @@ class TestCuda:
         assert self.choose(CUDA_HOME=home, DNL_EXT_CPU_ONLY=1) == (None, "DNL_EXT_CPU_ONLY is set")
         assert self.choose(CUDA_HOME=home, DNL_EXT_CPU_ONLY=0, FORCE_CUDA="off")[0].home == str(home)
 
-    @pytest.mark.parametrize(("release", "archs"), [("13.0", "8.0;9.0a;9.0+PTX;10.0;12.0"), ("12.6", "8.0;9.0a;9.0+PTX")])
+    @pytest.mark.parametrize(
+        ("release", "archs"), [("13.0", "8.0;9.0a;9.0+PTX;10.0;12.0"), ("12.6", "8.0;9.0a;9.0+PTX")]
+    )
     def test_architectures_are_those_that_its_nvcc_knows(self, release, archs):
         assert build_backend.default_archs(release) == archs
 
