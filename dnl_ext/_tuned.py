@@ -107,13 +107,14 @@ class Default:
     backward: bool
     dtypes: tuple[str, ...]
     channels: int  # Dv, at most
+    logits: int = 0  # batch x Nq x Nk, at least
 
 
 _HALVES = ("bfloat16", "float16")
-#: In order, the first that fits and was built. From modelled times (docs/gpu-model.md), several times below the chain's
-#: where a path stands here: what is closer is left to `dnl-ext tune`.
+#: In order, the first that fits and was built. From modelled times (docs/gpu-model.md): 0.3 to 0.8 of the chain's where
+#: a path stands here. What is closer, or lies on both sides at 4,096 positions, is left to `dnl-ext tune`.
 DEFAULTS: tuple[Default, ...] = (
-    Default("hopper", (90, 90), False, _HALVES, 1024),
+    Default("hopper", (90, 90), False, _HALVES, 1024, logits=10_000**2),
     Default("hopper", (90, 90), True, _HALVES, 1024),
 )
 
@@ -303,6 +304,7 @@ def default_path(capability: int, call: Call) -> str:
     for default in DEFAULTS:
         first, last = default.capabilities
         fits = first <= capability <= last and call.dtype in default.dtypes and call.sizes[4] <= default.channels
+        fits = fits and call.logits >= default.logits
         if fits and call.backward == default.backward and default.path in _C.cuda_paths():
             return default.path
     return "chain"

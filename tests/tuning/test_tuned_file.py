@@ -138,6 +138,10 @@ class TestFile:
 
 
 class TestChoice:
+    @pytest.fixture(autouse=True)
+    def chain_by_default(self, monkeypatch):
+        monkeypatch.setattr(_tuned, "DEFAULTS", ())
+
     def test_says_what_was_measured_and_when(self):
         _tuned.known().add([RECORD])
         choice = _tuned.choice(MACHINE, 90, CALL)
@@ -183,7 +187,9 @@ class TestChoice:
 class TestDefault:
     @pytest.fixture(autouse=True)
     def default(self, monkeypatch):
-        monkeypatch.setattr(_tuned, "DEFAULTS", (_tuned.Default("fused", (80, 89), True, ("bfloat16",), 512),))
+        monkeypatch.setattr(
+            _tuned, "DEFAULTS", (_tuned.Default("fused", (80, 89), True, ("bfloat16",), 512, logits=81),)
+        )
 
     @pytest.mark.parametrize(
         ("capability", "change", "expected"),
@@ -193,7 +199,9 @@ class TestDefault:
             (90, {}, "chain"),
             (80, {"dtype": "float16"}, "chain"),
             (80, {"backward": False}, "chain"),
+            (80, {"sizes": (1, 9, 9, 256, 512)}, "fused"),
             (80, {"sizes": (1, 9, 9, 256, 513)}, "chain"),
+            (80, {"sizes": (1, 9, 8, 256, 512)}, "chain"),
         ],
     )
     def test_is_of_the_architecture(self, capability, change, expected):
