@@ -33,6 +33,19 @@ def advise(
     What was measured decides, else the default of the architecture, which is checked first. With DNL_EXT_TUNE=1 a shape
     that was not measured is measured now. Nothing is launched while the stream is captured into a graph: the call then
     takes what is known, or the chain, and is asked for again.
+
+    Args:
+        device: index of the GPU. capability: 10 major + minor. multiprocessors: of it.
+        dtype: "bfloat16", "float16" or "float32". backward: which direction.
+        sizes: (batches, queries, keys, Dqk, Dv).
+        layout: ``query_channel_first``, ``key_channel_first`` and ``value_channel_first``.
+
+    Example:
+        >>> import torch
+        >>> from dnl_ext.tuning import advise
+        >>> layout = dict.fromkeys(("query_channel_first", "key_channel_first", "value_channel_first"), True)
+        >>> if torch.cuda.is_available():
+        ...     path, keep = advise(0, 90, 132, "bfloat16", False, (1, 4096, 4096, 256, 512), layout)
     """
     batches, queries, keys, width, channels = sizes
     first = layout["query_channel_first"], layout["key_channel_first"], layout["value_channel_first"]

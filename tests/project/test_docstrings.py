@@ -20,7 +20,7 @@ MODULES = sorted(
 PUBLIC = (
     "", ".analysis", ".benchmark", ".cli", ".distributed", ".export", ".integrations", ".modules", ".ops", ".reference",
     ".segmentation", ".segmentation.data", ".segmentation.experiments", ".segmentation.looking",
-    ".segmentation.training", ".segmentation.training.checkpoint", ".segmentation.training.distributed",
+    ".segmentation.training", ".segmentation.training.checkpoint", ".segmentation.training.distributed", ".tuning",
 )  # fmt: skip
 
 
