@@ -51,7 +51,7 @@ toc_object_entries_show_parents = "hide"
 # The inventories of torch, numpy and Python are not at hand: the site is built without a network.
 nitpick_ignore_regex = [(r"py:.*", r"(torch|nn|collections|contextlib|dataclasses|numpy|pathlib|typing)\..*")]
 # A TypeVar: what goes in comes out.
-nitpick_ignore = [("py:class", "dnl_ext.distributed.blocks.Module")]
+nitpick_ignore = [("py:class", "dnl_ext.distributed.blocks.Module"), ("py:class", "dnl_ext._tuned.Call")]
 
 html_theme = "furo"
 html_title = f"dnl_ext {release}"
