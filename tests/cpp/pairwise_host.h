@@ -68,6 +68,7 @@ void test_pairwise(const Case& t) {
   if (t.mask && t.needs & 8) args.grad_mask = dm.view;
   {
     HostDevice device;
+    if (t.fused.capability) device.on.shared_bytes = t.fused.shared_bytes;
     device.blas.tf32 = kTf32;
     device.whole_lines = !t.fused.capability || !kHalf<T>;  // the backward of float is the chain's
     pairwise_backward_cuda<T>(args, device, t.limits,
