@@ -22,18 +22,13 @@
 #include "ops/pairwise/chain/backward.cuh"
 #include "ops/pairwise/chain/forward.cuh"
 #include "ops/pairwise/fused/forward.cuh"
-#if __has_include("ops/pairwise/hopper/forward.cuh")
-#define DNL_WITH_HOPPER
 #include "ops/pairwise/hopper/backward_map.cuh"
 #include "ops/pairwise/hopper/forward.cuh"
-#endif
 #include "ops/unary/unary_cuda.cuh"
 
 using namespace dnl;
 
-#ifdef DNL_WITH_HOPPER
 static_assert(alignof(TensorMap) == 128 && sizeof(TensorMap) == 128, "as CUtensorMap: parameters lie as on the device");
-#endif
 
 template <class T, class = void>
 struct HasTiles : std::false_type {};
@@ -124,31 +119,23 @@ int main(int argc, char** argv) {
       return 0;
     }
     ForwardPlan plan = plan_fused_forward(shape_of<T>(args), device.gpu());
-#ifdef DNL_WITH_HOPPER
     if (path == "hopper") plan = plan_hopper_forward(shape_of<T>(args), device.gpu());
-#endif
     const int64_t key_tiles = ceil_div_of(M, kForwardTiles[plan.tile].keys);
     std::printf("{\"tiles\": %ld}\n", long(ceil_div_of(key_tiles, plan.splits)));
     if (argc > 11) {
       plan.splits = 1;
       args.keys = number(11) * kForwardTiles[plan.tile].keys;
     }
-#ifdef DNL_WITH_HOPPER
     if (path == "hopper") {
       pairwise_hopper_forward_cuda<T>(args, device, plan);
       return 0;
     }
-#endif
     pairwise_fused_forward_cuda<T>(args, device, plan);
     return 0;
   }
   args.residual = view(N, C);
   args.grad_output = view(N, C);
   args.grad_query = view(N, D), args.grad_key = view(M, D), args.grad_value = view(M, C);
-#ifdef DNL_WITH_HOPPER
   const auto by = path == "hopper" ? BackwardMap::hopper : path == "fused" ? BackwardMap::fused : BackwardMap::products;
   pairwise_backward_cuda<T>(args, device, {}, {by, device.gpu().multiprocessors});
-#else
-  pairwise_backward_cuda<T>(args, device, {}, path == "fused");
-#endif
 }
