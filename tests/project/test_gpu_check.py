@@ -1,5 +1,6 @@
 """What of tests/gpu_check.py needs no GPU: the plan of the time, the report, the steps with a stand-in device."""
 
+import fcntl
 import json
 import subprocess
 import sys
@@ -379,12 +380,17 @@ class TestCommand:
         assert gpu_check.main(["--out", str(tmp_path)]) == 1
         assert [step.name for step in check.report.steps] == ["build"]
 
-    def test_a_late_command_ends_with_what_it_has_started(self):
-        script = "sleep 30 & echo started $!; wait"
+    def test_a_late_command_ends_with_what_it_has_started(self, tmp_path):
+        # The child holds a lock for as long as it lives: a zombie, which nobody may have reaped, holds none.
+        child = tmp_path / "child.py"
+        child.write_text(
+            "import fcntl, sys, time\nfile = open(sys.argv[1], 'w')\nfcntl.flock(file, fcntl.LOCK_EX)\n"
+            "print('locked', flush=True)\ntime.sleep(30)\n"
+        )
+        parent = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
         start = time.time()
-        status, text = commands.run(["bash", "-c", script], 1.0)
-        child = int(text.split()[1])
-        assert status == gpu_check.TIMED_OUT and time.time() - start < 15
-        time.sleep(0.2)
-        listed = subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True, text=True).stdout.strip()
-        assert listed in ("",) or listed.startswith("Z")
+        status, text = commands.run([sys.executable, "-c", parent, child, tmp_path / "lock"], 5.0)
+        assert status == gpu_check.TIMED_OUT and text.startswith("locked")
+        with open(tmp_path / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        assert time.time() - start < 25
