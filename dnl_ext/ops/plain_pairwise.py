@@ -50,7 +50,8 @@ def _map_blocks(
     """The blocks of the map. Operands are made for the batch elements of a block, and kept for their other blocks.
 
     Keys are centred with or without whitening, and values too: that adds a constant to each row of logits and nothing
-    to dq, and is made good in y. A part is used as it comes.
+    to dq, and is made good in y. 16-bit keys are centred if the caller whitens: products of 16-bit numbers are exact in
+    float32, those of centred ones no longer. A part is used as it comes.
     """
     wide, (queries, keys) = accumulate_type(query.dtype), (query.shape[-2], key.shape[-2])
     q, k, v = (_flat(x) for x in (query, key, value))
@@ -60,7 +61,9 @@ def _map_blocks(
             operands = (q[batch].to(wide), k[batch].to(wide), v[batch].to(wide), 0.0)
         else:
             own_query = centred(q[batch], True)[0] if whiten else q[batch].to(wide)
-            operands = (own_query, centred(k[batch], bool(whiten))[0], *centred(v[batch], False))
+            exact = not whiten and k.dtype != wide
+            own_key = k[batch].to(wide) if exact else centred(k[batch], bool(whiten))[0]
+            operands = (own_query, own_key, *centred(v[batch], False))
         for _, rows in group:
             yield _Block(batch, rows, *operands)
 

@@ -157,6 +157,21 @@ class TestHotSoftmax:
         truth = reference.pairwise_attention(*(x.double() for x in inputs), scale=1000.0)
         assert relative_error(results[0], truth) < {torch.float64: 1e-10, torch.float32: 1e-4}.get(dtype, 0.1)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_products_that_cancel_cancel_exactly(self, dtype, device):
+        """Products of 16-bit numbers are exact in float32: +a and -a times the same key, centred by nobody, are 0."""
+        generator = torch.Generator().manual_seed(0)
+        query, key = (3000 * torch.randn(n, 1, generator=generator) for n in (40, 50))
+        query, key = (torch.cat([x, sign * x], -1).to(dtype) for x, sign in ((query, -1), (key, 1)))
+        value, grad = (torch.randn(n, 7, generator=generator).to(dtype) for n in (50, 40))
+        y, dq, dk, dv = everything((query, key, value), grad, pairwise_attention, scale=1.0, whiten=None)
+        mean = value.double().mean(0)
+        assert relative_error(y, mean.expand(40, 7)) < torch.finfo(dtype).eps
+        assert relative_error(dv, (grad.double().sum(0) / 50).expand(50, 7)) < torch.finfo(dtype).eps
+        ds = (grad.double() @ (value.double() - mean).mT) / 50
+        assert relative_error(dq, ds @ key.double()) < 2 * torch.finfo(dtype).eps
+        assert relative_error(dk, ds.mT @ query.double()) < 2 * torch.finfo(dtype).eps
+
     def test_scale_zero_is_uniform(self):
         inputs, grad = make()
         expected = everything(inputs, grad, reference.disentangled_attention, scale=0.0)

@@ -177,7 +177,7 @@ struct PairwiseBackward {
 
   const A* mean(const A* means_of, int64_t batch) const { return means_of ? means_of + batch * args.width : nullptr; }
   const A* packing_mean(const A* means_of, int64_t batch) const {
-    return kRawProducts<E> ? nullptr : mean(means_of, batch);
+    return centred_logits<Src, E>(args) ? mean(means_of, batch) : nullptr;
   }
 
   const A* value_mean(int64_t batch) const { return means.value ? means.value + batch * args.channels : nullptr; }

@@ -89,7 +89,7 @@ struct PairwiseForward {
   }
 
   const A* mean(const A* means_of, int64_t batch) const {
-    return kRawProducts<E> || !means_of ? nullptr : means_of + batch * args.width;
+    return means_of && centred_logits<Src, E>(args) ? means_of + batch * args.width : nullptr;
   }
 
   const A* value_mean(int64_t batch) const { return means.value ? means.value + batch * args.channels : nullptr; }

@@ -6,7 +6,8 @@
 //
 // Centring. In float and double, operands are centred while they are packed. bfloat16 operands are multiplied as they
 // are, exactly, in float accumulators; the query mean enters as a bias per key, -<mu_q, k_j>, because rounding centred
-// values again would lose what the inputs still had. Values are centred like keys: rows of P sum to one, so their mean
+// values again would lose what the inputs still had. 16-bit operands that are widened are centred if the caller
+// whitens. Values are centred like keys: rows of P sum to one, so their mean
 // can be added at the end, and Delta and dO V^T lose the same multiple of it. A part (pairwise.h) is not centred.
 #pragma once
 
@@ -35,6 +36,13 @@ inline Source<Src> by_channel(const View& x, int64_t batch, int64_t first, const
 // Whether products run on the raw operands, with the query mean as a bias.
 template <class E>
 constexpr bool kRawProducts = Block<E>::kGroup > 1;
+
+// Whether logits are products of centred operands. Those of 16-bit numbers are exact in float, and of centred ones no
+// longer: without whitening, a row whose products cancel would be decided by the rounding of the centred keys.
+template <class Src, class E>
+bool centred_logits(const PairwiseArgs& args) {
+  return !kRawProducts<E> && (args.whiten || std::is_same_v<Src, E>);
+}
 
 // Keys of whole rows are centred with or without whitening: that adds a constant to each row of logits and nothing to
 // dQ. Per-channel means of query and key (batches, width) and value (batches, channels), or null where not centred.
