@@ -20,6 +20,12 @@ def evaluate(
     layout: Annotated[str | None, typer.Option(help="Layout of the folder, as in dnl-ext train.")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes, where the layout leaves it open.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Images to use, spread evenly (all).")] = None,
+    predictions: Annotated[
+        str | None, typer.Option(help="Folder for PNG files of predicted class numbers, in the classes' colours.")
+    ] = None,
+    overlays: Annotated[
+        str | None, typer.Option(help="Folder for the images under the predicted colours, with a legend.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of PyTorch; 0 is its own choice.")] = 0,
     json: Annotated[str | None, typer.Option(help="File to write all figures to.")] = None,
@@ -32,6 +38,8 @@ def evaluate(
     from rich.progress import Progress
     from rich.table import Table
 
+    from ..segmentation.data import FolderData
+    from ..segmentation.looking.predictions import PredictionWriter
     from ..segmentation.training.evaluation import evaluate as measure
     from ..segmentation.training.evaluation import evaluation_data
     from ..segmentation.training.trained import check_classes, restore
@@ -44,10 +52,18 @@ def evaluate(
     if json is not None:
         write(json, "")  # an evaluation can take long: what cannot be written is said before it
     typer.echo(found.summary)
+    samples = [*found.train, *found.val] if isinstance(found, FolderData) else []
+    kept = [path for sample in samples for path in (sample.image, sample.label)]
+    writer = PredictionWriter(found.classes, found.name, predictions, overlays, kept)
     console = Console()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(split, total=found.validation_size)
-        confusion = measure(trained, found, device, lambda *_: progress.advance(task))
+
+        def each(number: int, image: torch.Tensor, prediction: torch.Tensor) -> None:
+            writer.write(found.validation_name(number), image, prediction)
+            progress.advance(task)
+
+        confusion = measure(trained, found, device, each)
     iou, accuracy = confusion.iou(), confusion.accuracy()
     present = confusion.counts.sum(1)
     shares = (present / present.sum().clamp(min=1)).tolist()

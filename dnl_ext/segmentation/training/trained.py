@@ -18,6 +18,7 @@ class Trained(NamedTuple):
         classes: names of the classes.
         step: finished steps of the run.
         miou: mean intersection over union at its last validation, 0 .. 1; None before the first.
+        data: name of the data set it was trained on.
 
     Example:
         >>> from dnl_ext.segmentation import SegmentationNetwork
@@ -32,6 +33,7 @@ class Trained(NamedTuple):
     classes: tuple[str, ...]
     step: int
     miou: float | None
+    data: str = ""
 
 
 def check_classes(trained: Trained, data: Any, title: str | Path) -> None:
@@ -77,4 +79,4 @@ def restore(path: str | Path, with_block: bool = True) -> Trained:
         len(classes), config.variant, config.backend, config.width, config.temperature, config.block_gain
     )
     checkpoint.load_weights(network, state, path)
-    return Trained(network.eval(), config, classes, state["step"], state.get("miou"))
+    return Trained(network.eval(), config, classes, state["step"], state.get("miou"), state.get("data", ""))
