@@ -7,6 +7,7 @@ import typer
 
 from ..segmentation.errors import InputError
 from .errors import one_line_errors
+from .evaluate import FLIP_HELP, SCALES_HELP, parse_scales
 
 
 def find_images(paths: list[str]) -> dict[str, Path]:
@@ -42,6 +43,8 @@ def predict(
     overlays: Annotated[
         str | None, typer.Option(help="Folder for the photographs under the colours, with a legend.")
     ] = None,
+    scales: Annotated[str, typer.Option(help=SCALES_HELP)] = "1",
+    flip: Annotated[bool, typer.Option("--flip", help=FLIP_HELP)] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of PyTorch; 0 is its own choice.")] = 0,
 ) -> None:
@@ -59,6 +62,7 @@ def predict(
 
     if threads:
         torch.set_num_threads(threads)
+    factors = parse_scales(scales)
     images = find_images(image)
     trained = restore(checkpoint, with_block=False)
     place = pick_device(device)
@@ -67,6 +71,7 @@ def predict(
     console = Console()
     for name, path in track(images.items(), "predict", console=console, disable=not console.is_terminal):
         pixels = read_image(path)
-        writer.write(name, pixels, predict_image(network, pixels, place, trained.config.amp))
+        predicted = predict_image(network, pixels, place, trained.config.amp, factors, flip)
+        writer.write(name, pixels, predicted)
     also = "" if overlays is None else f", overlays in {overlays}"
     typer.echo(f"{len(images)} images, {len(trained.classes)} classes: predictions in {out}{also}")
