@@ -87,7 +87,8 @@ def train(
     ] = None,
     backbone_weights: Annotated[str | None, option("File of the backbone's weights (timm's, downloaded).")] = None,
     freeze_backbone: Annotated[
-        bool, option("Do not train the encoder: features of each image are computed once.", NETWORK, "--freeze-backbone")
+        bool,
+        option("Do not train the encoder: features of each image are computed once.", NETWORK, "--freeze-backbone"),
     ] = False,
     feature_cache: Annotated[str | None, option("Folder of these features (features in --out).")] = None,
     label_stride: Annotated[

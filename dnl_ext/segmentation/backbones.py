@@ -1,5 +1,7 @@
 """Encoders with pretrained weights: the networks of timm, as features of stride 8."""
 
+import difflib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,9 @@ def check_backbone(name: str) -> None:
 def import_timm() -> Any:
     """The module timm; InputError says how to get it."""
     try:
-        import timm
+        return importlib.import_module("timm")
     except ImportError:
         raise InputError(f"--backbone {PREFIX}NAME needs timm: pip install dnl_ext[timm]") from None
-    return timm
 
 
 def one_line(error: Exception) -> str:
@@ -92,15 +93,18 @@ class TimmBackbone(nn.Module):
         return super().train(False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if images.device.type == "cpu":
+            images = images.contiguous()  # see network.prepare
         return self.body((images.to(self.mean.dtype) - self.mean) / self.std)[-1]
 
 
 def create(timm: Any, name: str, pretrained: bool = False) -> nn.Module:
     """A network of timm that gives the features of its stages, the last at stride 8. Raises InputError."""
     if not timm.is_model(name.split(".")[0]):
-        stem = name.split("_")[0].split(".")[0]
-        near = ", ".join(timm.list_models(f"*{stem}*")[:4] or timm.list_models()[:4])
-        raise InputError(f"--backbone {PREFIX}{name}: timm has no such network; it has {near}, ...")
+        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        raise InputError(
+            f"--backbone {PREFIX}{name}: timm has no such network" + (f", but {', '.join(near)}" if near else "")
+        )
     try:
         body = timm.create_model(name, features_only=True, output_stride=STRIDE, pretrained=pretrained)
     except Exception as error:  # timm's networks raise many kinds for options that they do not have

@@ -181,4 +181,9 @@ def tokens(size: Sequence[int]) -> int:
 
 def prepare(network: Network, device: torch.device) -> Network:
     """Move to ``device`` in the memory format its convolutions are fastest in."""
-    return network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    network.to(device=device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    if device.type == "cpu":
+        for module in network.modules():
+            if isinstance(module, TimmBackbone):  # depthwise convolutions, twice as fast channel-first
+                module.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+    return network

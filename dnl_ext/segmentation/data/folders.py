@@ -155,7 +155,7 @@ class FolderData:
         return augment(np.random.default_rng((seed, index, 3)), image, label, crop)
 
     def training_number(self, seed: int, index: int) -> int:
-        """Which image of ``train`` is number ``index``: every epoch goes through all, in an order drawn from ``seed``."""
+        """Which of ``train`` is number ``index``: every epoch goes through all, in an order drawn from ``seed``."""
         epoch, place = divmod(index, self.epoch)
         key, order = self._order
         if key != (seed, epoch):

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.folders import FolderData, read_classes
 from ..data.files import read_image
+from ..data.folders import FolderData, read_classes
 from ..data.layouts import Sample
 from ..data.mosaic import Size
 from ..errors import InputError
@@ -101,7 +101,7 @@ class FeatureCache:
             temporary.unlink(missing_ok=True)
 
     def fill(self, progress: Callable[[int, int], object], stopped: Callable[[], object]) -> None:
-        """Compute what is missing, each process its share, until ``stopped()``; ``progress(done, total)`` as it goes."""
+        """Compute what is missing, each process its share, until ``stopped()``; calls ``progress(done, total)``."""
         wanted = [(sample, mirrored) for sample in self.data.train for mirrored in (False, True)]
         wanted += [(sample, False) for sample in self.data.val]
         missing = [(sample, mirrored) for sample, mirrored in wanted if not self.path(sample, mirrored).is_file()]

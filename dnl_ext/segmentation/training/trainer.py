@@ -364,13 +364,11 @@ class Trainer:
             return self.network(image[None].to(self.device)).argmax(1)[0].cpu()
 
     @torch.inference_mode()
-    def _predict_sample(self, sample: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-        """Predicted classes (H, W) of a validation sample of ``source``."""
-        if self.features is None:
-            return self.predict(sample)
+    def evaluate(self, samples: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits (B, classes, H, W) of ``size`` (None: that of the samples) for samples as ``source`` has them."""
         self.network.eval()
         with self.autocast():
-            return self.head(sample[None].to(self.device), size).argmax(1)[0].cpu()
+            return self.head(samples.to(self.device), samples.shape[-2:] if size is None else size)
 
     def _confusion(self, listener: Listener, stop: StopFlag) -> Confusion:
         """Counts over this process's part of the validation images, and fewer of them where ``stop`` is set."""
@@ -379,7 +377,7 @@ class Trainer:
             if stop.signum:
                 break
             sample, label = self.source.validation_sample(index)
-            confusion.add(label, self._predict_sample(sample, label.shape))
+            confusion.add(label, self.evaluate(sample[None], label.shape).argmax(1)[0].cpu())
             listener.validation(self.step, min(index + distributed.world_size(), size), size, None)
         return confusion
 
