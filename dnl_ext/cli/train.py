@@ -51,7 +51,7 @@ def train(
     ] = None,
     layout: Annotated[
         str | None,
-        option("cityscapes, ade20k, pascal-context, pascal-context-59 or plain (found by folder names).", DATA),
+        option("cityscapes, ade20k, pascal-context, pascal-context-59, plain or camvid (found by folder names).", DATA),
     ] = None,
     classes: Annotated[int | None, option("Number of classes, where the layout leaves it open.", DATA)] = None,
     crop: Annotated[str | None, option("Height x width of training crops in pixels (512x1024).", DATA)] = None,

@@ -16,6 +16,8 @@ from .mosaic import Size
 
 #: Range of the random scale of training images.
 SCALES = (0.5, 2.0)
+#: Parts of a data set that a network can be measured on, and how a line of text calls them.
+SPLITS = {"val": "validation", "test": "test"}
 
 
 def read_sample(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,14 +104,16 @@ class FolderData:
     Args:
         root, layout, classes: see :func:`find_layout`.
         validation_size: images of the validation part to use, spread evenly over it; None is all.
+        split: the part that is validated on, "val" or "test".
 
     Attributes:
         summary: a line of what was found in the folder, and of what in it is not used.
         train: training samples, a list of :class:`Sample`.
-        val: validation samples.
+        val: validation samples, of ``split``.
 
     Raises:
-        InputError: see :func:`find_layout`. An image is read, and an error in it found, when its turn comes.
+        InputError: see :func:`find_layout`; the folder has no such part. An image is read, and an error in it found,
+            when its turn comes.
 
     Example:
         >>> from pathlib import Path
@@ -132,19 +136,24 @@ class FolderData:
         layout: str | None = None,
         classes: int | None = None,
         validation_size: int | None = None,
+        split: str = "val",
     ) -> None:
+        if split not in SPLITS:
+            raise InputError(f"--split must be one of {', '.join(SPLITS)}, got {split}")
         found = find_layout(root, layout, classes)
         self.name: str = found.name
         self.classes: tuple[str, ...] = found.classes
         self.train: list[Sample] = found.train
-        self.val: list[Sample] = found.val
+        self.val: list[Sample] = found.val if split == "val" else found.test
+        if not self.val:
+            raise InputError(f"--split {split}: {root} ({found.name} layout) has no test images with labels")
         self.epoch: int = len(self.train)
-        left_out = found.left_out
+        left_out, kind = found.left_out, SPLITS[split]
         if validation_size is not None and validation_size < len(self.val):
-            left_out += (f"validation images beyond the number asked for ({len(self.val) - validation_size})",)
+            left_out += (f"{kind} images beyond the number asked for ({len(self.val) - validation_size})",)
             self.val = [self.val[int(i)] for i in np.linspace(0, len(self.val) - 1, validation_size)]
         self.validation_size: int = len(self.val)
-        self.summary: str = f"{self.epoch} training and {self.validation_size} validation images"
+        self.summary: str = f"{self.epoch} training and {self.validation_size} {kind} images"
         if left_out:
             self.summary += f"; left out: {', '.join(left_out)}"
         self._order: tuple[Any, Any] = (None, None)

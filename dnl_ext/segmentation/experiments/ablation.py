@@ -143,7 +143,7 @@ class Ablation:
     @functools.cached_property
     def data(self) -> Data:
         """The data set of all runs, opened when it is first asked for. Raises InputError where it cannot be."""
-        return open_data(self.base)
+        return open_data(self.base, self.recipe.split)
 
     def config(self, run: Run) -> TrainConfig:
         """Settings of a run, a :class:`~dnl_ext.segmentation.training.TrainConfig`."""

@@ -45,6 +45,7 @@ class Recipe(NamedTuple):
         images: validation images that the attention is measured on.
         source: where the settings are from.
         rows: (variant, temperature) of what is trained; empty is every variant at each temperature.
+        split: part of the data that is measured on.
 
     Example:
         >>> from dnl_ext.segmentation.experiments import RECIPES
@@ -59,6 +60,7 @@ class Recipe(NamedTuple):
     images: int
     source: str
     rows: tuple[Row, ...] = ()
+    split: str = "val"
 
     def choose(self, variants: Sequence[str] | None, temperatures: Sequence[float] | None) -> tuple[Row, ...]:
         """The rows of these variants and temperatures, None being the recipe's own."""
@@ -126,20 +128,22 @@ RECIPES = {
         (1.0, 0.05),
         {**_CAMVID, "freeze_backbone": True, "crop": (256, 352), "steps": 551, "save_every": 200},
         0,
-        "plain",
+        "camvid",
         48,
         "Features of EfficientNet-Lite0, pretrained on ImageNet and frozen. Crops of 256 x 352 pixels, mirrored, 4 at "
         "a time, AdamW at 0.001, 6 epochs.",
         rows((*VARIANTS, "none"), (1.0, 0.05)),
+        "test",
     ),
     "camvid_trained": Recipe(
         (1.0, 0.05),
         {**_CAMVID, "encoder_lr": 0.1, "crop": (176, 240), "steps": 367, "save_every": 50},
         0,
-        "plain",
+        "camvid",
         48,
         "EfficientNet-Lite0, pretrained on ImageNet and trained at a tenth of the rate. Crops of 176 x 240 pixels, "
         "scaled by 0.5 to 2, mirrored, 4 at a time, AdamW at 0.001, 4 epochs.",
         (("none", None), ("nl", 1.0), ("nl", 0.05), ("pairwise", 0.05), ("dnl", 0.05)),
+        "test",
     ),
 }  # fmt: skip

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from ...analysis import block_inputs, boundaries, labels_on_grid
 from ...analysis.terms import split_images
 from ..metrics import IGNORE
+from ..training.prediction import autocast
 from ..training.trainer import Trainer, segmentation_loss
 from .samples import ValidationSamples
 
@@ -53,7 +54,7 @@ def unary_maps(trainer: Trainer, count: int) -> Iterator[UnaryMap]:
     trainer.network.eval()
     try:
         for samples, labels in ValidationSamples(trainer, count):
-            with torch.set_grad_enabled(len(hooks) > 1), trainer.autocast():
+            with torch.set_grad_enabled(len(hooks) > 1), autocast(trainer.config.amp, trainer.device):
                 loss = segmentation_loss(trainer.head(samples.to(trainer.device), labels.shape[-2:]), labels)
             gradient = None
             if len(hooks) > 1:

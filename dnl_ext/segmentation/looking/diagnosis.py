@@ -15,8 +15,9 @@ from ...analysis import AttentionProbe
 from ...analysis.tables import Section, as_markdown, sections
 from ..errors import InputError
 from ..training.config import TrainConfig
-from ..training.trained import Trained
-from ..training.trainer import Data, open_data
+from ..training.evaluation import evaluation_data
+from ..training.trained import Trained, check_classes
+from ..training.trainer import Data
 from .figure import choose_queries, place_of
 from .maps import draw_maps, look
 
@@ -51,13 +52,7 @@ class DiagnoseSettings:
 
 def diagnosis_data(config: TrainConfig, settings: DiagnoseSettings) -> Data:
     """The data set to measure on. Raises InputError."""
-    if settings.data is not None:
-        given = {"data": settings.data, "layout": settings.layout, "classes": settings.classes}
-    elif settings.layout is not None or settings.classes is not None:
-        raise InputError("--layout and --classes belong to --data DIR")
-    else:
-        given = {}
-    return open_data(dataclasses.replace(config, val_images=settings.images, **given))
+    return evaluation_data(config, settings.data, settings.layout, settings.classes, settings.images)
 
 
 def diagnose(
@@ -98,9 +93,7 @@ def diagnose(
     first = next(iter(networks.values()))
     data = diagnosis_data(first.config, settings) if data is None else data
     for title, trained in networks.items():
-        if tuple(trained.classes) != tuple(data.classes):
-            raise InputError(f"{title} has {len(trained.classes)} classes, the data {data.name} {len(data.classes)} "
-                             "or others: give --data")  # fmt: skip
+        check_classes(trained, data, title)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -1,12 +1,15 @@
 """Training: settings, loop, checkpoints, logs; one process or several.
 
-:class:`TrainConfig` says what to train, :class:`Trainer` does it, :func:`restore` gives the trained network back. The
-functions of :mod:`.distributed` are for programs that torchrun starts in several processes.
+:class:`TrainConfig` says what to train, :class:`Trainer` does it, :func:`restore` gives the trained network back, and
+:func:`evaluate` measures it. The functions of :mod:`.distributed` are for programs that torchrun starts in several
+processes.
 """
 
 from . import checkpoint, distributed
 from .config import TrainConfig
+from .evaluation import evaluate, evaluation_data
 from .log import CsvLog
+from .prediction import predict
 from .progress import TerminalProgress
 from .sync_norm import SyncBatchNorm, sync_norms
 from .trained import Trained, restore
@@ -22,8 +25,11 @@ __all__ = [
     "Trainer",
     "checkpoint",
     "distributed",
+    "evaluate",
+    "evaluation_data",
     "learning_rate",
     "open_data",
+    "predict",
     "restore",
     "segmentation_loss",
     "sync_norms",

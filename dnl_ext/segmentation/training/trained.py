@@ -1,7 +1,7 @@
 """A trained network back from its checkpoint, for looking at."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..network import SegmentationNetwork
@@ -49,6 +49,13 @@ def build(config: TrainConfig, classes: int, fresh: bool) -> SegmentationNetwork
         backbone_weights=config.backbone_weights if fresh else None,
         frozen=config.freeze_backbone,
     )
+
+
+def check_classes(trained: Trained, data: Any, title: str | Path) -> None:
+    """Raise InputError unless the classes of a data set are those of the network called ``title``."""
+    if tuple(trained.classes) != tuple(data.classes):
+        raise InputError(f"{title} has {len(trained.classes)} classes, the data {data.name} {len(data.classes)} or "
+                         "others: give --data or --layout")  # fmt: skip
 
 
 def restore(path: str | Path, with_block: bool = True) -> Trained:

@@ -6,7 +6,6 @@ resumes from a checkpoint continues bit for bit on a CPU with as many threads, a
 batch (distributed.py) decides the order of sums only.
 """
 
-import contextlib
 import dataclasses
 import signal
 import statistics
@@ -14,7 +13,6 @@ import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,6 +32,7 @@ from . import checkpoint, distributed
 from .config import TrainConfig
 from .feature_cache import FeatureCache
 from .log import CsvLog
+from .prediction import autocast, predict
 from .sync_norm import sync_norms
 from .trained import build
 
@@ -70,11 +69,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def open_data(config: TrainConfig) -> Data:
+def open_data(config: TrainConfig, split: str = "val") -> Data:
     """The data set that the settings name, built-in or of a folder.
 
+    Args:
+        config: a :class:`TrainConfig`.
+        split: the part that is validated on, "val" or "test".
+
     Raises:
-        InputError: the folder cannot be used, or settings that belong to a folder are given without one.
+        InputError: the folder cannot be used or has no such part, or what belongs to a folder is given without one.
 
     Example:
         >>> from dnl_ext.segmentation.training import TrainConfig, open_data
@@ -84,9 +87,11 @@ def open_data(config: TrainConfig) -> Data:
     if config.data is None:
         if config.layout is not None or config.classes is not None:
             raise InputError("--layout and --classes belong to --data DIR")
+        if split != "val":
+            raise InputError(f"--split {split} belongs to --data DIR: built-in data have validation images alone")
         builtin = {"mosaic": MosaicData, "context": ContextData}[config.task]
         return builtin(config.crop, config.val_images or 8)
-    return FolderData(config.data, config.layout, config.classes, config.val_images)
+    return FolderData(config.data, config.layout, config.classes, config.val_images, split)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -326,12 +331,6 @@ class Trainer:
         images, labels = zip(*samples, strict=True)
         return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.stack(labels)
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Context of the forward pass: autocast to bfloat16 where the settings ask for it."""
-        if self.config.amp == "none":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
-
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """One update of the weights; returns the loss over the batch of all processes."""
         rate = learning_rate(self.config, self.step)
@@ -341,7 +340,7 @@ class Trainer:
         stride = self.config.label_stride
         labels = labels[:, stride // 2 :: stride, stride // 2 :: stride].to(self.device, non_blocking=True)
         counted = distributed.total((labels != IGNORE).sum())
-        with self.autocast():
+        with autocast(self.config.amp, self.device):
             logits = self.model(images.to(self.device, non_blocking=True), labels.shape[-2:])
         loss = segmentation_loss(logits, labels, counted)
         self.optimizer.zero_grad(set_to_none=True)
@@ -356,18 +355,15 @@ class Trainer:
         """What training and validation samples are taken from: the data, or its features."""
         return self.data if self.features is None else self.features
 
-    @torch.inference_mode()
     def predict(self, image: torch.Tensor) -> torch.Tensor:
         """Predicted classes (H, W) int64, on the CPU, of an image (3, H, W) in 0 .. 1."""
-        self.network.eval()
-        with self.autocast():
-            return self.network(image[None].to(self.device)).argmax(1)[0].cpu()
+        return predict(self.network.eval(), image, self.device, self.config.amp)
 
     @torch.inference_mode()
     def evaluate(self, samples: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
         """Logits (B, classes, H, W) of ``size`` (None: that of the samples) for samples as ``source`` has them."""
         self.network.eval()
-        with self.autocast():
+        with autocast(self.config.amp, self.device):
             return self.head(samples.to(self.device), samples.shape[-2:] if size is None else size)
 
     def _confusion(self, listener: Listener, stop: StopFlag) -> Confusion:
