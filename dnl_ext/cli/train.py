@@ -79,7 +79,21 @@ def train(
         float | None, option("Initial weight of the BatchNorm behind the block; 0 starts it as the identity (0).")
     ] = None,
     temperature: Annotated[float | None, option("Divides the attention's logits (0.05, the paper's; nl: 1).")] = None,
-    width: Annotated[int | None, option("Channels after the encoder's first convolution (24).")] = None,
+    width: Annotated[int | None, option("Channels after the small encoder's first convolution (24).")] = None,
+    channels: Annotated[int | None, option("Channels of the features that enter the block (256).")] = None,
+    backbone: Annotated[
+        str | None,
+        option("Encoder: small, or timm:NAME, a pretrained network of timm with features at stride 8 (small)."),
+    ] = None,
+    backbone_weights: Annotated[str | None, option("File of the backbone's weights (timm's, downloaded).")] = None,
+    freeze_backbone: Annotated[
+        bool,
+        option("Do not train the encoder: features of each image are computed once.", NETWORK, "--freeze-backbone"),
+    ] = False,
+    feature_cache: Annotated[str | None, option("Folder of these features (features in --out).")] = None,
+    label_stride: Annotated[
+        int | None, option("Train on every N-th pixel of the labels in each direction (1).", DATA)
+    ] = None,
     stop_after: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train a segmentation network with a non-local block, on built-in photographs or on your own folder.
@@ -97,7 +111,9 @@ def train(
         "val_images": val_images, "workers": workers, "variant": variant, "backend": backend, "amp": amp, "lr": lr,
         "dtype": dtype, "optimizer": optimizer,
         "encoder_lr": encoder_lr, "weight_decay": weight_decay, "block_gain": block_gain, "temperature": temperature,
-        "width": width, "crop": parse_size(crop) if crop else None,
+        "width": width, "channels": channels, "backbone": backbone, "backbone_weights": backbone_weights,
+        "freeze_backbone": freeze_backbone or None, "feature_cache": feature_cache, "label_stride": label_stride,
+        "crop": parse_size(crop) if crop else None,
     }  # fmt: skip
     typed = {name: value for name, value in typed.items() if value is not None}
     if resume and init:

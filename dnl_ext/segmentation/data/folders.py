@@ -40,18 +40,25 @@ def read_sample(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
         >>> label
         tensor([[  0, 255]])
     """
-    image, raw = read_image(sample.image), read_label(sample.label)
-    if raw.shape != tuple(image.shape[1:]):
-        label_size, image_size = (f"{size[-2]}x{size[-1]}" for size in (raw.shape, image.shape))
+    image = read_image(sample.image)
+    label = read_classes(sample)
+    if label.shape != image.shape[1:]:
+        label_size, image_size = (f"{size[-2]}x{size[-1]}" for size in (label.shape, image.shape))
         orientation = exif_turn(sample.image)
         turned = f", turned upright by its EXIF orientation {orientation}" if orientation else ""
         raise InputError(f"label {sample.label} is {label_size}, but its image {sample.image} is {image_size}{turned}")
+    return image, label
+
+
+def read_classes(sample: Sample) -> torch.Tensor:
+    """The label of a sample: int64 tensor (H, W) of class numbers and IGNORE. Raises InputError."""
+    raw = read_label(sample.label)
     label = sample.lookup[np.clip(raw, 0, 255)]
     wrong = (label < 0) | (raw > 255) | (raw < 0)
     if wrong.any():
         valid = sorted(set(np.flatnonzero(sample.lookup >= 0).tolist()))
         raise InputError(f"label {sample.label} holds {int(raw[wrong][0])}: expected {spans(valid)}")
-    return image, torch.from_numpy(label.astype(np.int64))
+    return torch.from_numpy(label.astype(np.int64))
 
 
 def spans(values: Sequence[int]) -> str:
@@ -153,14 +160,18 @@ class FolderData:
         self._order: tuple[Any, Any] = (None, None)
 
     def training_sample(self, seed: int, index: int, crop: Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training image number ``index``: every epoch goes through all images in an order drawn from the seed."""
+        """Training image number ``index``, augmented."""
+        image, label = read_sample(self.train[self.training_number(seed, index)])
+        return augment(np.random.default_rng((seed, index, 3)), image, label, crop)
+
+    def training_number(self, seed: int, index: int) -> int:
+        """Which of ``train`` is number ``index``: every epoch goes through all, in an order drawn from ``seed``."""
         epoch, place = divmod(index, self.epoch)
         key, order = self._order
         if key != (seed, epoch):
             order = np.random.default_rng((seed, epoch, 2)).permutation(self.epoch)
             self._order = ((seed, epoch), order)
-        image, label = read_sample(self.train[order[place]])
-        return augment(np.random.default_rng((seed, index, 3)), image, label, crop)
+        return int(order[place])
 
     def validation_name(self, index: int) -> str:
         """Name for files about validation image number ``index``: its path below the folder of all, without ending."""

@@ -21,11 +21,12 @@ from ..._version import __version__
 from ...analysis import AttentionProbe
 from ..data.context import PretextData
 from ..errors import InputError
-from ..looking.diagnosis import Samples
 from ..training import checkpoint
 from ..training.config import FREE, TrainConfig
-from ..training.trainer import CHECKPOINT, Data, Listener, Trainer, open_data
-from .recipes import RECIPES, VARIANTS, Recipe
+from ..training.trainer import CHECKPOINT, FEATURES, Data, Listener, Trainer, open_data
+from .recipes import RECIPES, VARIANT_NAMES, Recipe, Row
+from .samples import ValidationSamples
+from .unary_detail import unary_detail
 
 #: (mean, deviation over seeds, number of seeds) of a figure.
 Spread: TypeAlias = tuple[float, float, int]
@@ -45,7 +46,7 @@ class Run:
 
     Attributes:
         variant: of the block, as :class:`dnl_ext.DisentangledNonLocal2d` names it.
-        temperature: divides the block's logits; None for the unary term alone, which has no pairwise logits.
+        temperature: divides the block's logits; None where there are no pairwise logits.
         seed: of weights and training images.
 
     Example:
@@ -65,14 +66,9 @@ class Run:
         return f"{self.variant}{temperature}-seed{self.seed}"
 
 
-def plan(variants: Sequence[str], temperatures: Sequence[float], seeds: Sequence[int]) -> list[Run]:
-    """All runs, seed by seed; the unary term alone has no temperature and is trained once per seed."""
-    return [
-        Run(variant, temperature, seed)
-        for seed in seeds
-        for variant in variants
-        for temperature in ((None,) if variant == "unary" else temperatures)
-    ]
+def plan(rows: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
+    """All runs, seed by seed, so that what is finished at any time compares the same seeds."""
+    return [Run(variant, temperature, seed) for seed in seeds for variant, temperature in rows]
 
 
 class Ablation:
@@ -85,7 +81,7 @@ class Ablation:
         out: folder of all runs.
         recipe: a key of ``RECIPES``.
         overrides: settings of :class:`~dnl_ext.segmentation.training.TrainConfig` in place of the recipe's.
-        variants, temperatures, seeds: what to train; None is all variants and the recipe's temperatures.
+        variants, temperatures, seeds: what to train; None is what the recipe has.
         pretext: steps of the encoder's own training, in place of the recipe's.
         images: validation images that the attention is measured on, in place of the recipe's.
 
@@ -123,15 +119,17 @@ class Ablation:
         self.recipe: Recipe = RECIPES[recipe]
         settings = {**self.recipe.settings, "layout": self.recipe.layout, **(overrides or {})}
         self.base: TrainConfig = TrainConfig(**settings)
+        if self.base.freeze_backbone and self.base.feature_cache is None:
+            self.base.feature_cache = str(self.out / FEATURES)
         if self.recipe.layout is not None and self.base.data is None:
             raise InputError(f"--recipe {recipe} needs --data DIR in the {self.recipe.layout} layout")
         if self.recipe.layout is None and self.base.data is not None:
             named = ", ".join(name for name, entry in RECIPES.items() if entry.layout)
             raise InputError(f"--data DIR needs a --recipe of its own: {named}")
         for variant in variants or ():
-            if variant not in VARIANTS:
-                raise InputError(f"--variants must be among {', '.join(VARIANTS)}, got {variant}")
-        self.runs: list[Run] = plan(variants or VARIANTS, temperatures or self.recipe.temperatures, seeds)
+            if variant not in VARIANT_NAMES:
+                raise InputError(f"--variants must be among {', '.join(VARIANT_NAMES)}, got {variant}")
+        self.runs: list[Run] = plan(self.recipe.choose(variants, temperatures), seeds)
         if not self.runs:
             raise InputError("--seeds: expected at least one")
         self.pretext: int = self.recipe.pretext if pretext is None else pretext
@@ -145,7 +143,7 @@ class Ablation:
     @functools.cached_property
     def data(self) -> Data:
         """The data set of all runs, opened when it is first asked for. Raises InputError where it cannot be."""
-        return open_data(self.base)
+        return open_data(self.base, self.recipe.split)
 
     def config(self, run: Run) -> TrainConfig:
         """Settings of a run, a :class:`~dnl_ext.segmentation.training.TrainConfig`."""
@@ -177,7 +175,7 @@ class Ablation:
         for number, run in enumerate(self.runs, 1):
             if run not in self.results:
                 trainer = self.train(run, f"[{number}/{len(self.runs)}] {run.name}", data, listener)
-                self.results[run] = self.measure(run, trainer, data)
+                self.results[run] = self.measure(run, trainer)
                 write_json(self.out / run.name / RESULT, self.results[run])
             if on_result is not None:
                 on_result(run, self.results[run])
@@ -244,17 +242,20 @@ class Ablation:
             trainer.run(progress)
         return trainer
 
-    def measure(self, run: Run, trainer: Trainer, data: Data) -> dict[str, Any]:
-        """A run's result: mIoU, and the attention's figures over the first validation images."""
-        with AttentionProbe(trainer.network, QUERIES, seed=0) as probe:
-            probe.run(Samples(data, min(self.images, data.validation_size)), progress=False)
-        summary = probe.blocks["block"].summary()
+    def measure(self, run: Run, trainer: Trainer) -> dict[str, Any]:
+        """A run's result: mIoU, and the attention's figures over validation images."""
+        figures = {}
+        if trainer.network.block is not None:
+            with AttentionProbe(trainer.network, QUERIES, seed=0) as probe:
+                probe.run(ValidationSamples(trainer, self.images), forward=trainer.evaluate, progress=False)
+            figures = {name: figure.value for name, figure in probe.blocks["block"].summary().items()}
+            figures |= unary_detail(trainer, self.images)
         return {
             "run": dataclasses.asdict(run),
             "settings": self.fingerprint(self.config(run)),
             "miou": trainer.miou,
             "seconds_per_step": trainer.seconds_per_step(),
-            "attention": {name: figure.value for name, figure in summary.items()},
+            "attention": figures,
             "versions": {"dnl_ext": __version__, "torch": torch.__version__},
         }
 

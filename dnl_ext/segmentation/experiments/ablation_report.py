@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 from ...analysis.results import to_dict
 from ..errors import InputError
 from .ablation import Ablation, Run, Spread, over_seeds, write_json
-from .recipes import VARIANT_NAMES, VARIANTS
+from .recipes import VARIANT_NAMES
 
 #: Columns of the talk's table: key of a figure, head, factor, and the figure of uniform attention.
 COLUMNS = (
@@ -44,7 +44,8 @@ def cell(value: Spread | None, factor: int) -> str:
 
 def ordered(groups: Mapping[tuple[str, float | None], dict[str, Spread]]) -> list[tuple[str, float | None]]:
     """(variant, temperature) in the order of the table."""
-    return sorted(groups, key=lambda key: (-(key[1] or 0), VARIANTS.index(key[0])) if key[1] else (1, 0))
+    names = list(VARIANT_NAMES)
+    return sorted(groups, key=lambda key: (key[1] is None, -(key[1] or 0), names.index(key[0])))
 
 
 def table(groups: Mapping[tuple[str, float | None], dict[str, Spread]]) -> list[str]:
@@ -125,7 +126,7 @@ def draw(
 ) -> None:
     """Write the figure: one panel per shown column, a dot per seed, a bar at the mean, a line at uniform attention."""
     temperatures = sorted({key[1] for key in groups if key[1]}, reverse=True)
-    variants = [variant for variant in VARIANTS if any(key[0] == variant for key in groups)]
+    variants = [variant for variant in VARIANT_NAMES if any(key[0] == variant for key in groups)]
     columns = [column for column in COLUMNS if column[0] in SHOWN]
     figure, axes = plt.subplots(1, len(columns), figsize=(4.1 * len(columns), 3.6), layout="constrained")
     for axis, (name, title, factor, reference) in zip(axes, columns, strict=True):

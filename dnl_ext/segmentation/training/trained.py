@@ -36,6 +36,23 @@ class Trained(NamedTuple):
     data: str = ""
 
 
+def build(config: TrainConfig, classes: int, fresh: bool) -> SegmentationNetwork:
+    """The network of a run; ``fresh``: with the pretrained weights of its backbone, which a checkpoint has itself."""
+    return SegmentationNetwork(
+        classes,
+        config.variant,
+        config.backend,
+        config.width,
+        config.temperature,
+        config.block_gain,
+        config.channels,
+        config.backbone,
+        pretrained=fresh,
+        backbone_weights=config.backbone_weights if fresh else None,
+        frozen=config.freeze_backbone,
+    )
+
+
 def check_classes(trained: Trained, data: Any, title: str | Path) -> None:
     """Raise InputError unless the classes of a data set are those of the network called ``title``."""
     if tuple(trained.classes) != tuple(data.classes):
@@ -75,8 +92,6 @@ def restore(path: str | Path, with_block: bool = True) -> Trained:
     if with_block and config.variant == "none":
         raise InputError(f"checkpoint {path} is of a network without a block (--variant none)")
     classes = tuple(state["classes"])
-    network = SegmentationNetwork(
-        len(classes), config.variant, config.backend, config.width, config.temperature, config.block_gain
-    )
+    network = build(config, len(classes), fresh=False)
     checkpoint.load_weights(network, state, path)
     return Trained(network.eval(), config, classes, state["step"], state.get("miou"), state.get("data", ""))

@@ -11,6 +11,7 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -20,23 +21,27 @@ import torch.nn.functional as F
 from torch import nn
 from typing_extensions import Self
 
+from ..backbones import TimmBackbone
 from ..data.context import ContextData
 from ..data.folders import FolderData
 from ..data.mosaic import MosaicData
 from ..errors import InputError, Interrupted
 from ..metrics import IGNORE, Confusion
-from ..network import SegmentationNetwork, prepare
+from ..network import FeatureHead, prepare
 from . import checkpoint, distributed
 from .config import TrainConfig
+from .feature_cache import FeatureCache
 from .log import CsvLog
 from .prediction import autocast, predict
 from .sync_norm import sync_norms
+from .trained import build
 
 #: The data sets have one interface.
 Data: TypeAlias = MosaicData | FolderData
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
+FEATURES = "features"
 WARM_UP = 10
 
 
@@ -148,6 +153,9 @@ class Listener:
     def validation(self, step: int, done: int, total: int, miou: float | None) -> None:
         """Called during validation after ``done`` of ``total`` images; ``miou`` is None until all are done."""
 
+    def encoding(self, done: int, total: int) -> None:
+        """Called after ``done`` of the ``total`` images whose features were missing, where the encoder is frozen."""
+
 
 class Trainer:
     """One training run of a :class:`~dnl_ext.segmentation.SegmentationNetwork`.
@@ -170,6 +178,8 @@ class Trainer:
         model: the network as a step calls it; its gradients are averaged over all processes.
         out: the folder, or None.
         step: number of finished steps.
+        features: the cache of a frozen encoder's features, else None.
+        head: the network, or where the encoder is frozen what is behind it.
         miou: mean intersection over union of the latest validation, 0 .. 1; None before the first.
 
     Raises:
@@ -197,7 +207,8 @@ class Trainer:
         data: Data | None = None,
     ) -> None:
         distributed.together(self._open, config, out, state, state_path, init, init_path, data)
-        self.model: nn.Module = distributed.parallel(self.network, self.device)
+        self.head: nn.Module = self.network if self.features is None else FeatureHead(self.network)
+        self.model: nn.Module = distributed.parallel(self.head, self.device)
 
     def _open(
         self,
@@ -230,18 +241,19 @@ class Trainer:
                 else f"checkpoint {state_path} has other classes than the data"
             )
         torch.manual_seed(config.seed)
-        self.network: Any = SegmentationNetwork(
-            len(self.data.classes), config.variant, config.backend, config.width, config.temperature, config.block_gain
-        )
+        self.network: Any = build(config, len(self.data.classes), fresh=state is None and init is None)
         if init is not None:
             checkpoint.load_weights(self.network, init, init_path, partial=True)
         if distributed.is_distributed():
-            self.network = sync_norms(self.network, self.device)
+            for child in self.network.children():
+                if not isinstance(child, TimmBackbone):  # whose norms keep their statistics
+                    sync_norms(child, self.device)
         prepare(self.network.to(getattr(torch, config.dtype)), self.device)
         groups = [
-            {"params": list(self.network.encoder.parameters()), "factor": config.encoder_lr},
-            {"params": [p for n, p in self.network.named_parameters() if not n.startswith("encoder.")], "factor": 1.0},
+            {"params": [p for n, p in self.network.named_parameters() if not n.startswith("encoder.")], "factor": 1.0}
         ]
+        if not config.freeze_backbone:
+            groups.insert(0, {"params": list(self.network.encoder.parameters()), "factor": config.encoder_lr})
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(groups, config.lr, momentum=0.9, weight_decay=config.weight_decay)
@@ -255,6 +267,12 @@ class Trainer:
         if state is not None:
             self._restore(state, state_path)
         self.out: Path | None = None if out is None else Path(out)
+        self.features: FeatureCache | None = None
+        if config.freeze_backbone:
+            folder = config.feature_cache or (self.out and self.out / FEATURES)
+            if folder is None:
+                raise InputError("--freeze-backbone needs a folder for its features: --feature-cache DIR")
+            self.features = FeatureCache(self.network, self.data, folder)
         self.log: CsvLog | None = None
         if self.out is not None and distributed.is_main():
             try:
@@ -305,11 +323,11 @@ class Trainer:
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Training batch of a step, on the CPU: images (B, 3, h, w) float32 and labels (B, h, w) int64.
 
-        Each of P processes has B = batch_size / P crops.
+        Each of P processes has B = batch_size / P crops. With a frozen encoder they are its features (B, C, h/8, w/8).
         """
         config, first = self.config, step * self.config.batch_size
         numbers = distributed.share(config.batch_size)
-        samples = (self.data.training_sample(config.seed, first + n, config.crop) for n in numbers)
+        samples = (self.source.training_sample(config.seed, first + n, config.crop) for n in numbers)
         images, labels = zip(*samples, strict=True)
         return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.stack(labels)
 
@@ -319,10 +337,11 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.network.train()
-        labels = labels.to(self.device, non_blocking=True)
+        stride = self.config.label_stride
+        labels = labels[:, stride // 2 :: stride, stride // 2 :: stride].to(self.device, non_blocking=True)
         counted = distributed.total((labels != IGNORE).sum())
         with autocast(self.config.amp, self.device):
-            logits = self.model(images.to(self.device, non_blocking=True))
+            logits = self.model(images.to(self.device, non_blocking=True), labels.shape[-2:])
         loss = segmentation_loss(logits, labels, counted)
         self.optimizer.zero_grad(set_to_none=True)
         # The processes' gradients are averaged, those of a sum over all pixels are wanted.
@@ -331,9 +350,21 @@ class Trainer:
         self.step += 1
         return float(distributed.total(loss.detach()))
 
+    @property
+    def source(self) -> "Data | FeatureCache":
+        """What training and validation samples are taken from: the data, or its features."""
+        return self.data if self.features is None else self.features
+
     def predict(self, image: torch.Tensor) -> torch.Tensor:
         """Predicted classes (H, W) int64, on the CPU, of an image (3, H, W) in 0 .. 1."""
         return predict(self.network.eval(), image, self.device, self.config.amp)
+
+    @torch.inference_mode()
+    def evaluate(self, samples: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits (B, classes, H, W) of ``size`` (None: that of the samples) for samples as ``source`` has them."""
+        self.network.eval()
+        with autocast(self.config.amp, self.device):
+            return self.head(samples.to(self.device), samples.shape[-2:] if size is None else size)
 
     def _confusion(self, listener: Listener, stop: StopFlag) -> Confusion:
         """Counts over this process's part of the validation images, and fewer of them where ``stop`` is set."""
@@ -341,8 +372,8 @@ class Trainer:
         for index in range(distributed.rank(), size, distributed.world_size()):
             if stop.signum:
                 break
-            image, label = self.data.validation_sample(index)
-            confusion.add(label, self.predict(image))
+            sample, label = self.source.validation_sample(index)
+            confusion.add(label, self.evaluate(sample[None], label.shape).argmax(1)[0].cpu())
             listener.validation(self.step, min(index + distributed.world_size(), size), size, None)
         return confusion
 
@@ -375,6 +406,8 @@ class Trainer:
         """
         config, listener = self.config, listener or Listener()
         with StopFlag() as stop, ThreadPoolExecutor(config.workers) as pool:
+            if self.features is not None:
+                distributed.together(self.features.fill, listener.encoding, lambda: stop.signum)
             pending = {}
             while True:
                 last = self.step >= config.steps
