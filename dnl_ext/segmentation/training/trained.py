@@ -50,6 +50,7 @@ def build(config: TrainConfig, classes: int, fresh: bool) -> SegmentationNetwork
         pretrained=fresh,
         backbone_weights=config.backbone_weights if fresh else None,
         frozen=config.freeze_backbone,
+        auxiliary=config.aux_weight > 0,
     )
 
 
