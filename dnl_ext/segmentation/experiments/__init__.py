@@ -3,18 +3,22 @@
 :func:`run_demo` is ``dnl-ext demo``, :class:`Ablation` with :func:`write_report` is ``dnl-ext ablate``.
 """
 
-from .ablation import Ablation, Run, over_seeds
+from .ablation import Ablation
 from .ablation_report import write_report
+from .comparison import Difference, difference, over_seeds
 from .demo import DemoSettings, run_demo
 from .memory import measure_step
 from .recipes import RECIPES, Recipe
+from .runs import Run
 
 __all__ = [
     "RECIPES",
     "Ablation",
     "DemoSettings",
+    "Difference",
     "Recipe",
     "Run",
+    "difference",
     "measure_step",
     "over_seeds",
     "run_demo",
