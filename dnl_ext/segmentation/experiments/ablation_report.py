@@ -79,7 +79,7 @@ def compared(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
     """Pairs of rows whose difference is tested: each with the standard block as published, and its two temperatures."""
     rows = list(rows)
     standard: Row = ("nl", 1.0)
-    pairs = [(row, standard) for row in rows if row != standard and standard in rows]
+    pairs: list[tuple[Row, Row]] = [(row, standard) for row in rows if row != standard and standard in rows]
     for row in rows:
         others = [other for other in rows if other[0] == row[0] and (other[1] or 0) > (row[1] or 0)]
         pairs += [(row, other) for other in others if other != standard]
