@@ -4,7 +4,22 @@ from typing import Annotated
 
 import typer
 
-from .errors import one_line_errors
+from .errors import fail, one_line_errors
+
+SCALES_HELP = "Factors on the image's sides, whose probabilities are averaged, such as 0.5,0.75,1,1.25,1.5,1.75."
+FLIP_HELP = "Average over the mirrored image too."
+
+
+def parse_scales(text: str) -> list[float]:
+    """[0.5, 1.0] from 0.5,1; exits with code 2 where it is something else."""
+    from ..segmentation.training.prediction import check_scales
+
+    try:
+        scales = [float(part) for part in text.split(",")]
+    except ValueError:
+        fail(f"--scales: expected numbers such as 0.75,1,1.25, got {text}")
+    check_scales(scales)
+    return scales
 
 
 def percent(value: float | None) -> str:
@@ -20,6 +35,14 @@ def evaluate(
     layout: Annotated[str | None, typer.Option(help="Layout of the folder, as in dnl-ext train.")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes, where the layout leaves it open.")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Images to use, spread evenly (all).")] = None,
+    scales: Annotated[str, typer.Option(help=SCALES_HELP)] = "1",
+    flip: Annotated[bool, typer.Option("--flip", help=FLIP_HELP)] = False,
+    predictions: Annotated[
+        str | None, typer.Option(help="Folder for PNG files of predicted class numbers, in the classes' colours.")
+    ] = None,
+    overlays: Annotated[
+        str | None, typer.Option(help="Folder for the images under the predicted colours, with a legend.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads of PyTorch; 0 is its own choice.")] = 0,
     json: Annotated[str | None, typer.Option(help="File to write all figures to.")] = None,
@@ -32,6 +55,8 @@ def evaluate(
     from rich.progress import Progress
     from rich.table import Table
 
+    from ..segmentation.data import FolderData
+    from ..segmentation.looking.predictions import PredictionWriter
     from ..segmentation.training.evaluation import evaluate as measure
     from ..segmentation.training.evaluation import evaluation_data
     from ..segmentation.training.trained import check_classes, restore
@@ -44,10 +69,19 @@ def evaluate(
     if json is not None:
         write(json, "")  # an evaluation can take long: what cannot be written is said before it
     typer.echo(found.summary)
+    samples = [*found.train, *found.val] if isinstance(found, FolderData) else []
+    kept = [path for sample in samples for path in (sample.image, sample.label)]
+    factors = parse_scales(scales)
+    writer = PredictionWriter(found.classes, found.name, predictions, overlays, kept)
     console = Console()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task(split, total=found.validation_size)
-        confusion = measure(trained, found, device, lambda *_: progress.advance(task))
+
+        def each(number: int, image: torch.Tensor, prediction: torch.Tensor) -> None:
+            writer.write(found.validation_name(number), image, prediction)
+            progress.advance(task)
+
+        confusion = measure(trained, found, device, factors, flip, each)
     iou, accuracy = confusion.iou(), confusion.accuracy()
     present = confusion.counts.sum(1)
     shares = (present / present.sum().clamp(min=1)).tolist()
@@ -59,7 +93,8 @@ def evaluate(
     typer.echo("  ".join(f"{name} {percent(value)} %" for name, value in means.items()))
     if json is not None:
         content = {
-            "checkpoint": checkpoint, "data": found.name, "split": split, "images": found.validation_size, **means,
+            "checkpoint": checkpoint, "data": found.name, "split": split, "images": found.validation_size,
+            "scales": factors, "flip": flip, **means,
             "classes": {
                 name: {"iou": i, "accuracy": a, "pixels": int(p)}
                 for name, i, a, p in zip(found.classes, iou, accuracy, present, strict=True)

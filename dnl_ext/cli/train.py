@@ -75,6 +75,13 @@ def train(
     lr: Annotated[float | None, option("Peak learning rate; polynomial decay, power 0.9 (0.002).")] = None,
     encoder_lr: Annotated[float | None, option("Factor on the encoder's learning rate (1).")] = None,
     weight_decay: Annotated[float | None, option("Weight decay (0.01).")] = None,
+    class_weights: Annotated[
+        str | None,
+        option("Of the loss: balanced, median-frequency, or a JSON file of numbers for the classes (none)."),
+    ] = None,
+    aux_weight: Annotated[
+        float | None, option("Weight of the loss of an auxiliary head on earlier features, 0: no such head (0).")
+    ] = None,
     block_gain: Annotated[
         float | None, option("Initial weight of the BatchNorm behind the block; 0 starts it as the identity (0).")
     ] = None,
@@ -110,7 +117,8 @@ def train(
         "device": device, "data": data, "task": task, "layout": layout, "classes": classes, "batch_size": batch_size,
         "val_images": val_images, "workers": workers, "variant": variant, "backend": backend, "amp": amp, "lr": lr,
         "dtype": dtype, "optimizer": optimizer,
-        "encoder_lr": encoder_lr, "weight_decay": weight_decay, "block_gain": block_gain, "temperature": temperature,
+        "encoder_lr": encoder_lr, "weight_decay": weight_decay, "class_weights": class_weights,
+        "aux_weight": aux_weight, "block_gain": block_gain, "temperature": temperature,
         "width": width, "channels": channels, "backbone": backbone, "backbone_weights": backbone_weights,
         "freeze_backbone": freeze_backbone or None, "feature_cache": feature_cache, "label_stride": label_stride,
         "crop": parse_size(crop) if crop else None,
@@ -185,6 +193,9 @@ def run(
         f"{trainer.device}, {processes}{config.threads} threads"
     )
     typer.echo(data.summary)
+    if trainer.class_weights is not None:
+        weights = zip(data.classes, trainer.class_weights.tolist(), strict=True)
+        typer.echo(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in weights)}")
     if trainer.step:
         typer.echo(f"resuming {path} after step {trainer.step}")
     with TerminalProgress(config.variant, trainer.step, config.steps) as progress:

@@ -53,6 +53,7 @@ class TimmBackbone(nn.Module):
 
     Attributes:
         channels: of the features.
+        earlier_channels: of those of the stage before, where there is one.
 
     Raises:
         InputError: timm is not installed, it has no such network, none with features of stride 8, or the weights cannot
@@ -77,7 +78,9 @@ class TimmBackbone(nn.Module):
             load_file(timm, self.body, weights, name)
         elif pretrained:
             self.body = create(timm, name, pretrained=True)
-        self.channels: int = self.body.feature_info.channels()[-1]
+        sizes = self.body.feature_info.channels()
+        self.channels: int = sizes[-1]
+        self.earlier_channels: int = sizes[-2:][0]
         settings = timm.models.get_pretrained_cfg(name)
         mean, std = (
             (timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD)
@@ -92,10 +95,15 @@ class TimmBackbone(nn.Module):
         """Stay in evaluation mode, whatever ``mode`` is."""
         return super().train(False)
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def stages(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features of the stage before the last, and of the last."""
         if images.device.type == "cpu":
             images = images.contiguous()  # see network.prepare
-        return self.body((images.to(self.mean.dtype) - self.mean) / self.std)[-1]
+        features = self.body((images.to(self.mean.dtype) - self.mean) / self.std)
+        return features[-2:][0], features[-1]
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.stages(images)[1]
 
 
 def create(timm: Any, name: str, pretrained: bool = False) -> nn.Module:

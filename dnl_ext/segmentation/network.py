@@ -40,16 +40,26 @@ class Residual(nn.Module):
         return F.relu(x + self.second(F.relu(self.first(x))))
 
 
-def small_encoder(width: int, channels: int) -> nn.Sequential:
+class SmallEncoder(nn.Sequential):
     """The light encoder: normalised images (B, 3, H, W) to (B, channels, H / 8, W / 8)."""
-    w = width
-    return nn.Sequential(
-        conv_norm(3, w, 2), nn.ReLU(),
-        conv_norm(w, 2 * w, 2), nn.ReLU(),
-        conv_norm(2 * w, 4 * w, 2), nn.ReLU(),
-        Residual(4 * w, 1), Residual(4 * w, 2),
-        conv_norm(4 * w, channels), nn.ReLU(),
-    )  # fmt: skip
+
+    def __init__(self, width: int, channels: int) -> None:
+        w = width
+        super().__init__(
+            conv_norm(3, w, 2), nn.ReLU(),
+            conv_norm(w, 2 * w, 2), nn.ReLU(),
+            conv_norm(2 * w, 4 * w, 2), nn.ReLU(),
+            Residual(4 * w, 1), Residual(4 * w, 2),
+            conv_norm(4 * w, channels), nn.ReLU(),
+        )  # fmt: skip
+        self.earlier_channels: int = 4 * w
+
+    def stages(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features (B, earlier_channels, H / 8, W / 8) before the last convolution, and the last."""
+        *layers, conv, relu = self
+        for layer in layers:
+            images = layer(images)
+        return images, relu(conv(images))
 
 
 class SegmentationNetwork(nn.Module):
@@ -74,12 +84,17 @@ class SegmentationNetwork(nn.Module):
         pretrained: load timm's own weights of the backbone.
         backbone_weights: file of weights in place of those.
         frozen: the encoder is not trained: its weights get no gradient, its batch norms keep their statistics.
+        auxiliary: have a second classifier on earlier features of the encoder, for a loss of its own in training
+            (Zhao et al., *Pyramid scene parsing network*, CVPR 2017): a 3x3 convolution to a quarter of their channels,
+            BatchNorm, ReLU and a 1x1 convolution, as mmsegmentation's ``FCNHead``; without its dropout, whose random
+            numbers would not be the same in any number of processes.
 
     Attributes:
         encoder: images to features; of a backbone these are not yet those of the block.
         project: features of the encoder to those of the block.
         block: the non-local block, or None.
         classifier: the 1x1 convolution.
+        auxiliary: the second classifier, or None.
         frozen: whether the encoder is not trained.
 
     Raises:
@@ -107,13 +122,14 @@ class SegmentationNetwork(nn.Module):
         pretrained: bool = False,
         backbone_weights: str | Path | None = None,
         frozen: bool = False,
+        auxiliary: bool = False,
     ) -> None:
         super().__init__()
-        self.encoder: nn.Module
+        self.encoder: SmallEncoder | TimmBackbone
         self.project: nn.Module = nn.Identity()
         check_backbone(backbone)
         if backbone == SMALL:
-            self.encoder = small_encoder(width, channels)
+            self.encoder = SmallEncoder(width, channels)
         else:
             self.encoder = TimmBackbone(backbone.removeprefix(PREFIX), pretrained, backbone_weights)
             self.project = nn.Sequential(conv_norm(self.encoder.channels, channels), nn.ReLU())
@@ -128,6 +144,11 @@ class SegmentationNetwork(nn.Module):
             )
             nn.init.constant_(self.block.conv_out.bn.weight, block_gain)
         self.classifier: nn.Conv2d = nn.Conv2d(channels, classes, 1)
+        self.auxiliary: nn.Sequential | None = None
+        if auxiliary:
+            earlier = self.encoder.earlier_channels
+            between = max(1, earlier // 4)
+            self.auxiliary = nn.Sequential(conv_norm(earlier, between), nn.ReLU(), nn.Conv2d(between, classes, 1))
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all parts but a frozen encoder, which stays in evaluation mode."""
@@ -135,10 +156,14 @@ class SegmentationNetwork(nn.Module):
         self.encoder.train(mode and not self.frozen)
         return self
 
+    def normalised(self, images: torch.Tensor) -> torch.Tensor:
+        """Images as the encoder takes them, in the dtype of the weights."""
+        images = images.to(self.classifier.weight.dtype)
+        return images if isinstance(self.encoder, TimmBackbone) else (images - 0.5) / 0.25
+
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """The encoder: images (B, 3, H, W) to features (B, C, H / 8, W / 8), sides rounded up."""
-        images = images.to(self.classifier.weight.dtype)
-        return self.encoder(images if isinstance(self.encoder, TimmBackbone) else (images - 0.5) / 0.25)
+        return self.encoder(self.normalised(images))
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, H, W) to what enters the block, (B, channels, H / 8, W / 8), sides rounded up."""
@@ -148,13 +173,24 @@ class SegmentationNetwork(nn.Module):
         """Block, classifier, upsampling: ``features`` (B, channels, h, w) to logits (B, classes, H, W) of ``size``."""
         if self.block is not None:
             features = self.block(features)
-        logits = self.classifier(features)
-        logits = logits.float() if logits.dtype.itemsize < 4 else logits  # of autocast
-        return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        return upsample(self.classifier(features), size)
 
-    def forward(self, images: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
-        """Images (B, 3, H, W) in 0 .. 1 to logits (B, classes, H, W), or of ``size`` where that is given."""
-        return self.classify(self.features(images), images.shape[-2:] if size is None else size)
+    def forward(self, images: torch.Tensor, size: Sequence[int] | None = None) -> Any:
+        """Images (B, 3, H, W) in 0 .. 1 to logits (B, classes, H, W), or of ``size`` where that is given.
+
+        In training mode, and with an auxiliary classifier, to a pair: these logits and those of that classifier.
+        """
+        size = images.shape[-2:] if size is None else size
+        if self.auxiliary is None or not self.training:
+            return self.classify(self.features(images), size)
+        earlier, last = self.encoder.stages(self.normalised(images))
+        return self.classify(self.project(last), size), upsample(self.auxiliary(earlier), size)
+
+
+def upsample(logits: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Logits (B, C, h, w), bilinear, to (B, C, H, W) of ``size``, in float32 where they are of 16 bits."""
+    logits = logits.float() if logits.dtype.itemsize < 4 else logits  # of autocast
+    return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
 class FeatureHead(nn.Module):

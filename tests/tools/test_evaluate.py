@@ -10,7 +10,7 @@ from test_data import make_ade20k, make_plain, write_image, write_label
 from dnl_ext.segmentation.data import FolderData, find_layout, read_sample
 from dnl_ext.segmentation.errors import InputError
 from dnl_ext.segmentation.metrics import IGNORE, Confusion
-from dnl_ext.segmentation.training import checkpoint, evaluate, evaluation_data, restore
+from dnl_ext.segmentation.training import checkpoint, evaluate, evaluation_data, predict, restore
 
 
 def make_splits(root, values=(0, 1, 2, 255), splits=("train", "val", "test"), count=2):
@@ -109,11 +109,61 @@ class TestConfusion:
         assert Confusion(3).pixel_accuracy() is None and Confusion(3).mean_accuracy() is None
 
 
+class Scripted(torch.nn.Module):
+    """A network whose logits for its views, in the order in which it gets them, are given; it notes the views."""
+
+    def __init__(self, *logits):
+        super().__init__()
+        self.logits, self.views = list(logits), []
+
+    def forward(self, images):
+        self.views.append(images)
+        return self.logits.pop(0)
+
+
+def logits_of(*pixels):
+    """Logits (1, 2, 1, W) of two classes from one pair per pixel."""
+    return torch.tensor(pixels).T[None, :, None]
+
+
+class TestTestTimeAugmentation:
+    CPU = torch.device("cpu")
+
+    def test_probabilities_are_averaged_and_not_logits(self):
+        """One view is sure of class 0, two lean to class 1: the mean of the logits is for 0, that of softmax for 1."""
+        network = Scripted(*(logits_of(pair) for pair in ((20.0, 0.0), (0.0, 2.0), (0.0, 2.0))))
+        assert predict(network, torch.rand(3, 1, 1), self.CPU, scales=(1, 1, 1)).item() == 1
+
+    def test_a_mirrored_view_is_mirrored_back(self):
+        image = torch.rand(3, 1, 2)
+        left, right = logits_of((1.0, 0.0), (0.0, 0.0)), logits_of((3.0, 0.0), (0.0, 9.0))
+        network = Scripted(left, right)
+        assert predict(network, image, self.CPU, flip=True).tolist() == [[1, 0]]
+        assert torch.equal(network.views[1], image[None].flip(3))
+
+    def test_views_are_resized(self):
+        image = torch.rand(3, 10, 20)
+        network = Scripted(*(torch.rand(1, 2, *size) for size in ((5, 10), (10, 20), (15, 30))))
+        assert predict(network, image, self.CPU, scales=(0.5, 1, 1.5)).shape == (10, 20)
+        assert [tuple(view.shape[2:]) for view in network.views] == [(5, 10), (10, 20), (15, 30)]
+        assert torch.equal(network.views[1], image[None])
+        assert all(view.min() >= 0 and view.max() <= 1 for view in network.views)
+
+    def test_one_scale_is_the_logits_alone(self):
+        network = Scripted(logits_of((5.0, 4.0), (-3.0, -2.0)))
+        assert predict(network, torch.rand(3, 1, 2), self.CPU).tolist() == [[0, 1]]
+
+    @pytest.mark.parametrize("scales", [(), (0.0,), (1, -1), (float("nan"),), (float("inf"),)])
+    def test_bad_scales(self, scales):
+        with pytest.raises(InputError, match="--scales must be numbers above 0, got"):
+            predict(Scripted(), torch.rand(3, 4, 4), self.CPU, scales=scales)
+
+
 class TestEvaluate:
     def test_counts_the_pixels_of_a_split(self, road):
         trained = restore(road / "run/checkpoint.pt")
         data, seen = evaluation_data(trained.config, split="test"), []
-        confusion = evaluate(trained, data, "cpu", lambda *call: seen.append(call))
+        confusion = evaluate(trained, data, "cpu", listener=lambda *call: seen.append(call))
         expected = Confusion(11)
         for number, image, prediction in seen:
             own_image, label = read_sample(data.val[number])
@@ -135,6 +185,15 @@ class TestEvaluate:
         assert f"mIoU {100 * found['mIoU']:.1f} %  mAcc {100 * found['mAcc']:.1f} %" in result.output
         assert "2 training and 2 test images" in result.output and "bicyclist" in result.output
 
+    def test_scales_and_flip(self, road, tmp_path):
+        path, options = road / "run/checkpoint.pt", ("--scales", "0.5,1,1.25", "--flip", "--json", tmp_path / "x.json")
+        result = run("evaluate", path, "--split", "test", *options)
+        assert result.exit_code == 0, result.output
+        found, trained = json.loads((tmp_path / "x.json").read_text()), restore(path)
+        data = evaluation_data(trained.config, split="test")
+        assert found["mIoU"] == evaluate(trained, data, scales=(0.5, 1, 1.25), flip=True).miou()
+        assert found["scales"] == [0.5, 1, 1.25] and found["flip"] is True
+
     def test_the_layout_of_the_training_stands_for_another_folder(self, road, tmp_path):
         make_splits(tmp_path, (0, 10))
         result = run("evaluate", road / "run/checkpoint.pt", "--data", tmp_path)
@@ -151,6 +210,8 @@ class TestEvaluate:
         assert_one_line(run("evaluate", path, "--split", "all"), "--split must be one of val, test, got all")
         assert_one_line(run("evaluate", path, "--device", "tpu"), "--device must be auto, cpu")
         assert_one_line(run("evaluate", path, "--layout", "camvid"), "belong to --data")
+        assert_one_line(run("evaluate", path, "--scales", "1,x"), "--scales: expected numbers", "got 1,x")
+        assert_one_line(run("evaluate", path, "--scales", "1,0"), "--scales must be numbers above 0, got 1, 0")
         assert_one_line(run("evaluate", path, "--json", tmp_path), "--json: cannot write", tmp_path)
         make_plain(tmp_path / "data")
         other = run("evaluate", path, "--data", tmp_path / "data", "--layout", "plain")

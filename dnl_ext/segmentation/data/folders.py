@@ -1,5 +1,6 @@
 """Training data from a folder of images and label PNGs: checks, random scale, crop and mirroring."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -171,6 +172,11 @@ class FolderData:
             order = np.random.default_rng((seed, epoch, 2)).permutation(self.epoch)
             self._order = ((seed, epoch), order)
         return int(order[place])
+
+    def validation_name(self, index: int) -> str:
+        """Name for files about validation image number ``index``: its path below the folder of all, without ending."""
+        folder = os.path.commonpath([sample.image.parent for sample in self.val])
+        return str(self.val[index].image.relative_to(folder).with_suffix(""))
 
     def validation_sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Validation image number ``index``, whole: image (3, H, W) in 0 .. 1, label (H, W)."""

@@ -152,7 +152,7 @@ def draw(out: Path, networks: Mapping[str, Trained], data: Data, number: int) ->
     queries = [(min(x, width - 1), min(y, height - 1)) for x, y in queries]
     rows = [look(trained, title, image, queries) for title, trained in networks.items()]
     name = f"maps-{number}.png"
-    draw_maps(out / name, image, queries, rows, data.classes)
+    draw_maps(out / name, image, queries, rows, data.classes, data.name)
     return name
 
 

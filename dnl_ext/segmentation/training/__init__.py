@@ -6,14 +6,16 @@ processes.
 """
 
 from . import checkpoint, distributed
+from .class_weights import class_weights
 from .config import TrainConfig
 from .evaluation import evaluate, evaluation_data
 from .log import CsvLog
+from .loss import segmentation_loss
 from .prediction import predict
 from .progress import TerminalProgress
 from .sync_norm import SyncBatchNorm, sync_norms
 from .trained import Trained, restore
-from .trainer import Listener, Trainer, learning_rate, open_data, segmentation_loss
+from .trainer import Listener, Trainer, learning_rate, open_data
 
 __all__ = [
     "CsvLog",
@@ -24,6 +26,7 @@ __all__ = [
     "Trained",
     "Trainer",
     "checkpoint",
+    "class_weights",
     "distributed",
     "evaluate",
     "evaluation_data",

@@ -41,6 +41,9 @@ class TrainConfig:
         lr: learning rate at its peak; see :func:`learning_rate`.
         encoder_lr: factor on the encoder's learning rate.
         weight_decay: of the optimizer.
+        class_weights: of the loss: "balanced", "median-frequency" or a file, see :func:`class_weights`; None is none.
+        aux_weight: of the loss of an auxiliary head on earlier features of the encoder, beside 1 of the network's own;
+            0 is without such a head. mmsegmentation's is 0.4.
         block_gain: initial weight of the BatchNorm behind the block; an argument of the network, as the next two.
         temperature: divides the block's logits; None is the variant's own.
         width: channels after the light encoder's first convolution.
@@ -85,6 +88,8 @@ class TrainConfig:
     lr: float = 2e-3
     encoder_lr: float = 1.0
     weight_decay: float = 0.01
+    class_weights: str | None = None
+    aux_weight: float = 0.0
     block_gain: float = 0.0
     temperature: float | None = None
     width: int = 24
@@ -113,7 +118,7 @@ class TrainConfig:
         for name in ("steps", "batch_size", "width", "label_stride", "save_every", "workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("val_every", "threads", "seed", "encoder_lr", "weight_decay"):
+        for name in ("val_every", "threads", "seed", "encoder_lr", "weight_decay", "aux_weight"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{option(name)} must not be negative, got {getattr(self, name)}")
         for name in ("lr", "temperature", "val_images"):
@@ -126,6 +131,10 @@ class TrainConfig:
             raise InputError("--backbone-weights FILE belongs to --backbone timm:NAME")
         if self.freeze_backbone and any(side % STRIDE for side in self.crop):
             raise InputError(f"--freeze-backbone needs a --crop in multiples of {STRIDE}, got {show(self.crop)}")
+        if self.freeze_backbone and self.aux_weight:
+            raise InputError(
+                f"--aux-weight {self.aux_weight:g} trains the encoder, which --freeze-backbone leaves as it is"
+            )
         if self.amp != "none" and self.dtype != "float32":
             raise InputError(f"--amp {self.amp} needs --dtype float32, got {self.dtype}")
         if len(self.crop) != 2 or min(self.crop) < 4 * STRIDE:

@@ -1,7 +1,7 @@
 """Measuring a trained network on a part of a data set: the confusion matrix over its images."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -9,7 +9,7 @@ from ..errors import InputError
 from ..metrics import Confusion
 from ..network import prepare
 from .config import TrainConfig
-from .prediction import predict
+from .prediction import SINGLE_SCALE, check_scales, predict
 from .trained import Trained, check_classes
 from .trainer import Data, open_data, pick_device
 
@@ -57,6 +57,8 @@ def evaluate(
     trained: Trained,
     data: Data,
     device: str = "auto",
+    scales: Sequence[float] = SINGLE_SCALE,
+    flip: bool = False,
     listener: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> Confusion:
     """Predict the validation images of a data set, and count what is right.
@@ -65,13 +67,15 @@ def evaluate(
         trained: the network, of :func:`restore`. It is moved to the device.
         data: a data set of the same classes, such as :func:`evaluation_data` opens.
         device: "auto", "cpu", "cuda" or "cuda:N".
+        scales, flip: views of each image whose probabilities are averaged, as :func:`predict` takes them.
         listener: called after each image with its number, the image (3, H, W) and the predicted classes (H, W).
 
     Returns:
         The :class:`~dnl_ext.segmentation.Confusion` over all images.
 
     Raises:
-        InputError: the data has other classes, an image cannot be read, or there is no such device.
+        InputError: the data has other classes, an image cannot be read, a scale is not above 0, or there is no such
+            device.
 
     Example:
         >>> from dnl_ext.segmentation.training import TrainConfig, Trainer, evaluate, evaluation_data, restore
@@ -83,12 +87,13 @@ def evaluate(
         True
     """
     check_classes(trained, data, "the network")
+    check_scales(scales)
     place = pick_device(device)
     network = prepare(trained.network, place).eval()
     confusion = Confusion(len(data.classes))
     for number in range(data.validation_size):
         image, label = data.validation_sample(number)
-        prediction = predict(network, image, place, trained.config.amp)
+        prediction = predict(network, image, place, trained.config.amp, scales, flip)
         confusion.add(label, prediction)
         if listener is not None:
             listener(number, image, prediction)

@@ -18,6 +18,7 @@ class Trained(NamedTuple):
         classes: names of the classes.
         step: finished steps of the run.
         miou: mean intersection over union at its last validation, 0 .. 1; None before the first.
+        data: name of the data set it was trained on.
 
     Example:
         >>> from dnl_ext.segmentation import SegmentationNetwork
@@ -32,6 +33,7 @@ class Trained(NamedTuple):
     classes: tuple[str, ...]
     step: int
     miou: float | None
+    data: str = ""
 
 
 def build(config: TrainConfig, classes: int, fresh: bool) -> SegmentationNetwork:
@@ -48,6 +50,7 @@ def build(config: TrainConfig, classes: int, fresh: bool) -> SegmentationNetwork
         pretrained=fresh,
         backbone_weights=config.backbone_weights if fresh else None,
         frozen=config.freeze_backbone,
+        auxiliary=config.aux_weight > 0,
     )
 
 
@@ -92,4 +95,4 @@ def restore(path: str | Path, with_block: bool = True) -> Trained:
     classes = tuple(state["classes"])
     network = build(config, len(classes), fresh=False)
     checkpoint.load_weights(network, state, path)
-    return Trained(network.eval(), config, classes, state["step"], state.get("miou"))
+    return Trained(network.eval(), config, classes, state["step"], state.get("miou"), state.get("data", ""))

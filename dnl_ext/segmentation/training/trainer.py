@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from typing_extensions import Self
 
@@ -26,12 +25,14 @@ from ..data.context import ContextData
 from ..data.folders import FolderData
 from ..data.mosaic import MosaicData
 from ..errors import InputError, Interrupted
-from ..metrics import IGNORE, Confusion
+from ..metrics import Confusion
 from ..network import FeatureHead, prepare
 from . import checkpoint, distributed
+from .class_weights import class_weights
 from .config import TrainConfig
 from .feature_cache import FeatureCache
 from .log import CsvLog
+from .loss import pixel_weight, segmentation_loss
 from .prediction import autocast, predict
 from .sync_norm import sync_norms
 from .trained import build
@@ -180,6 +181,7 @@ class Trainer:
         step: number of finished steps.
         features: the cache of a frozen encoder's features, else None.
         head: the network, or where the encoder is frozen what is behind it.
+        class_weights: of the loss, float32 tensor (classes,), or None.
         miou: mean intersection over union of the latest validation, 0 .. 1; None before the first.
 
     Raises:
@@ -240,6 +242,13 @@ class Trainer:
                 if len(state["classes"]) != len(self.data.classes)
                 else f"checkpoint {state_path} has other classes than the data"
             )
+        self.class_weights: torch.Tensor | None = None
+        if state is not None and state.get("class_weights") is not None:
+            self.class_weights = state["class_weights"]
+        elif config.class_weights is not None:
+            self.class_weights = class_weights(config.class_weights, self.data)
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(self.device, getattr(torch, config.dtype))
         torch.manual_seed(config.seed)
         self.network: Any = build(config, len(self.data.classes), fresh=state is None and init is None)
         if init is not None:
@@ -300,6 +309,7 @@ class Trainer:
             "step": self.step,
             "validated": self.validated,
             "miou": self.miou,
+            "class_weights": None if self.class_weights is None else self.class_weights.cpu(),
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -339,10 +349,13 @@ class Trainer:
         self.network.train()
         stride = self.config.label_stride
         labels = labels[:, stride // 2 :: stride, stride // 2 :: stride].to(self.device, non_blocking=True)
-        counted = distributed.total((labels != IGNORE).sum())
+        counted = distributed.total(pixel_weight(labels, self.class_weights))
         with autocast(self.config.amp, self.device):
-            logits = self.model(images.to(self.device, non_blocking=True), labels.shape[-2:])
-        loss = segmentation_loss(logits, labels, counted)
+            outputs = self.model(images.to(self.device, non_blocking=True), labels.shape[-2:])
+        logits, auxiliary = outputs if self.config.aux_weight else (outputs, None)
+        loss = segmentation_loss(logits, labels, counted, self.class_weights)
+        if auxiliary is not None:
+            loss = loss + self.config.aux_weight * segmentation_loss(auxiliary, labels, counted, self.class_weights)
         self.optimizer.zero_grad(set_to_none=True)
         # The processes' gradients are averaged, those of a sum over all pixels are wanted.
         (loss * distributed.world_size()).backward()
@@ -453,26 +466,3 @@ class Trainer:
     def seconds_per_step(self) -> float | None:
         """Median wall time of a step, the first left out; None before the first."""
         return statistics.median(self.step_seconds[1:] or self.step_seconds) if self.step_seconds else None
-
-
-def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean cross-entropy over the pixels that count, those whose label is not ``IGNORE``; 0 where none does.
-
-    Args:
-        logits: float tensor (B, C, H, W).
-        labels: int64 tensor (B, H, W).
-        counted: number of pixels to divide by, a tensor; None is that of ``labels``.
-
-    Returns:
-        A tensor without dimensions, of the dtype of ``logits``.
-
-    Example:
-        >>> import torch
-        >>> from dnl_ext.segmentation import IGNORE
-        >>> from dnl_ext.segmentation.training import segmentation_loss
-        >>> labels = torch.tensor([[[0, IGNORE]]])
-        >>> segmentation_loss(torch.zeros(1, 2, 1, 2), labels)  # log 2 for each of the pixels that count
-        tensor(0.6931)
-    """
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total / ((labels != IGNORE).sum() if counted is None else counted).clamp(min=1)
