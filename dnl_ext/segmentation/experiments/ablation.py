@@ -165,6 +165,8 @@ class Ablation:
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{path} is no result of dnl-ext ablate: remove it to run again") from None
         wanted = self.fingerprint(self.config(run))
+        defaults = dataclasses.asdict(TrainConfig())  # of settings that an older result does not name
+        settings = {name: value for name, value in defaults.items() if name in wanted} | settings
         for key in sorted(wanted.keys() | settings.keys()):
             if wanted.get(key) != settings.get(key):
                 raise InputError(

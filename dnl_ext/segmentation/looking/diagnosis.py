@@ -148,15 +148,22 @@ class Samples:
             yield image[None], label[None]
 
 
-def draw(out: Path, networks: Mapping[str, Trained], data: Data, number: int) -> str:
-    """Draw a validation image with all networks; returns the file's name."""
+def draw(
+    out: Path,
+    networks: Mapping[str, Trained],
+    data: Data,
+    number: int,
+    name: str | None = None,
+    photograph: bool = True,
+) -> str:
+    """Draw a validation image with all networks, or their maps over grey; returns the file's name."""
     image, label = data.validation_sample(number)
     queries = [tuple(int(x) for x in place_of(query)) for query in choose_queries(label)]
     height, width = label.shape
     queries = [(min(x, width - 1), min(y, height - 1)) for x, y in queries]
     rows = [look(trained, title, image, queries) for title, trained in networks.items()]
-    name = f"maps-{number}.png"
-    draw_maps(out / name, image, queries, rows, data.classes, data.name)
+    name = name or f"maps-{number}.png"
+    draw_maps(out / name, image if photograph else torch.full_like(image, 0.5), queries, rows, data.classes, data.name)
     return name
 
 
