@@ -52,6 +52,7 @@ def ablate(
     images: Annotated[int | None, typer.Option(min=1, help="Images to measure attention on (the recipe's).")] = None,
     backbone_weights: Annotated[str | None, typer.Option(help="File of the backbone's weights (timm's).")] = None,
     feature_cache: Annotated[str | None, typer.Option(help="Folder of a frozen backbone's features.")] = None,
+    photographs: Annotated[bool, typer.Option(help="Draw the maps over the photographs, or over grey.")] = True,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch (its own choice).")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that prepare images ahead (1).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N (auto).")] = None,
@@ -63,6 +64,7 @@ def ablate(
     """
     from ..segmentation.errors import InputError, Interrupted
     from ..segmentation.experiments.ablation import Ablation
+    from ..segmentation.experiments.ablation_pictures import draw_pictures
     from ..segmentation.experiments.ablation_report import write_report
     from ..segmentation.training.progress import TerminalProgress
 
@@ -97,4 +99,5 @@ def ablate(
     except Interrupted as stop:
         typer.echo("stopped; all is saved, the same command goes on", err=True)
         raise typer.Exit(128 + stop.signum) from None
-    typer.echo(f"{out}/table.md, {out}/results.json, {out}/ablation.png")
+    pictures = draw_pictures(ablation, photographs=photographs)
+    typer.echo(", ".join([f"{out}/table.md", f"{out}/results.json", f"{out}/ablation.png", *map(str, pictures)]))

@@ -9,8 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,12 +23,11 @@ from ..errors import InputError
 from ..training import checkpoint
 from ..training.config import FREE, TrainConfig
 from ..training.trainer import CHECKPOINT, FEATURES, Data, Listener, Trainer, open_data
-from .recipes import RECIPES, VARIANT_NAMES, Recipe, Row
+from .recipes import RECIPES, VARIANT_NAMES, Recipe
+from .runs import Run, plan
 from .samples import ValidationSamples
 from .unary_detail import unary_detail
 
-#: (mean, deviation over seeds, number of seeds) of a figure.
-Spread: TypeAlias = tuple[float, float, int]
 #: Takes a title, the first step and the number of steps; gives a context in which a Listener listens.
 ListenerFactory: TypeAlias = Callable[[str, int, int], AbstractContextManager[Listener]]
 
@@ -38,37 +36,6 @@ RESULT = "result.json"
 QUERIES = 256
 #: Learning rate of the encoder's own training.
 PRETEXT_LR = 4e-3
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training of an ablation.
-
-    Attributes:
-        variant: of the block, as :class:`dnl_ext.DisentangledNonLocal2d` names it.
-        temperature: divides the block's logits; None where there are no pairwise logits.
-        seed: of weights and training images.
-
-    Example:
-        >>> from dnl_ext.segmentation.experiments import Run
-        >>> Run("dnl", 0.05, 0).name
-        'dnl-T0.05-seed0'
-    """
-
-    variant: str
-    temperature: float | None
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Name of the run's folder."""
-        temperature = "" if self.temperature is None else f"-T{self.temperature:g}"
-        return f"{self.variant}{temperature}-seed{self.seed}"
-
-
-def plan(rows: Sequence[Row], seeds: Sequence[int]) -> list[Run]:
-    """All runs, seed by seed, so that what is finished at any time compares the same seeds."""
-    return [Run(variant, temperature, seed) for seed in seeds for variant, temperature in rows]
 
 
 class Ablation:
@@ -198,6 +165,8 @@ class Ablation:
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{path} is no result of dnl-ext ablate: remove it to run again") from None
         wanted = self.fingerprint(self.config(run))
+        defaults = dataclasses.asdict(TrainConfig())  # of settings that an older result does not name
+        settings = {name: value for name, value in defaults.items() if name in wanted} | settings
         for key in sorted(wanted.keys() | settings.keys()):
             if wanted.get(key) != settings.get(key):
                 raise InputError(
@@ -273,37 +242,3 @@ def write_json(path: Path, content: object) -> None:
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def over_seeds(results: Mapping[Run, dict[str, Any]]) -> dict[tuple[str, float | None], dict[str, Spread]]:
-    """Mean and spread of every figure over the seeds of each (variant, temperature).
-
-    Args:
-        results: {Run: result}.
-
-    Returns:
-        {(variant, temperature): {figure: (mean, deviation over seeds, number of seeds)}}; the deviation of one is nan.
-
-    Example:
-        >>> from dnl_ext.segmentation.experiments import Run, over_seeds
-        >>> results = {Run("dnl", 0.05, seed): {"miou": 0.5 + seed, "attention": {}} for seed in (0, 1, 2)}
-        >>> over_seeds(results)
-        {('dnl', 0.05): {'miou': (1.5, 1.0, 3)}}
-    """
-    groups = {}
-    for run, result in results.items():
-        figures = {"miou": result["miou"], **result["attention"]}
-        groups.setdefault((run.variant, run.temperature), []).append(figures)
-    return {
-        key: {
-            name: spread([entry[name] for entry in entries if entry.get(name) is not None])
-            for name in dict.fromkeys(name for entry in entries for name in entry)
-        }
-        for key, entries in groups.items()
-    }
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """(mean, deviation, number) of a list; nan for what it is too short for."""
-    mean = statistics.fmean(values) if values else float("nan")
-    return mean, statistics.stdev(values) if len(values) > 1 else float("nan"), len(values)

@@ -109,7 +109,9 @@ class FeatureCache:
             if stopped():
                 return
             sample, mirrored = missing[number]
-            self.compute(sample, mirrored, self.path(sample, mirrored))
+            path = self.path(sample, mirrored)
+            if not path.is_file():  # another run may fill the same folder
+                self.compute(sample, mirrored, path)
             progress(min(number + distributed.world_size(), len(missing)), len(missing))
 
     def load(self, sample: Sample, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
