@@ -11,6 +11,7 @@ means to see that in a network of your own, one idea per file::
     coupling        how one term's gradient depends on the other's value
     consistency     maps against class regions and boundaries
     measure         all of these for one image, in one pass over sampled rows
+    remarks         what stands out in the figures, and what can be done
     probe           all of these for every block of a network, over a data set
     blocks          which modules are blocks: ``attention_inputs(x)``, or plain-PyTorch blocks by their layers' names
 
@@ -25,6 +26,7 @@ from .degeneration import mean_cosine_distance
 from .maps import AttentionMaps, attention_rows
 from .measure import AttentionStatistics, TermStatistics, attention_terms, measure_terms
 from .probe import AttentionProbe, BlockReport
+from .remarks import remarks_on
 from .results import Estimate
 from .terms import Terms
 
@@ -49,4 +51,5 @@ __all__ = [
     "labels_on_grid",
     "mean_cosine_distance",
     "measure_terms",
+    "remarks_on",
 ]

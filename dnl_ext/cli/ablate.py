@@ -31,11 +31,17 @@ def parse_list(name: str, text: str | None, kind: Callable[[str], Value]) -> tup
 def ablate(
     out: Annotated[str, typer.Option(help="Folder of all runs; what is done there is not done again.")] = "runs/ablate",
     recipe: Annotated[
-        str, typer.Option(help="context (built-in data), cityscapes, ade20k or pascal_context: published settings.")
+        str,
+        typer.Option(
+            help="context (built-in data); cityscapes, ade20k, pascal_context: published settings; "
+            "camvid, camvid_trained: a pretrained backbone, frozen and trained."
+        ),
     ] = "context",
     data: Annotated[str | None, typer.Option(help="Folder of the recipe's data set.")] = None,
-    variants: Annotated[str | None, typer.Option(help="Some of nl,pairwise,unary,dnl_shared_key,dnl (all).")] = None,
-    temperatures: Annotated[str | None, typer.Option(help="Temperatures of the logits (1 and the paper's).")] = None,
+    variants: Annotated[
+        str | None, typer.Option(help="Some of nl,pairwise,unary,dnl_shared_key,dnl,none (the recipe's).")
+    ] = None,
+    temperatures: Annotated[str | None, typer.Option(help="Temperatures of the logits (the recipe's).")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds, each a run of its own.")] = "0,1,2",
     steps: Annotated[int | None, typer.Option(help="Updates of the weights per run (the recipe's).")] = None,
     crop: Annotated[str | None, typer.Option(help="Height x width of the crops (the recipe's).")] = None,
@@ -44,6 +50,9 @@ def ablate(
     pretext: Annotated[int | None, typer.Option(help="Steps of the encoder alone, before (the recipe's).")] = None,
     val_images: Annotated[int | None, typer.Option(help="Validation images for the mIoU (the recipe's).")] = None,
     images: Annotated[int | None, typer.Option(min=1, help="Images to measure attention on (the recipe's).")] = None,
+    backbone_weights: Annotated[str | None, typer.Option(help="File of the backbone's weights (timm's).")] = None,
+    feature_cache: Annotated[str | None, typer.Option(help="Folder of a frozen backbone's features.")] = None,
+    photographs: Annotated[bool, typer.Option(help="Draw the maps over the photographs, or over grey.")] = True,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch (its own choice).")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that prepare images ahead (1).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N (auto).")] = None,
@@ -55,12 +64,14 @@ def ablate(
     """
     from ..segmentation.errors import InputError, Interrupted
     from ..segmentation.experiments.ablation import Ablation
+    from ..segmentation.experiments.ablation_pictures import draw_pictures
     from ..segmentation.experiments.ablation_report import write_report
     from ..segmentation.training.progress import TerminalProgress
 
     overrides = {
         "data": data, "steps": steps, "crop": parse_size(crop) if crop else None, "batch_size": batch_size,
         "width": width, "val_images": val_images, "threads": threads, "workers": workers, "device": device,
+        "backbone_weights": backbone_weights, "feature_cache": feature_cache,
     }  # fmt: skip
     overrides = {name: value for name, value in overrides.items() if value is not None}
     if pretext is not None and pretext < 0:
@@ -77,7 +88,8 @@ def ablate(
         figures = result["attention"]
         own = figures.get("pairwise.own_class.mass")
         share = "" if own is None else f", pairwise on the own class {100 * own:.0f} %"
-        typer.echo(f"{run.name}: mIoU {100 * (result['miou'] or 0):.1f} %{share}, JSD {figures['total.jsd']:.3f}")
+        divergence = f", JSD {figures['total.jsd']:.3f}" if "total.jsd" in figures else ""
+        typer.echo(f"{run.name}: mIoU {100 * (result['miou'] or 0):.1f} %{share}{divergence}")
         write_report(ablation)
 
     typer.echo(f"{len(ablation.runs)} runs in {out}: {ablation.recipe.source}")
@@ -87,4 +99,5 @@ def ablate(
     except Interrupted as stop:
         typer.echo("stopped; all is saved, the same command goes on", err=True)
         raise typer.Exit(128 + stop.signum) from None
-    typer.echo(f"{out}/table.md, {out}/results.json, {out}/ablation.png")
+    pictures = draw_pictures(ablation, photographs=photographs)
+    typer.echo(", ".join([f"{out}/table.md", f"{out}/results.json", f"{out}/ablation.png", *map(str, pictures)]))

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-COMMANDS = ("demo", "train", "maps", "diagnose", "ablate", "bench", "tune", "doctor")
+COMMANDS = ("demo", "train", "evaluate", "predict", "maps", "diagnose", "ablate", "bench", "tune", "doctor")
 
 
 class LazyGroup(TyperGroup):

@@ -59,5 +59,5 @@ def maps(
         Path(out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {Path(out).parent}: {error.strerror}") from None
-    draw_maps(out, pixels, queries, rows, networks[0].classes)
+    draw_maps(out, pixels, queries, rows, networks[0].classes, networks[0].data)
     typer.echo(f"{out}: {len(rows)} networks, {len(queries)} queries, {width} x {height} pixels")

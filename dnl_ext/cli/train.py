@@ -51,7 +51,7 @@ def train(
     ] = None,
     layout: Annotated[
         str | None,
-        option("cityscapes, ade20k, pascal-context, pascal-context-59 or plain (found by folder names).", DATA),
+        option("cityscapes, ade20k, pascal-context, pascal-context-59, plain or camvid (found by folder names).", DATA),
     ] = None,
     classes: Annotated[int | None, option("Number of classes, where the layout leaves it open.", DATA)] = None,
     crop: Annotated[str | None, option("Height x width of training crops in pixels (512x1024).", DATA)] = None,
@@ -75,11 +75,32 @@ def train(
     lr: Annotated[float | None, option("Peak learning rate; polynomial decay, power 0.9 (0.002).")] = None,
     encoder_lr: Annotated[float | None, option("Factor on the encoder's learning rate (1).")] = None,
     weight_decay: Annotated[float | None, option("Weight decay (0.01).")] = None,
+    class_weights: Annotated[
+        str | None,
+        option("Of the loss: balanced, median-frequency, or a JSON file of numbers for the classes (none)."),
+    ] = None,
+    aux_weight: Annotated[
+        float | None, option("Weight of the loss of an auxiliary head on earlier features, 0: no such head (0).")
+    ] = None,
     block_gain: Annotated[
         float | None, option("Initial weight of the BatchNorm behind the block; 0 starts it as the identity (0).")
     ] = None,
     temperature: Annotated[float | None, option("Divides the attention's logits (0.05, the paper's; nl: 1).")] = None,
-    width: Annotated[int | None, option("Channels after the encoder's first convolution (24).")] = None,
+    width: Annotated[int | None, option("Channels after the small encoder's first convolution (24).")] = None,
+    channels: Annotated[int | None, option("Channels of the features that enter the block (256).")] = None,
+    backbone: Annotated[
+        str | None,
+        option("Encoder: small, or timm:NAME, a pretrained network of timm with features at stride 8 (small)."),
+    ] = None,
+    backbone_weights: Annotated[str | None, option("File of the backbone's weights (timm's, downloaded).")] = None,
+    freeze_backbone: Annotated[
+        bool,
+        option("Do not train the encoder: features of each image are computed once.", NETWORK, "--freeze-backbone"),
+    ] = False,
+    feature_cache: Annotated[str | None, option("Folder of these features (features in --out).")] = None,
+    label_stride: Annotated[
+        int | None, option("Train on every N-th pixel of the labels in each direction (1).", DATA)
+    ] = None,
     stop_after: Annotated[int | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Train a segmentation network with a non-local block, on built-in photographs or on your own folder.
@@ -96,8 +117,11 @@ def train(
         "device": device, "data": data, "task": task, "layout": layout, "classes": classes, "batch_size": batch_size,
         "val_images": val_images, "workers": workers, "variant": variant, "backend": backend, "amp": amp, "lr": lr,
         "dtype": dtype, "optimizer": optimizer,
-        "encoder_lr": encoder_lr, "weight_decay": weight_decay, "block_gain": block_gain, "temperature": temperature,
-        "width": width, "crop": parse_size(crop) if crop else None,
+        "encoder_lr": encoder_lr, "weight_decay": weight_decay, "class_weights": class_weights,
+        "aux_weight": aux_weight, "block_gain": block_gain, "temperature": temperature,
+        "width": width, "channels": channels, "backbone": backbone, "backbone_weights": backbone_weights,
+        "freeze_backbone": freeze_backbone or None, "feature_cache": feature_cache, "label_stride": label_stride,
+        "crop": parse_size(crop) if crop else None,
     }  # fmt: skip
     typed = {name: value for name, value in typed.items() if value is not None}
     if resume and init:
@@ -169,6 +193,9 @@ def run(
         f"{trainer.device}, {processes}{config.threads} threads"
     )
     typer.echo(data.summary)
+    if trainer.class_weights is not None:
+        weights = zip(data.classes, trainer.class_weights.tolist(), strict=True)
+        typer.echo(f"class weights: {', '.join(f'{name} {weight:.3g}' for name, weight in weights)}")
     if trainer.step:
         typer.echo(f"resuming {path} after step {trainer.step}")
     with TerminalProgress(config.variant, trainer.step, config.steps) as progress:

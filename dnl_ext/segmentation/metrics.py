@@ -1,4 +1,6 @@
-"""Mean intersection over union from a confusion matrix."""
+"""Intersection over union and accuracy from a confusion matrix."""
+
+from collections.abc import Iterable
 
 import torch
 
@@ -21,6 +23,8 @@ class Confusion:
         >>> confusion.add(torch.tensor([[0, 0, 1, IGNORE]]), torch.tensor([[0, 1, 1, 0]]))
         >>> confusion.iou(), confusion.miou()
         ([0.5, 0.5], 0.5)
+        >>> confusion.accuracy(), round(confusion.pixel_accuracy(), 3)
+        ([0.5, 1.0], 0.667)
     """
 
     def __init__(self, classes: int) -> None:
@@ -41,5 +45,24 @@ class Confusion:
 
     def miou(self) -> float | None:
         """Mean of the classes' IoU, 0 .. 1; None where nothing was counted."""
-        values = [value for value in self.iou() if value is not None]
-        return sum(values) / len(values) if values else None
+        return mean(self.iou())
+
+    def accuracy(self) -> list[float | None]:
+        """Share of each class's pixels that are predicted right: list of floats, None for a class not present."""
+        present = self.counts.sum(1)
+        return [float(h) / float(p) if p else None for h, p in zip(self.counts.diagonal(), present, strict=True)]
+
+    def mean_accuracy(self) -> float | None:
+        """Mean of the classes' accuracy (mAcc), 0 .. 1; None where nothing was counted."""
+        return mean(self.accuracy())
+
+    def pixel_accuracy(self) -> float | None:
+        """Share of all pixels that are predicted right (aAcc), 0 .. 1; None where nothing was counted."""
+        total = int(self.counts.sum())
+        return float(self.counts.diagonal().sum()) / total if total else None
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    """Mean of the values that are there; None where none is."""
+    there = [value for value in values if value is not None]
+    return sum(there) / len(there) if there else None

@@ -7,7 +7,8 @@ import torch
 from dnl_ext.segmentation.data import context
 from dnl_ext.segmentation.data.context import ContextData, PretextData
 from dnl_ext.segmentation.errors import InputError
-from dnl_ext.segmentation.experiments.ablation import Ablation, Run, quiet
+from dnl_ext.segmentation.experiments.ablation import Ablation, quiet
+from dnl_ext.segmentation.experiments.runs import Run
 from dnl_ext.segmentation.training.config import TrainConfig
 from dnl_ext.segmentation.training.trainer import Trainer, open_data
 

@@ -4,6 +4,7 @@ A data set has ``training_sample(seed, index, crop)`` and ``validation_sample(in
 label; :class:`MosaicData` says what else. Nothing is downloaded.
 """
 
+from .colors import palette
 from .context import ContextData, Mosaic, PretextData
 from .files import read_image, read_label
 from .folders import FolderData, read_sample
@@ -22,6 +23,7 @@ __all__ = [
     "PretextData",
     "Sample",
     "find_layout",
+    "palette",
     "read_image",
     "read_label",
     "read_sample",

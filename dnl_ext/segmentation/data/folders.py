@@ -1,5 +1,6 @@
 """Training data from a folder of images and label PNGs: checks, random scale, crop and mirroring."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from .mosaic import Size
 
 #: Range of the random scale of training images.
 SCALES = (0.5, 2.0)
+#: Parts of a data set that a network can be measured on, and how a line of text calls them.
+SPLITS = {"val": "validation", "test": "test"}
 
 
 def read_sample(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,18 +40,25 @@ def read_sample(sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
         >>> label
         tensor([[  0, 255]])
     """
-    image, raw = read_image(sample.image), read_label(sample.label)
-    if raw.shape != tuple(image.shape[1:]):
-        label_size, image_size = (f"{size[-2]}x{size[-1]}" for size in (raw.shape, image.shape))
+    image = read_image(sample.image)
+    label = read_classes(sample)
+    if label.shape != image.shape[1:]:
+        label_size, image_size = (f"{size[-2]}x{size[-1]}" for size in (label.shape, image.shape))
         orientation = exif_turn(sample.image)
         turned = f", turned upright by its EXIF orientation {orientation}" if orientation else ""
         raise InputError(f"label {sample.label} is {label_size}, but its image {sample.image} is {image_size}{turned}")
+    return image, label
+
+
+def read_classes(sample: Sample) -> torch.Tensor:
+    """The label of a sample: int64 tensor (H, W) of class numbers and IGNORE. Raises InputError."""
+    raw = read_label(sample.label)
     label = sample.lookup[np.clip(raw, 0, 255)]
     wrong = (label < 0) | (raw > 255) | (raw < 0)
     if wrong.any():
         valid = sorted(set(np.flatnonzero(sample.lookup >= 0).tolist()))
         raise InputError(f"label {sample.label} holds {int(raw[wrong][0])}: expected {spans(valid)}")
-    return image, torch.from_numpy(label.astype(np.int64))
+    return torch.from_numpy(label.astype(np.int64))
 
 
 def spans(values: Sequence[int]) -> str:
@@ -95,14 +105,16 @@ class FolderData:
     Args:
         root, layout, classes: see :func:`find_layout`.
         validation_size: images of the validation part to use, spread evenly over it; None is all.
+        split: the part that is validated on, "val" or "test".
 
     Attributes:
         summary: a line of what was found in the folder, and of what in it is not used.
         train: training samples, a list of :class:`Sample`.
-        val: validation samples.
+        val: validation samples, of ``split``.
 
     Raises:
-        InputError: see :func:`find_layout`. An image is read, and an error in it found, when its turn comes.
+        InputError: see :func:`find_layout`; the folder has no such part. An image is read, and an error in it found,
+            when its turn comes.
 
     Example:
         >>> from pathlib import Path
@@ -125,32 +137,46 @@ class FolderData:
         layout: str | None = None,
         classes: int | None = None,
         validation_size: int | None = None,
+        split: str = "val",
     ) -> None:
+        if split not in SPLITS:
+            raise InputError(f"--split must be one of {', '.join(SPLITS)}, got {split}")
         found = find_layout(root, layout, classes)
         self.name: str = found.name
         self.classes: tuple[str, ...] = found.classes
         self.train: list[Sample] = found.train
-        self.val: list[Sample] = found.val
+        self.val: list[Sample] = found.val if split == "val" else found.test
+        if not self.val:
+            raise InputError(f"--split {split}: {root} ({found.name} layout) has no test images with labels")
         self.epoch: int = len(self.train)
-        left_out = found.left_out
+        left_out, kind = found.left_out, SPLITS[split]
         if validation_size is not None and validation_size < len(self.val):
-            left_out += (f"validation images beyond the number asked for ({len(self.val) - validation_size})",)
+            left_out += (f"{kind} images beyond the number asked for ({len(self.val) - validation_size})",)
             self.val = [self.val[int(i)] for i in np.linspace(0, len(self.val) - 1, validation_size)]
         self.validation_size: int = len(self.val)
-        self.summary: str = f"{self.epoch} training and {self.validation_size} validation images"
+        self.summary: str = f"{self.epoch} training and {self.validation_size} {kind} images"
         if left_out:
             self.summary += f"; left out: {', '.join(left_out)}"
+        self._folder: str = os.path.commonpath([sample.image.parent for sample in self.val])
         self._order: tuple[Any, Any] = (None, None)
 
     def training_sample(self, seed: int, index: int, crop: Size) -> tuple[torch.Tensor, torch.Tensor]:
-        """Training image number ``index``: every epoch goes through all images in an order drawn from the seed."""
+        """Training image number ``index``, augmented."""
+        image, label = read_sample(self.train[self.training_number(seed, index)])
+        return augment(np.random.default_rng((seed, index, 3)), image, label, crop)
+
+    def training_number(self, seed: int, index: int) -> int:
+        """Which of ``train`` is number ``index``: every epoch goes through all, in an order drawn from ``seed``."""
         epoch, place = divmod(index, self.epoch)
         key, order = self._order
         if key != (seed, epoch):
             order = np.random.default_rng((seed, epoch, 2)).permutation(self.epoch)
             self._order = ((seed, epoch), order)
-        image, label = read_sample(self.train[order[place]])
-        return augment(np.random.default_rng((seed, index, 3)), image, label, crop)
+        return int(order[place])
+
+    def validation_name(self, index: int) -> str:
+        """Name for files about validation image number ``index``: its path below the folder of all, without ending."""
+        return str(self.val[index].image.relative_to(self._folder).with_suffix(""))
 
     def validation_sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Validation image number ``index``, whole: image (3, H, W) in 0 .. 1, label (H, W)."""

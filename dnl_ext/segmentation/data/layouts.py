@@ -1,27 +1,24 @@
-"""Which image belongs to which label: the folder layouts of Cityscapes, ADE20K, PASCAL-Context and two plain folders.
+"""Which image belongs to which label: the folder layouts of Cityscapes, ADE20K, PASCAL-Context, CamVid, plain folders.
 
-A layout is found by its folder names. Where it has no validation part of its own, every fifth image in sorted order is
-held out.
+A layout is found by its folder names. Where it has no validation part of its own, every fifth training image in sorted
+order is held out.
 """
 
 import glob
-import os
 import warnings
-from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 
 from ..errors import InputError, InputWarning
 from ..metrics import IGNORE
 from .files import read_label
+from .listing import IMAGE_ENDINGS, Entry, images_in, same_names, unused
 
 #: Labels that are read in advance where the number of classes is given, to see whether they are masks of 0 and 255.
 LOOKED_AT = 16
-
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 
 CITYSCAPES_CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
@@ -29,6 +26,13 @@ CITYSCAPES_CLASSES = (
 )  # fmt: skip
 #: labelIds that are evaluated, in the order of their train ids 0 .. 18.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+
+#: The eleven classes that CamVid (Brostow et al., 2009) is evaluated on, in the order of SegNet's label files.
+CAMVID_CLASSES = (
+    "sky", "building", "pole", "road", "sidewalk", "tree", "sign symbol", "fence", "car", "pedestrian", "bicyclist",
+)  # fmt: skip
+#: What SegNet's label files hold where CamVid has none of these classes.
+CAMVID_VOID = 11
 
 
 def table(pairs: Iterable[tuple[int, int]], ignored: Iterable[int]) -> np.ndarray[Any, Any]:
@@ -70,11 +74,12 @@ class Layout(NamedTuple):
         classes: names of the classes.
         train: training samples, a list of :class:`Sample`.
         val: validation samples.
+        test: test samples, none where the folder has no such part.
         left_out: what in the folder is not used, texts such as ``.gif files (3)``.
 
     Example:
         >>> from dnl_ext.segmentation.data import Layout
-        >>> Layout("plain", ("road", "sky"), [], [], (".gif files (3)",)).left_out
+        >>> Layout("plain", ("road", "sky"), [], [], [], (".gif files (3)",)).left_out
         ('.gif files (3)',)
     """
 
@@ -82,65 +87,16 @@ class Layout(NamedTuple):
     classes: tuple[str, ...]
     train: list[Sample]
     val: list[Sample]
+    test: list[Sample]
     left_out: tuple[str, ...]
 
 
-#: What a reader of a layout finds: class names, training samples, validation samples.
-Found: TypeAlias = tuple[tuple[str, ...], list[Sample], list[Sample]]
+#: What a reader of a layout finds: class names, training, validation and test samples.
+Found: TypeAlias = tuple[tuple[str, ...], list[Sample], list[Sample], list[Sample]]
+Item = TypeVar("Item")
 
 
-class Files(NamedTuple):
-    """Files below a folder, and how many of what else there is that is not looked into."""
-
-    paths: list[Path]
-    left_out: Counter[str]
-
-
-def files_below(folder: str | Path) -> Files:
-    """Sorted files below a folder as :class:`Files`, hidden ones left out.
-
-    Symbolic links are followed, and each folder is read once, by its own path where it has one below ``folder``: images
-    that were found twice could end up in training and in validation.
-    """
-    folder = Path(folder)
-    paths: list[Path] = []
-    left_out: Counter[str] = Counter()
-    read, waiting = set(folder.resolve().parents), deque([folder] if folder.is_dir() else [])
-    while waiting:
-        current = waiting.popleft()
-        if current.resolve() in read:
-            left_out["links to folders read elsewhere"] += 1
-            continue
-        read.add(current.resolve())
-        try:
-            entries = list(os.scandir(current))
-        except OSError as error:
-            raise InputError(f"cannot read folder {current}: {error.strerror}") from None
-        for entry in entries:
-            if entry.is_dir() and entry.name.startswith("."):
-                left_out["hidden folders"] += 1
-            elif entry.is_dir():
-                # Links come after all folders that are no links.
-                (waiting.append if entry.is_symlink() else waiting.appendleft)(current / entry.name)
-            elif entry.name.startswith("."):
-                continue
-            elif entry.is_file():
-                paths.append(current / entry.name)
-            else:
-                left_out["broken links" if entry.is_symlink() else "special files"] += 1
-    return Files(sorted(paths), left_out)
-
-
-def images_in(folder: str | Path) -> list[Path]:
-    """Sorted image files below a folder; see :func:`files_below`."""
-    return [path for path in files_below(folder).paths if is_image(path)]
-
-
-def is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_ENDINGS
-
-
-def samples_of(entries: Iterable[tuple[Path, Path]], lookup: np.ndarray[Any, Any]) -> list[Sample]:
+def samples_of(entries: Iterable[Entry], lookup: np.ndarray[Any, Any]) -> list[Sample]:
     """Samples of (image, label) paths; a label that does not exist raises InputError."""
     for image, label in entries:
         if not label.is_file():
@@ -150,11 +106,10 @@ def samples_of(entries: Iterable[tuple[Path, Path]], lookup: np.ndarray[Any, Any
     return [Sample(image, label, lookup) for image, label in entries]
 
 
-def hold_out(samples: list[Sample]) -> tuple[list[Sample], list[Sample]]:
-    """Split sorted samples: every fifth, at least one, is for validation."""
-    val = samples[4::5] or samples[-1:]
-    held = {sample.image for sample in val}
-    return [sample for sample in samples if sample.image not in held], val
+def hold_out(items: list[Item]) -> tuple[list[Item], list[Item]]:
+    """Split sorted samples or entries: every fifth, at least one, is for validation."""
+    held = range(4, len(items), 5) or range(max(0, len(items) - 1), len(items))
+    return [item for place, item in enumerate(items) if place not in held], [items[place] for place in held]
 
 
 def class_names(count: int) -> tuple[str, ...]:
@@ -180,7 +135,8 @@ def cityscapes(root: Path, _classes: int | None) -> Found:
             found += samples_of([(image, label)], lookup)
         return found
 
-    return CITYSCAPES_CLASSES, samples("train"), samples("val")
+    # The labels of its test part are not public: the files there mark every pixel to be ignored.
+    return CITYSCAPES_CLASSES, samples("train"), samples("val"), []
 
 
 def ade20k(root: Path, classes: int | None) -> Found:
@@ -191,7 +147,7 @@ def ade20k(root: Path, classes: int | None) -> Found:
     def samples(part):
         return samples_of(same_names(root / "images" / part, root / "annotations" / part), lookup)
 
-    return class_names(count), samples("training"), samples("validation")
+    return class_names(count), samples("training"), samples("validation"), []
 
 
 def pascal_context(root: Path, classes: int | None) -> Found:
@@ -201,14 +157,14 @@ def pascal_context(root: Path, classes: int | None) -> Found:
     """
     count = classes or 60
     lookup = table([(number, number) for number in range(count)], ignored=(255,))
-    return class_names(count), *pascal_samples(root, lookup)
+    return class_names(count), *pascal_samples(root, lookup), []
 
 
 def pascal_context_59(root: Path, classes: int | None) -> Found:
     """The files of :func:`pascal_context` with the background ignored: label n is class n - 1 of 59."""
     count = classes or 59
     lookup = table([(number + 1, number) for number in range(count)], ignored=(0, 255))
-    return class_names(count), *pascal_samples(root, lookup)
+    return class_names(count), *pascal_samples(root, lookup), []
 
 
 def pascal_samples(root: Path, lookup: np.ndarray[Any, Any]) -> tuple[list[Sample], list[Sample]]:
@@ -224,19 +180,26 @@ def pascal_samples(root: Path, lookup: np.ndarray[Any, Any]) -> tuple[list[Sampl
     return hold_out(samples([path.stem for path in sorted(labels.glob("[!.]*.png")) if path.is_file()]))
 
 
-def plain(root: Path, classes: int | None) -> Found:
-    """images/ with labels/ of the same names (.png); both with train/ and val/ below them, or one split here.
+def camvid(root: Path, _classes: int | None) -> Found:
+    """The folders of :func:`plain` with CamVid's eleven classes: 255 is ignored, and so is SegNet's 11."""
+    lookup = table([(number, number) for number in range(len(CAMVID_CLASSES))], ignored=(CAMVID_VOID, 255))
+    train, val, test = (samples_of(entries, lookup) for entries in split_entries(root))
+    return CAMVID_CLASSES, train, val, test
 
-    Label values are class numbers, 255 is ignored. Without ``classes`` all labels are read once to count them.
+
+def plain(root: Path, classes: int | None) -> Found:
+    """images/ with labels/ of the same names (.png), split as :func:`split_entries` says.
+
+    Label values are class numbers, 255 is ignored. Without ``classes`` the labels for training and validation are read
+    once to count them.
     """
-    images, labels = root / "images", root / "labels"
-    split = (images / "train").is_dir() and (images / "val").is_dir()
-    parts = [same_names(images / part, labels / part) for part in (("train", "val") if split else ("",))]
-    if not any(parts):
-        return (), [], []
+    labels = root / "labels"
+    splits = split_entries(root)
+    paths = [label for entries in splits[:2] for _, label in entries]
+    if not paths:
+        return (), [], [], []
     lookup = table([(number, number) for number in range(classes or 255)], ignored=(255,))
-    samples = [samples_of(part, lookup) for part in parts]
-    paths = [label for part in parts for _, label in part]
+    train, val, test = (samples_of(entries, lookup) for entries in splits)
     read = paths if classes is None else paths[:: -(-len(paths) // LOOKED_AT)]
     greatest, ignored = -1, False
     for raw in map(read_label, read):
@@ -250,8 +213,26 @@ def plain(root: Path, classes: int | None) -> Found:
             raise InputError(f"{labels}: expected label values 0 .. 254 and 255, got {classes - 1} as the greatest"
                              if classes else f"{labels} holds no labelled pixel")  # fmt: skip
         lookup[classes:IGNORE] = -1
-    train, val = samples if split else hold_out(samples[0])
-    return class_names(classes), train, val
+    return class_names(classes), train, val, test
+
+
+def split_entries(root: Path) -> list[list[Entry]]:
+    """Entries of images/ and labels/ for training, validation and test.
+
+    These are the folders train/, val/ and test/ in both. Without val/ a fifth is held out, of train/ where there is a
+    test/, of all files otherwise. A test/ without labels is none.
+    """
+    images, labels = root / "images", root / "labels"
+    has_train, has_val, has_test = ((images / split).is_dir() for split in ("train", "val", "test"))
+    has_test = has_test and (labels / "test").is_dir()
+
+    def entries(split):
+        return same_names(images / split, labels / split)
+
+    if not has_train or not (has_val or has_test):
+        return [*hold_out(entries("")), []]
+    train, val = (entries("train"), entries("val")) if has_val else hold_out(entries("train"))
+    return [train, val, entries("test") if has_test else []]
 
 
 def warn_of_masks(labels: Path, read: int, count: int) -> None:
@@ -264,61 +245,15 @@ def warn_of_masks(labels: Path, read: int, count: int) -> None:
     warnings.warn(InputWarning(text), stacklevel=4)
 
 
-def same_names(images: Path, labels: Path) -> list[tuple[Path, Path]]:
-    """(image, label) paths: for every image below one folder, the PNG of that name below the other.
-
-    Raises:
-        InputError: two images, such as a.jpg and a.png, have one label.
-    """
-
-    def label(path):
-        lower, upper = (path.with_suffix(ending) for ending in (".png", ".PNG"))
-        return upper if upper.is_file() and not lower.is_file() else lower
-
-    found: dict[Path, Path] = {}
-    for path in images_in(images):
-        wanted = label(labels / path.relative_to(images))
-        if wanted in found:
-            raise InputError(f"images {found[wanted]} and {path} have the same label {wanted}: rename or remove one")
-        found[wanted] = path
-    return [(image, wanted) for wanted, image in found.items()]
-
-
-def unused(images: Path, labels: Path, samples: list[Sample]) -> tuple[str, ...]:
-    """What two folders hold besides the samples: texts such as ``labels without image (2)``."""
-    (image_files, left_out), (label_files, of_labels) = files_below(images), files_below(labels)
-    left_out.update(of_labels)
-
-    def key(path, folder):
-        # Cityscapes names a file by its place and what it shows, for which there are several labels.
-        name = str(path.relative_to(folder).with_suffix(""))
-        return name.split("_leftImg8bit")[0].split("_gtFine_")[0]
-
-    used = {sample.image for sample in samples}
-    shown, labelled = ({key(path, folder) for path in paths if is_image(path)}
-                       for paths, folder in ((image_files, images), (label_files, labels)))  # fmt: skip
-    for path in image_files:
-        if not is_image(path):
-            left_out[kind_of(path)] += 1
-        elif path not in used:
-            left_out["images in neither part" if key(path, images) in labelled else "images without label"] += 1
-    for path in label_files:
-        if key(path, labels) not in shown:
-            left_out["labels without image" if is_image(path) else kind_of(path)] += 1
-    return tuple(f"{what} ({count})" for what, count in sorted(left_out.items()))
-
-
-def kind_of(path: Path) -> str:
-    return f"{path.suffix} files" if path.suffix else "files without ending"
-
-
-#: Layout name -> the folders it is known by, and its reader (root, classes or None) -> class names, train, val.
+#: Layout name -> the folders it is known by, and its reader (root, classes or None). Of layouts with the same folders
+#: the first is found by their names, the others have to be named.
 LAYOUTS: dict[str, tuple[tuple[str, str], Callable[[Path, int | None], Found]]] = {
     "cityscapes": (("leftImg8bit", "gtFine"), cityscapes),
     "ade20k": (("images", "annotations"), ade20k),
     "pascal-context": (("JPEGImages", "SegmentationClassContext"), pascal_context),
     "pascal-context-59": (("JPEGImages", "SegmentationClassContext"), pascal_context_59),
     "plain": (("images", "labels"), plain),
+    "camvid": (("images", "labels"), camvid),
 }
 
 
@@ -360,13 +295,13 @@ def find_layout(root: str | Path, layout: str | None = None, classes: int | None
             folders, reader = LAYOUTS[name]
             if not all((base / folder).is_dir() for folder in folders):
                 continue
-            class_names, train, val = reader(base, classes)
-            left_out = unused(base / folders[0], base / folders[1], [*train, *val])
+            class_names, train, val, test = reader(base, classes)
+            left_out = unused(base / folders[0], base / folders[1], {sample.image for sample in (*train, *val, *test)})
             if not train or not val:
                 counts = f"{len(train)} training and {len(val)} validation images"
                 found = f", left out: {', '.join(left_out)}" if left_out else ""
                 wanted = "at least 1 of each is needed, ending in " + ", ".join(IMAGE_ENDINGS)
                 raise InputError(f"{base} ({name} layout) has {counts}{found}: {wanted}")
-            return Layout(name, class_names, train, val, left_out)
+            return Layout(name, class_names, train, val, test, left_out)
     wanted = dict.fromkeys(" and ".join(LAYOUTS[name][0]) for name in names)
     raise InputError(f"data folder {root} has no known layout: expected the folders {', or '.join(wanted)}")

@@ -233,6 +233,10 @@ class MosaicData:
         """Training image number ``index``, which the arguments determine: image (3, h, w) in 0 .. 1, label (h, w)."""
         return compose(np.random.default_rng((seed, index, 0)), self.sources["train"], crop)
 
+    def validation_name(self, index: int) -> str:
+        """Name for files about validation image number ``index``, without ending."""
+        return f"{self.name}-{index}"
+
     def validation_sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Held-out mosaic number ``index``, the same for every seed: image (3, H, W) in 0 .. 1, label (H, W)."""
         return compose(np.random.default_rng((2020, index, 1)), self.sources["val"], self.size)

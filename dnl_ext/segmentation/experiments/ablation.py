@@ -9,8 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,14 +20,14 @@ from ..._version import __version__
 from ...analysis import AttentionProbe
 from ..data.context import PretextData
 from ..errors import InputError
-from ..looking.diagnosis import Samples
 from ..training import checkpoint
 from ..training.config import FREE, TrainConfig
-from ..training.trainer import CHECKPOINT, Data, Listener, Trainer, open_data
-from .recipes import RECIPES, VARIANTS, Recipe
+from ..training.trainer import CHECKPOINT, FEATURES, Data, Listener, Trainer, open_data
+from .recipes import RECIPES, VARIANT_NAMES, Recipe
+from .runs import Run, plan
+from .samples import ValidationSamples
+from .unary_detail import unary_detail
 
-#: (mean, deviation over seeds, number of seeds) of a figure.
-Spread: TypeAlias = tuple[float, float, int]
 #: Takes a title, the first step and the number of steps; gives a context in which a Listener listens.
 ListenerFactory: TypeAlias = Callable[[str, int, int], AbstractContextManager[Listener]]
 
@@ -37,42 +36,6 @@ RESULT = "result.json"
 QUERIES = 256
 #: Learning rate of the encoder's own training.
 PRETEXT_LR = 4e-3
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training of an ablation.
-
-    Attributes:
-        variant: of the block, as :class:`dnl_ext.DisentangledNonLocal2d` names it.
-        temperature: divides the block's logits; None for the unary term alone, which has no pairwise logits.
-        seed: of weights and training images.
-
-    Example:
-        >>> from dnl_ext.segmentation.experiments import Run
-        >>> Run("dnl", 0.05, 0).name
-        'dnl-T0.05-seed0'
-    """
-
-    variant: str
-    temperature: float | None
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Name of the run's folder."""
-        temperature = "" if self.temperature is None else f"-T{self.temperature:g}"
-        return f"{self.variant}{temperature}-seed{self.seed}"
-
-
-def plan(variants: Sequence[str], temperatures: Sequence[float], seeds: Sequence[int]) -> list[Run]:
-    """All runs, seed by seed; the unary term alone has no temperature and is trained once per seed."""
-    return [
-        Run(variant, temperature, seed)
-        for seed in seeds
-        for variant in variants
-        for temperature in ((None,) if variant == "unary" else temperatures)
-    ]
 
 
 class Ablation:
@@ -85,7 +48,7 @@ class Ablation:
         out: folder of all runs.
         recipe: a key of ``RECIPES``.
         overrides: settings of :class:`~dnl_ext.segmentation.training.TrainConfig` in place of the recipe's.
-        variants, temperatures, seeds: what to train; None is all variants and the recipe's temperatures.
+        variants, temperatures, seeds: what to train; None is what the recipe has.
         pretext: steps of the encoder's own training, in place of the recipe's.
         images: validation images that the attention is measured on, in place of the recipe's.
 
@@ -123,15 +86,17 @@ class Ablation:
         self.recipe: Recipe = RECIPES[recipe]
         settings = {**self.recipe.settings, "layout": self.recipe.layout, **(overrides or {})}
         self.base: TrainConfig = TrainConfig(**settings)
+        if self.base.freeze_backbone and self.base.feature_cache is None:
+            self.base.feature_cache = str(self.out / FEATURES)
         if self.recipe.layout is not None and self.base.data is None:
             raise InputError(f"--recipe {recipe} needs --data DIR in the {self.recipe.layout} layout")
         if self.recipe.layout is None and self.base.data is not None:
             named = ", ".join(name for name, entry in RECIPES.items() if entry.layout)
             raise InputError(f"--data DIR needs a --recipe of its own: {named}")
         for variant in variants or ():
-            if variant not in VARIANTS:
-                raise InputError(f"--variants must be among {', '.join(VARIANTS)}, got {variant}")
-        self.runs: list[Run] = plan(variants or VARIANTS, temperatures or self.recipe.temperatures, seeds)
+            if variant not in VARIANT_NAMES:
+                raise InputError(f"--variants must be among {', '.join(VARIANT_NAMES)}, got {variant}")
+        self.runs: list[Run] = plan(self.recipe.choose(variants, temperatures), seeds)
         if not self.runs:
             raise InputError("--seeds: expected at least one")
         self.pretext: int = self.recipe.pretext if pretext is None else pretext
@@ -145,7 +110,7 @@ class Ablation:
     @functools.cached_property
     def data(self) -> Data:
         """The data set of all runs, opened when it is first asked for. Raises InputError where it cannot be."""
-        return open_data(self.base)
+        return open_data(self.base, self.recipe.split)
 
     def config(self, run: Run) -> TrainConfig:
         """Settings of a run, a :class:`~dnl_ext.segmentation.training.TrainConfig`."""
@@ -177,7 +142,7 @@ class Ablation:
         for number, run in enumerate(self.runs, 1):
             if run not in self.results:
                 trainer = self.train(run, f"[{number}/{len(self.runs)}] {run.name}", data, listener)
-                self.results[run] = self.measure(run, trainer, data)
+                self.results[run] = self.measure(run, trainer)
                 write_json(self.out / run.name / RESULT, self.results[run])
             if on_result is not None:
                 on_result(run, self.results[run])
@@ -200,6 +165,8 @@ class Ablation:
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(f"{path} is no result of dnl-ext ablate: remove it to run again") from None
         wanted = self.fingerprint(self.config(run))
+        defaults = dataclasses.asdict(TrainConfig())  # of settings that an older result does not name
+        settings = {name: value for name, value in defaults.items() if name in wanted} | settings
         for key in sorted(wanted.keys() | settings.keys()):
             if wanted.get(key) != settings.get(key):
                 raise InputError(
@@ -244,17 +211,20 @@ class Ablation:
             trainer.run(progress)
         return trainer
 
-    def measure(self, run: Run, trainer: Trainer, data: Data) -> dict[str, Any]:
-        """A run's result: mIoU, and the attention's figures over the first validation images."""
-        with AttentionProbe(trainer.network, QUERIES, seed=0) as probe:
-            probe.run(Samples(data, min(self.images, data.validation_size)), progress=False)
-        summary = probe.blocks["block"].summary()
+    def measure(self, run: Run, trainer: Trainer) -> dict[str, Any]:
+        """A run's result: mIoU, and the attention's figures over validation images."""
+        figures = {}
+        if trainer.network.block is not None:
+            with AttentionProbe(trainer.network, QUERIES, seed=0) as probe:
+                probe.run(ValidationSamples(trainer, self.images), forward=trainer.evaluate, progress=False)
+            figures = {name: figure.value for name, figure in probe.blocks["block"].summary().items()}
+            figures |= unary_detail(trainer, self.images)
         return {
             "run": dataclasses.asdict(run),
             "settings": self.fingerprint(self.config(run)),
             "miou": trainer.miou,
             "seconds_per_step": trainer.seconds_per_step(),
-            "attention": {name: figure.value for name, figure in summary.items()},
+            "attention": figures,
             "versions": {"dnl_ext": __version__, "torch": torch.__version__},
         }
 
@@ -272,37 +242,3 @@ def write_json(path: Path, content: object) -> None:
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None
-
-
-def over_seeds(results: Mapping[Run, dict[str, Any]]) -> dict[tuple[str, float | None], dict[str, Spread]]:
-    """Mean and spread of every figure over the seeds of each (variant, temperature).
-
-    Args:
-        results: {Run: result}.
-
-    Returns:
-        {(variant, temperature): {figure: (mean, deviation over seeds, number of seeds)}}; the deviation of one is nan.
-
-    Example:
-        >>> from dnl_ext.segmentation.experiments import Run, over_seeds
-        >>> results = {Run("dnl", 0.05, seed): {"miou": 0.5 + seed, "attention": {}} for seed in (0, 1, 2)}
-        >>> over_seeds(results)
-        {('dnl', 0.05): {'miou': (1.5, 1.0, 3)}}
-    """
-    groups = {}
-    for run, result in results.items():
-        figures = {"miou": result["miou"], **result["attention"]}
-        groups.setdefault((run.variant, run.temperature), []).append(figures)
-    return {
-        key: {
-            name: spread([entry[name] for entry in entries if entry.get(name) is not None])
-            for name in dict.fromkeys(name for entry in entries for name in entry)
-        }
-        for key, entries in groups.items()
-    }
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """(mean, deviation, number) of a list; nan for what it is too short for."""
-    mean = statistics.fmean(values) if values else float("nan")
-    return mean, statistics.stdev(values) if len(values) > 1 else float("nan"), len(values)

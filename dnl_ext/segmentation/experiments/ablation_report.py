@@ -1,7 +1,7 @@
 """The ablation's table and figure, from its results alone."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import matplotlib.pyplot as plt
 
 from ...analysis.results import to_dict
 from ..errors import InputError
-from .ablation import Ablation, Run, Spread, over_seeds, write_json
-from .recipes import VARIANT_NAMES, VARIANTS
+from .ablation import Ablation, write_json
+from .comparison import Spread, difference, figures_of, over_seeds
+from .recipes import VARIANT_NAMES, Row
+from .runs import Run
 
 #: Columns of the talk's table: key of a figure, head, factor, and the figure of uniform attention.
 COLUMNS = (
@@ -23,12 +25,15 @@ COLUMNS = (
     ("pairwise.own_class.correlation", "pairwise with regions, r", 100, None),
     ("unary.boundaries.mass", "unary on boundaries, %", 100, "unary.boundaries.uniform"),
     ("unary.boundaries.correlation", "unary with boundaries, r", 100, None),
-    ("total.jsd", "JSD of rows", 1, None),
-    ("total.cosine_distance", "cosine distance of rows", 1, None),
+    ("pairwise.jsd", "JSD of rows, pairwise", 1, None),
+    ("total.jsd", "JSD of rows, total", 1, None),
+    ("pairwise.entropy_share", "entropy of pairwise rows", 1, None),
     ("decomposition.unary_of_map", "unary share of logits", 1, None),
 )
 #: Those of them that the figure shows.
 SHOWN = ("miou", "pairwise.own_class.mass", "unary.boundaries.mass", "total.jsd")
+#: Those whose differences between rows are tested.
+TESTED = ("miou", "pairwise.own_class.mass", "unary.boundaries.mass", "pairwise.jsd", "total.jsd")
 COLORS = ("#2e6f9e", "#d1495b", "#3c8d40", "#8d6a9f")
 
 
@@ -42,12 +47,13 @@ def cell(value: Spread | None, factor: int) -> str:
     return text if math.isnan(deviation) else f"{text} ± {factor * deviation:.{digits}f}"
 
 
-def ordered(groups: Mapping[tuple[str, float | None], dict[str, Spread]]) -> list[tuple[str, float | None]]:
+def ordered(groups: Mapping[Row, dict[str, Spread]]) -> list[Row]:
     """(variant, temperature) in the order of the table."""
-    return sorted(groups, key=lambda key: (-(key[1] or 0), VARIANTS.index(key[0])) if key[1] else (1, 0))
+    names = list(VARIANT_NAMES)
+    return sorted(groups, key=lambda key: (key[1] is None, -(key[1] or 0), names.index(key[0])))
 
 
-def table(groups: Mapping[tuple[str, float | None], dict[str, Spread]]) -> list[str]:
+def table(groups: Mapping[Row, dict[str, Spread]]) -> list[str]:
     """Lines of the Markdown table."""
     head = ["variant", "T", "seeds", *(title.replace(", r", ", r x 100") for _, title, _, _ in COLUMNS)]
     lines = [head, ["---"] * len(head)]
@@ -59,9 +65,42 @@ def table(groups: Mapping[tuple[str, float | None], dict[str, Spread]]) -> list[
     uniform = ["*uniform attention*", "", ""]
     for name, _, factor, reference in COLUMNS:
         values = [figures[reference][0] for figures in groups.values() if reference in figures]
-        flat = "" if name == "miou" or name.startswith("decomposition") else "0"
+        flat = "" if name == "miou" or name.startswith("decomposition") else "1" if "entropy" in name else "0"
         uniform.append(f"{factor * sum(values) / len(values):.1f}" if values else flat)
     return [f"| {' | '.join(line)} |" for line in [*lines, uniform]]
+
+
+def row_name(row: Row) -> str:
+    """A row as text: "dnl, T = 0.05"."""
+    return row[0] if row[1] is None else f"{row[0]}, T = {row[1]:g}"
+
+
+def compared(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
+    """Pairs of rows whose difference is tested: each with the standard block as published, and its two temperatures."""
+    rows = list(rows)
+    standard: Row = ("nl", 1.0)
+    pairs: list[tuple[Row, Row]] = [(row, standard) for row in rows if row != standard and standard in rows]
+    for row in rows:
+        others = [other for other in rows if other[0] == row[0] and (other[1] or 0) > (row[1] or 0)]
+        pairs += [(row, other) for other in others if other != standard]
+    return pairs
+
+
+def differences(results: Mapping[Run, dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table of differences between rows, each with a paired test; none where no row is shared."""
+    lines = []
+    for first, second in compared(ordered(over_seeds(results))):
+        for name, title, factor, _ in COLUMNS:
+            found = difference(results, first, second, name)
+            if name in TESTED and found.seeds > 1:
+                text = cell((found.mean, found.deviation, found.seeds), factor)
+                p = "-" if math.isnan(found.p) else f"{found.p:.2g}"
+                lines.append(f"| {row_name(first)} | {row_name(second)} | {title} | {text} | {found.seeds} | {p} |")
+    if not lines:
+        return []
+    head = ["| row | less | figure | difference | seeds | p |", "|---|---|---|---|---|---|"]
+    note = "Differences over the seeds that both rows have, mean ± deviation, with p of a paired t-test."
+    return ["## Differences", "", note, "", *head, *lines, ""]
 
 
 def write_report(ablation: Ablation) -> None:
@@ -95,11 +134,12 @@ def write_report(ablation: Ablation) -> None:
         + (f"; encoder first alone for {ablation.pretext} steps." if ablation.pretext else "."),
         f"- Attention over {ablation.images} validation images. Mean ± deviation over seeds.",
         "- Regions and boundaries are measured by the definitions of dnl_ext.analysis.consistency, which are not the "
-        "paper's; compare with uniform attention. JSD and cosine distance: 0 means that all queries look at the same "
-        "places. Columns r are correlations times 100.",
+        "paper's; compare with uniform attention. JSD (0 to 0.693): 0 means that all queries look at the same places. "
+        "Entropy: share of log N, 0 where a row is a single key. Columns r are correlations times 100.",
         "",
         *table(groups),
         "",
+        *differences(ablation.results),
         "![Four of the columns](ablation.png)",
         "",
     ]
@@ -120,12 +160,10 @@ def write_report(ablation: Ablation) -> None:
     draw(ablation.out / "ablation.png", ablation.results, groups)
 
 
-def draw(
-    path: Path, results: Mapping[Run, dict[str, Any]], groups: Mapping[tuple[str, float | None], dict[str, Spread]]
-) -> None:
+def draw(path: Path, results: Mapping[Run, dict[str, Any]], groups: Mapping[Row, dict[str, Spread]]) -> None:
     """Write the figure: one panel per shown column, a dot per seed, a bar at the mean, a line at uniform attention."""
     temperatures = sorted({key[1] for key in groups if key[1]}, reverse=True)
-    variants = [variant for variant in VARIANTS if any(key[0] == variant for key in groups)]
+    variants = [variant for variant in VARIANT_NAMES if any(key[0] == variant for key in groups)]
     columns = [column for column in COLUMNS if column[0] in SHOWN]
     figure, axes = plt.subplots(1, len(columns), figsize=(4.1 * len(columns), 3.6), layout="constrained")
     for axis, (name, title, factor, reference) in zip(axes, columns, strict=True):
@@ -140,8 +178,7 @@ def draw(
             axis.bar(place, factor * mean, 0.28, color=color, alpha=0.35)
             dots = [
                 factor * value for run, result in results.items()
-                if (run.variant, run.temperature) == (variant, temperature)
-                and (value := {"miou": result["miou"], **result["attention"]}.get(name)) is not None
+                if run.row == (variant, temperature) and (value := figures_of(result).get(name)) is not None
             ]  # fmt: skip
             axis.plot([place] * len(dots), dots, "o", color=color, markersize=4)
         flat = [figures[reference][0] for figures in groups.values() if reference in figures]

@@ -7,11 +7,13 @@ from .class_focus import Focus, focus, token_labels
 from .diagnosis import DiagnoseSettings, diagnose
 from .figure import Query, choose_queries
 from .maps import MapRow, draw_maps, look
+from .predictions import PredictionWriter
 
 __all__ = [
     "DiagnoseSettings",
     "Focus",
     "MapRow",
+    "PredictionWriter",
     "Query",
     "choose_queries",
     "diagnose",

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import html
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ from typing import Any
 import torch
 
 from ..._version import __version__
-from ...analysis import AttentionProbe
+from ...analysis import AttentionProbe, Estimate, remarks_on
 from ...analysis.tables import Section, as_markdown, sections
-from ..errors import InputError
+from ..errors import InputError, InputWarning
 from ..training.config import TrainConfig
-from ..training.trained import Trained
-from ..training.trainer import Data, open_data
+from ..training.evaluation import evaluation_data
+from ..training.trained import Trained, check_classes
+from ..training.trainer import Data
 from .figure import choose_queries, place_of
 from .maps import draw_maps, look
 
@@ -51,13 +53,7 @@ class DiagnoseSettings:
 
 def diagnosis_data(config: TrainConfig, settings: DiagnoseSettings) -> Data:
     """The data set to measure on. Raises InputError."""
-    if settings.data is not None:
-        given = {"data": settings.data, "layout": settings.layout, "classes": settings.classes}
-    elif settings.layout is not None or settings.classes is not None:
-        raise InputError("--layout and --classes belong to --data DIR")
-    else:
-        given = {}
-    return open_data(dataclasses.replace(config, val_images=settings.images, **given))
+    return evaluation_data(config, settings.data, settings.layout, settings.classes, settings.images)
 
 
 def diagnose(
@@ -98,9 +94,7 @@ def diagnose(
     first = next(iter(networks.values()))
     data = diagnosis_data(first.config, settings) if data is None else data
     for title, trained in networks.items():
-        if tuple(trained.classes) != tuple(data.classes):
-            raise InputError(f"{title} has {len(trained.classes)} classes, the data {data.name} {len(data.classes)} "
-                             "or others: give --data")  # fmt: skip
+        check_classes(trained, data, title)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,6 +102,9 @@ def diagnose(
     count = min(settings.images, data.validation_size)
     probes = {title: measure(trained, data, count, settings, progress) for title, trained in networks.items()}
     tables = sections({title: probe.blocks["block"].summary() for title, probe in probes.items()})
+    for title, probe in probes.items():
+        for remark in remarks_on(probe.blocks["block"].summary()):
+            warnings.warn(InputWarning(f"{title} is {remark}"), stacklevel=2)
     pictures = [draw(out, networks, data, number) for number in range(min(settings.pictures, count))]
     facts = {
         "dnl_ext": __version__, "torch": torch.__version__, "data": data.name, "images": count,
@@ -151,15 +148,22 @@ class Samples:
             yield image[None], label[None]
 
 
-def draw(out: Path, networks: Mapping[str, Trained], data: Data, number: int) -> str:
-    """Draw a validation image with all networks; returns the file's name."""
+def draw(
+    out: Path,
+    networks: Mapping[str, Trained],
+    data: Data,
+    number: int,
+    name: str | None = None,
+    photograph: bool = True,
+) -> str:
+    """Draw a validation image with all networks, or their maps over grey; returns the file's name."""
     image, label = data.validation_sample(number)
     queries = [tuple(int(x) for x in place_of(query)) for query in choose_queries(label)]
     height, width = label.shape
     queries = [(min(x, width - 1), min(y, height - 1)) for x, y in queries]
     rows = [look(trained, title, image, queries) for title, trained in networks.items()]
-    name = f"maps-{number}.png"
-    draw_maps(out / name, image, queries, rows, data.classes)
+    name = name or f"maps-{number}.png"
+    draw_maps(out / name, image if photograph else torch.full_like(image, 0.5), queries, rows, data.classes, data.name)
     return name
 
 
@@ -172,6 +176,8 @@ def intro(facts: dict[str, Any], entries: dict[str, dict[str, Any]]) -> list[str
     for title, entry in entries.items():
         miou = "" if entry["miou"] is None else f", mIoU {100 * entry['miou']:.1f} %"
         lines.append(f"{title}: {entry['variant']}, temperature {entry['temperature']:g}, step {entry['step']}{miou}.")
+        summary = {name: Estimate(**figure) for name, figure in entry["summary"].items()}
+        lines += [f"{title} is {remark}." for remark in remarks_on(summary)]
     return lines
 
 

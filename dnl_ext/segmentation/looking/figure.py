@@ -8,16 +8,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap
-from matplotlib.patches import Patch
 from scipy import ndimage
 
 from ...analysis import AttentionMaps
+from ..data.colors import colorize, palette
 from ..network import STRIDE
 from .class_focus import token_labels
-from .overlay import QUERY_COLORS, heat, mark
+from .overlay import QUERY_COLORS, class_handles, heat, mark
 
-CLASS_COLORS = ("#d1495b", "#3c8d40", "#edae49", "#2e6f9e", "#8d6a9f", "#66c3c0", "#7f5539", "#f4a5ae")
 TITLES = {"nl": "Standard\nnon-local block", "dnl": "Disentangled\nnon-local block"}
 
 
@@ -158,10 +156,10 @@ def draw(
 
 def class_map(axis: Axes, label: torch.Tensor, classes: Sequence[str], title: str) -> None:
     """Classes as colours, with the names of those present."""
-    colors = [CLASS_COLORS[number % len(CLASS_COLORS)] for number in range(len(classes))]
-    axis.imshow(label.numpy(), cmap=ListedColormap(colors), norm=BoundaryNorm(np.arange(len(classes) + 1) - 0.5,
-                len(classes)), interpolation="nearest")  # fmt: skip
-    handles = [Patch(color=colors[number], label=classes[number]) for number in label.unique().tolist()]
-    axis.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=8, fontsize=8.5, frameon=False,
-                handlelength=1, handletextpad=0.4, columnspacing=1)  # fmt: skip
+    colors = palette("mosaic", len(classes))
+    axis.imshow(colorize(label.numpy(), colors), interpolation="nearest")
+    axis.legend(
+        handles=class_handles([label], classes, colors), loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=8,
+        fontsize=8.5, frameon=False, handlelength=1, handletextpad=0.4, columnspacing=1,
+    )  # fmt: skip
     axis.set_title(title)

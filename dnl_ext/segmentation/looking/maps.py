@@ -9,24 +9,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from ...analysis import AttentionMaps, attention_rows
+from ..data.colors import palette
 from ..errors import InputError
 from ..network import STRIDE
 from ..training.trained import Trained
-from .figure import CLASS_COLORS
-from .overlay import QUERY_COLORS, heat, mark
+from .overlay import QUERY_COLORS, class_handles, heat, mark, tinted
 
 #: What the attention of a block is called in its row.
 JOINTS = {"product": "(product)", "sum": "(sum)", "pairwise": "(one term)", "unary": "(one term)"}
 #: Largest side of an image here: four times the tokens of a Cityscapes photograph at stride 8.
 LARGEST = 4096
-#: Most classes in the legend.
-LEGEND = 12
 #: Width of a panel in inches.
 PANEL = 3.0
 
@@ -108,6 +105,7 @@ def draw_maps(
     queries: Sequence[tuple[int, int]],
     rows: Sequence[MapRow],
     classes: Sequence[str],
+    data: str = "",
 ) -> None:
     """Draw where the blocks of several networks look, a row for each network.
 
@@ -117,6 +115,7 @@ def draw_maps(
         queries: pixels (x, y), at most 6.
         rows: a :class:`MapRow` per network, from top to bottom.
         classes: names of the classes.
+        data: name of the data set whose colours they have, as in :func:`~dnl_ext.segmentation.data.palette`.
 
     Raises:
         InputError: the file cannot be written.
@@ -132,6 +131,7 @@ def draw_maps(
         >>> os.path.exists("maps.png")
         True
     """
+    colors = palette(data, len(classes))
     names = "ABCDEF"[: len(queries)]
     unary = any(row.maps.joint != "pairwise" for row in rows)
     total = any(row.maps.joint in ("product", "sum") for row in rows)
@@ -150,11 +150,10 @@ def draw_maps(
         axis.set_title(title, fontsize=13)
     for line, row in zip(axes, rows, strict=True):
         line[0].set_ylabel(f"{row.title}\n{JOINTS[row.maps.joint]}", fontsize=13)
-        draw_row(figure, line, image, queries, names, row, unary, total)
-    present = sorted({number for row in rows for number in row.prediction.unique().tolist()})[:LEGEND]
+        draw_row(figure, line, image, queries, names, row, colors, unary, total)
     figure.legend(
-        handles=[Patch(color=CLASS_COLORS[number % len(CLASS_COLORS)], label=classes[number]) for number in present],
-        loc="outside lower center", ncols=len(present), frameon=False, fontsize=11, title_fontsize=11,
+        handles=class_handles([row.prediction for row in rows], classes, colors),
+        loc="outside lower center", ncols=12, frameon=False, fontsize=11, title_fontsize=11,
         title=f"Heat: attention in multiples of uniform attention (1 / {rows[0].maps.positions:,} per position), "
         "each map on its own scale. Predicted classes:",
     )  # fmt: skip
@@ -173,6 +172,7 @@ def draw_row(
     queries: Sequence[tuple[int, int]],
     names: str,
     row: MapRow,
+    colors: np.ndarray[Any, Any],
     unary: bool,
     total: bool,
 ) -> None:
@@ -181,7 +181,7 @@ def draw_row(
         axis.set_xticks([])
         axis.set_yticks([])
     line[0].imshow(image.permute(1, 2, 0).numpy())
-    line[1].imshow(tinted(image, row.prediction).permute(1, 2, 0).numpy())
+    line[1].imshow(tinted(image, row.prediction, colors))
     size = 8
     for (x, y), name, color in zip(queries, names, QUERY_COLORS, strict=False):
         mark(line[0], x, y, name, color, size + 1)
@@ -206,9 +206,3 @@ def draw_row(
         if number is not None:
             x, y = queries[number]
             mark(axis, x, y, names[number], QUERY_COLORS[number], size)
-
-
-def tinted(image: torch.Tensor, prediction: torch.Tensor, strength: float = 0.45) -> torch.Tensor:
-    """The image (3, H, W) in grey, under the colours of the predicted classes (H, W)."""
-    colors = torch.tensor([to_rgb(color) for color in CLASS_COLORS])[prediction % len(CLASS_COLORS)]
-    return (1 - strength) * image.mean(0, keepdim=True) + strength * colors.permute(2, 0, 1)

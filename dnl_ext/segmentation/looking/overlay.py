@@ -1,4 +1,7 @@
-"""Heat over a photograph, and query markers: what the attention pictures share."""
+"""Heat or classes over a photograph, query markers, legends: what the pictures share."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import matplotlib
 
@@ -6,14 +9,20 @@ matplotlib.use("Agg")
 
 import matplotlib.patheffects as effects
 import matplotlib.pyplot as plt
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from ..data.colors import colorize
+
 HEAT = "inferno"
+#: Most classes in a legend.
+LEGEND = 24
 #: One colour per query, easy to tell from the heat and from each other.
 QUERY_COLORS = ("#00e5ff", "#7cff00", "#ff5fd2", "#ffd400", "#ffffff", "#b388ff")
 
@@ -58,3 +67,38 @@ def heat(
     bar.ax.tick_params(labelsize=fontsize - 1)
     bar.set_ticks([tick for tick in MaxNLocator(4).tick_values(0, top) if 0 <= tick <= top])
     bar.minorticks_off()
+
+
+def tinted(
+    image: torch.Tensor, label: torch.Tensor, colors: np.ndarray[Any, Any], opacity: float = 0.45
+) -> np.ndarray[Any, Any]:
+    """A photograph in grey under the colours of its classes.
+
+    Args:
+        image: float tensor (3, H, W) in 0 .. 1. label: int64 tensor (H, W).
+        colors: of the classes, uint8 array (C, 3). opacity: of the colours, 0 .. 1.
+
+    Returns:
+        float32 array (H, W, 3) in 0 .. 1.
+    """
+    grey = image.mean(0)[..., None].numpy()
+    return ((1 - opacity) * grey + opacity / 255 * colorize(label.numpy(), colors)).astype(np.float32)
+
+
+def class_handles(
+    labels: Iterable[torch.Tensor], classes: Sequence[str], colors: np.ndarray[Any, Any], most: int = LEGEND
+) -> list[Patch]:
+    """What a legend shows of the classes in some label maps: those that are there, the largest areas first.
+
+    Args:
+        labels: int64 tensors of any shape; what is no class is left out.
+        classes: names. colors: uint8 array (C, 3).
+        most: classes to name; of more, the last entry is the number of the others.
+    """
+    areas = sum(torch.bincount(label.flatten(), minlength=256)[: len(classes)] for label in labels)
+    assert isinstance(areas, torch.Tensor)
+    present = [number for number in areas.argsort(descending=True, stable=True).tolist() if areas[number]]
+    handles = [Patch(color=tuple(colors[number] / 255), label=classes[number]) for number in present[:most]]
+    if len(present) > most:
+        handles.append(Patch(fill=False, linewidth=0, label=f"and {len(present) - most} more"))
+    return handles

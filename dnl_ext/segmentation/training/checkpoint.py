@@ -75,7 +75,8 @@ def load_weights(network: nn.Module, state: dict[str, Any], path: str | Path | N
     Args:
         network: the module to fill.
         state: a checkpoint from :func:`load`; ``path`` names it in messages.
-        partial: allow one of the two to have no block, whose weights then keep their initial values.
+        partial: allow one of the two to have no block, or no auxiliary head, whose weights then keep their initial
+            values.
 
     Raises:
         InputError: the checkpoint is of another variant, or a weight has another shape.
@@ -89,10 +90,11 @@ def load_weights(network: nn.Module, state: dict[str, Any], path: str | Path | N
         True
     """
     saved, own = dict(state["network"]), network.state_dict()
-    saved_block, own_block = ({name for name in weights if name.startswith("block.")} for weights in (saved, own))
-    if partial and not (saved_block and own_block):
-        saved = {name: weight for name, weight in saved.items() if name not in saved_block}
-        saved |= {name: own[name] for name in own_block}
+    for part in ("block.", "auxiliary.") if partial else ():
+        theirs, ours = ({name for name in weights if name.startswith(part)} for weights in (saved, own))
+        if not (theirs and ours):
+            saved = {name: weight for name, weight in saved.items() if name not in theirs}
+            saved |= {name: own[name] for name in ours}
     difference = sorted(saved.keys() ^ own.keys())
     if difference:
         side = "has" if difference[0] in saved else "lacks"

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...types import Backend, Variant
+from ..backbones import SMALL, check_backbone
 from ..data.layouts import LAYOUTS
 from ..errors import InputError
-from ..network import STRIDE, VARIANTS
+from ..network import CHANNELS, STRIDE, VARIANTS
 
 AMP = ("none", "bf16")
 DTYPES = ("float32", "float64")
@@ -17,7 +18,7 @@ TASKS = ("mosaic", "context")
 OPTIMIZERS = ("adamw", "sgd")
 
 #: Settings that a resumed run may change: they name machines and places, not the run.
-FREE = ("backend", "data", "device", "save_every", "threads", "workers")
+FREE = ("backbone_weights", "backend", "data", "device", "feature_cache", "save_every", "threads", "workers")
 
 
 @dataclasses.dataclass
@@ -40,9 +41,18 @@ class TrainConfig:
         lr: learning rate at its peak; see :func:`learning_rate`.
         encoder_lr: factor on the encoder's learning rate.
         weight_decay: of the optimizer.
+        class_weights: of the loss: "balanced", "median-frequency" or a file, see :func:`class_weights`; None is none.
+        aux_weight: of the loss of an auxiliary head on earlier features of the encoder, beside 1 of the network's own;
+            0 is without such a head. mmsegmentation's is 0.4.
         block_gain: initial weight of the BatchNorm behind the block; an argument of the network, as the next two.
         temperature: divides the block's logits; None is the variant's own.
-        width: channels after the encoder's first convolution.
+        width: channels after the light encoder's first convolution.
+        channels: of the features that enter the block.
+        backbone: "small", the light encoder, or "timm:NAME".
+        backbone_weights: file of the backbone's weights; None is timm's own, which are downloaded.
+        freeze_backbone: leave the encoder as it is, and compute the features of each image once.
+        feature_cache: folder of these features; None is ``features`` in the folder of the run.
+        label_stride: train on every label_stride-th pixel of the labels in each direction.
         val_every: steps between validations; 0 validates at the end only.
         val_images: validation images to use; None is all, which are 8 of the built-in data.
         save_every: steps between checkpoints.
@@ -78,9 +88,17 @@ class TrainConfig:
     lr: float = 2e-3
     encoder_lr: float = 1.0
     weight_decay: float = 0.01
+    class_weights: str | None = None
+    aux_weight: float = 0.0
     block_gain: float = 0.0
     temperature: float | None = None
     width: int = 24
+    channels: int = CHANNELS
+    backbone: str = SMALL
+    backbone_weights: str | None = None
+    freeze_backbone: bool = False
+    feature_cache: str | None = None
+    label_stride: int = 1
     val_every: int = 100
     val_images: int | None = None
     save_every: int = 50
@@ -97,15 +115,26 @@ class TrainConfig:
         ):  # fmt: skip
             if getattr(self, name) not in choices and not (name == "layout" and self.layout is None):
                 raise InputError(f"{option(name)} must be one of {', '.join(choices)}, got {getattr(self, name)}")
-        for name in ("steps", "batch_size", "width", "save_every", "workers"):
+        for name in ("steps", "batch_size", "width", "label_stride", "save_every", "workers"):
             if getattr(self, name) < 1:
                 raise InputError(f"{option(name)} must be at least 1, got {getattr(self, name)}")
-        for name in ("val_every", "threads", "seed", "encoder_lr", "weight_decay"):
+        for name in ("val_every", "threads", "seed", "encoder_lr", "weight_decay", "aux_weight"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"{option(name)} must not be negative, got {getattr(self, name)}")
         for name in ("lr", "temperature", "val_images"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{option(name)} must be above 0, got {getattr(self, name)}")
+        check_backbone(self.backbone)
+        if self.channels < 2:
+            raise InputError(f"--channels must be at least 2, got {self.channels}")
+        if self.backbone_weights is not None and self.backbone == SMALL:
+            raise InputError("--backbone-weights FILE belongs to --backbone timm:NAME")
+        if self.freeze_backbone and any(side % STRIDE for side in self.crop):
+            raise InputError(f"--freeze-backbone needs a --crop in multiples of {STRIDE}, got {show(self.crop)}")
+        if self.freeze_backbone and self.aux_weight:
+            raise InputError(
+                f"--aux-weight {self.aux_weight:g} trains the encoder, which --freeze-backbone leaves as it is"
+            )
         if self.amp != "none" and self.dtype != "float32":
             raise InputError(f"--amp {self.amp} needs --dtype float32, got {self.dtype}")
         if len(self.crop) != 2 or min(self.crop) < 4 * STRIDE:

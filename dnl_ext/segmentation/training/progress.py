@@ -72,6 +72,11 @@ class TerminalProgress(Listener):
             self.bar.update(self.task, note=self._note())
             self.print(f"{self.title}: step {step}/{self.steps}  held-out mIoU {100 * miou:.1f} %")
 
+    def encoding(self, done: int, total: int) -> None:
+        self.bar.update(self.task, note=f"features {done}/{total}")
+        if not self.console.is_terminal and (done % max(1, total // 10) == 0 or done == total):
+            self.print(f"{self.title}: features of {done}/{total} images")
+
     def print(self, text: str) -> None:
         """A line above the bar."""
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

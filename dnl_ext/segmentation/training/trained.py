@@ -1,7 +1,7 @@
 """A trained network back from its checkpoint, for looking at."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import InputError
 from ..network import SegmentationNetwork
@@ -18,6 +18,7 @@ class Trained(NamedTuple):
         classes: names of the classes.
         step: finished steps of the run.
         miou: mean intersection over union at its last validation, 0 .. 1; None before the first.
+        data: name of the data set it was trained on.
 
     Example:
         >>> from dnl_ext.segmentation import SegmentationNetwork
@@ -32,6 +33,32 @@ class Trained(NamedTuple):
     classes: tuple[str, ...]
     step: int
     miou: float | None
+    data: str = ""
+
+
+def build(config: TrainConfig, classes: int, fresh: bool) -> SegmentationNetwork:
+    """The network of a run; ``fresh``: with the pretrained weights of its backbone, which a checkpoint has itself."""
+    return SegmentationNetwork(
+        classes,
+        config.variant,
+        config.backend,
+        config.width,
+        config.temperature,
+        config.block_gain,
+        config.channels,
+        config.backbone,
+        pretrained=fresh,
+        backbone_weights=config.backbone_weights if fresh else None,
+        frozen=config.freeze_backbone,
+        auxiliary=config.aux_weight > 0,
+    )
+
+
+def check_classes(trained: Trained, data: Any, title: str | Path) -> None:
+    """Raise InputError unless the classes of a data set are those of the network called ``title``."""
+    if tuple(trained.classes) != tuple(data.classes):
+        raise InputError(f"{title} has {len(trained.classes)} classes, the data {data.name} {len(data.classes)} or "
+                         "others: give --data or --layout")  # fmt: skip
 
 
 def restore(path: str | Path, with_block: bool = True) -> Trained:
@@ -66,8 +93,6 @@ def restore(path: str | Path, with_block: bool = True) -> Trained:
     if with_block and config.variant == "none":
         raise InputError(f"checkpoint {path} is of a network without a block (--variant none)")
     classes = tuple(state["classes"])
-    network = SegmentationNetwork(
-        len(classes), config.variant, config.backend, config.width, config.temperature, config.block_gain
-    )
+    network = build(config, len(classes), fresh=False)
     checkpoint.load_weights(network, state, path)
-    return Trained(network.eval(), config, classes, state["step"], state.get("miou"))
+    return Trained(network.eval(), config, classes, state["step"], state.get("miou"), state.get("data", ""))

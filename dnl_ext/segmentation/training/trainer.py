@@ -6,38 +6,43 @@ resumes from a checkpoint continues bit for bit on a CPU with as many threads, a
 batch (distributed.py) decides the order of sums only.
 """
 
-import contextlib
 import dataclasses
 import signal
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from typing_extensions import Self
 
+from ..backbones import TimmBackbone
 from ..data.context import ContextData
 from ..data.folders import FolderData
 from ..data.mosaic import MosaicData
 from ..errors import InputError, Interrupted
-from ..metrics import IGNORE, Confusion
-from ..network import SegmentationNetwork, prepare
+from ..metrics import Confusion
+from ..network import FeatureHead, prepare
 from . import checkpoint, distributed
+from .class_weights import class_weights
 from .config import TrainConfig
+from .feature_cache import FeatureCache
 from .log import CsvLog
+from .loss import pixel_weight, segmentation_loss
+from .prediction import autocast, predict
 from .sync_norm import sync_norms
+from .trained import build
 
 #: The data sets have one interface.
 Data: TypeAlias = MosaicData | FolderData
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.csv"
+FEATURES = "features"
 WARM_UP = 10
 
 
@@ -65,11 +70,15 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def open_data(config: TrainConfig) -> Data:
+def open_data(config: TrainConfig, split: str = "val") -> Data:
     """The data set that the settings name, built-in or of a folder.
 
+    Args:
+        config: a :class:`TrainConfig`.
+        split: the part that is validated on, "val" or "test".
+
     Raises:
-        InputError: the folder cannot be used, or settings that belong to a folder are given without one.
+        InputError: the folder cannot be used or has no such part, or what belongs to a folder is given without one.
 
     Example:
         >>> from dnl_ext.segmentation.training import TrainConfig, open_data
@@ -79,9 +88,11 @@ def open_data(config: TrainConfig) -> Data:
     if config.data is None:
         if config.layout is not None or config.classes is not None:
             raise InputError("--layout and --classes belong to --data DIR")
+        if split != "val":
+            raise InputError(f"--split {split} belongs to --data DIR: built-in data have validation images alone")
         builtin = {"mosaic": MosaicData, "context": ContextData}[config.task]
         return builtin(config.crop, config.val_images or 8)
-    return FolderData(config.data, config.layout, config.classes, config.val_images)
+    return FolderData(config.data, config.layout, config.classes, config.val_images, split)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
@@ -143,6 +154,9 @@ class Listener:
     def validation(self, step: int, done: int, total: int, miou: float | None) -> None:
         """Called during validation after ``done`` of ``total`` images; ``miou`` is None until all are done."""
 
+    def encoding(self, done: int, total: int) -> None:
+        """Called after ``done`` of the ``total`` images whose features were missing, where the encoder is frozen."""
+
 
 class Trainer:
     """One training run of a :class:`~dnl_ext.segmentation.SegmentationNetwork`.
@@ -165,6 +179,9 @@ class Trainer:
         model: the network as a step calls it; its gradients are averaged over all processes.
         out: the folder, or None.
         step: number of finished steps.
+        features: the cache of a frozen encoder's features, else None.
+        head: the network, or where the encoder is frozen what is behind it.
+        class_weights: of the loss, float32 tensor (classes,), or None.
         miou: mean intersection over union of the latest validation, 0 .. 1; None before the first.
 
     Raises:
@@ -192,7 +209,8 @@ class Trainer:
         data: Data | None = None,
     ) -> None:
         distributed.together(self._open, config, out, state, state_path, init, init_path, data)
-        self.model: nn.Module = distributed.parallel(self.network, self.device)
+        self.head: nn.Module = self.network if self.features is None else FeatureHead(self.network)
+        self.model: nn.Module = distributed.parallel(self.head, self.device)
 
     def _open(
         self,
@@ -224,19 +242,27 @@ class Trainer:
                 if len(state["classes"]) != len(self.data.classes)
                 else f"checkpoint {state_path} has other classes than the data"
             )
+        self.class_weights: torch.Tensor | None = None
+        if state is not None and state.get("class_weights") is not None:
+            self.class_weights = state["class_weights"]
+        elif config.class_weights is not None:
+            self.class_weights = class_weights(config.class_weights, self.data)
+        if self.class_weights is not None:
+            self.class_weights = self.class_weights.to(self.device, getattr(torch, config.dtype))
         torch.manual_seed(config.seed)
-        self.network: Any = SegmentationNetwork(
-            len(self.data.classes), config.variant, config.backend, config.width, config.temperature, config.block_gain
-        )
+        self.network: Any = build(config, len(self.data.classes), fresh=state is None and init is None)
         if init is not None:
             checkpoint.load_weights(self.network, init, init_path, partial=True)
         if distributed.is_distributed():
-            self.network = sync_norms(self.network, self.device)
+            for child in self.network.children():
+                if not isinstance(child, TimmBackbone):  # whose norms keep their statistics
+                    sync_norms(child, self.device)
         prepare(self.network.to(getattr(torch, config.dtype)), self.device)
         groups = [
-            {"params": list(self.network.encoder.parameters()), "factor": config.encoder_lr},
-            {"params": [p for n, p in self.network.named_parameters() if not n.startswith("encoder.")], "factor": 1.0},
+            {"params": [p for n, p in self.network.named_parameters() if not n.startswith("encoder.")], "factor": 1.0}
         ]
+        if not config.freeze_backbone:
+            groups.insert(0, {"params": list(self.network.encoder.parameters()), "factor": config.encoder_lr})
         self.optimizer: torch.optim.Optimizer
         if config.optimizer == "sgd":
             self.optimizer = torch.optim.SGD(groups, config.lr, momentum=0.9, weight_decay=config.weight_decay)
@@ -250,6 +276,12 @@ class Trainer:
         if state is not None:
             self._restore(state, state_path)
         self.out: Path | None = None if out is None else Path(out)
+        self.features: FeatureCache | None = None
+        if config.freeze_backbone:
+            folder = config.feature_cache or (self.out and self.out / FEATURES)
+            if folder is None:
+                raise InputError("--freeze-backbone needs a folder for its features: --feature-cache DIR")
+            self.features = FeatureCache(self.network, self.data, folder)
         self.log: CsvLog | None = None
         if self.out is not None and distributed.is_main():
             try:
@@ -277,6 +309,7 @@ class Trainer:
             "step": self.step,
             "validated": self.validated,
             "miou": self.miou,
+            "class_weights": None if self.class_weights is None else self.class_weights.cpu(),
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "rng": torch.get_rng_state(),
@@ -300,19 +333,13 @@ class Trainer:
     def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Training batch of a step, on the CPU: images (B, 3, h, w) float32 and labels (B, h, w) int64.
 
-        Each of P processes has B = batch_size / P crops.
+        Each of P processes has B = batch_size / P crops. With a frozen encoder they are its features (B, C, h/8, w/8).
         """
         config, first = self.config, step * self.config.batch_size
         numbers = distributed.share(config.batch_size)
-        samples = (self.data.training_sample(config.seed, first + n, config.crop) for n in numbers)
+        samples = (self.source.training_sample(config.seed, first + n, config.crop) for n in numbers)
         images, labels = zip(*samples, strict=True)
         return torch.stack(images).contiguous(memory_format=torch.channels_last), torch.stack(labels)
-
-    def autocast(self) -> AbstractContextManager[Any]:
-        """Context of the forward pass: autocast to bfloat16 where the settings ask for it."""
-        if self.config.amp == "none":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
     def train_step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
         """One update of the weights; returns the loss over the batch of all processes."""
@@ -320,11 +347,15 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         self.network.train()
-        labels = labels.to(self.device, non_blocking=True)
-        counted = distributed.total((labels != IGNORE).sum())
-        with self.autocast():
-            logits = self.model(images.to(self.device, non_blocking=True))
-        loss = segmentation_loss(logits, labels, counted)
+        stride = self.config.label_stride
+        labels = labels[:, stride // 2 :: stride, stride // 2 :: stride].to(self.device, non_blocking=True)
+        counted = distributed.total(pixel_weight(labels, self.class_weights))
+        with autocast(self.config.amp, self.device):
+            outputs = self.model(images.to(self.device, non_blocking=True), labels.shape[-2:])
+        logits, auxiliary = outputs if self.config.aux_weight else (outputs, None)
+        loss = segmentation_loss(logits, labels, counted, self.class_weights)
+        if auxiliary is not None:
+            loss = loss + self.config.aux_weight * segmentation_loss(auxiliary, labels, counted, self.class_weights)
         self.optimizer.zero_grad(set_to_none=True)
         # The processes' gradients are averaged, those of a sum over all pixels are wanted.
         (loss * distributed.world_size()).backward()
@@ -332,12 +363,21 @@ class Trainer:
         self.step += 1
         return float(distributed.total(loss.detach()))
 
-    @torch.inference_mode()
+    @property
+    def source(self) -> "Data | FeatureCache":
+        """What training and validation samples are taken from: the data, or its features."""
+        return self.data if self.features is None else self.features
+
     def predict(self, image: torch.Tensor) -> torch.Tensor:
         """Predicted classes (H, W) int64, on the CPU, of an image (3, H, W) in 0 .. 1."""
+        return predict(self.network.eval(), image, self.device, self.config.amp)
+
+    @torch.inference_mode()
+    def evaluate(self, samples: torch.Tensor, size: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits (B, classes, H, W) of ``size`` (None: that of the samples) for samples as ``source`` has them."""
         self.network.eval()
-        with self.autocast():
-            return self.network(image[None].to(self.device)).argmax(1)[0].cpu()
+        with autocast(self.config.amp, self.device):
+            return self.head(samples.to(self.device), samples.shape[-2:] if size is None else size)
 
     def _confusion(self, listener: Listener, stop: StopFlag) -> Confusion:
         """Counts over this process's part of the validation images, and fewer of them where ``stop`` is set."""
@@ -345,8 +385,8 @@ class Trainer:
         for index in range(distributed.rank(), size, distributed.world_size()):
             if stop.signum:
                 break
-            image, label = self.data.validation_sample(index)
-            confusion.add(label, self.predict(image))
+            sample, label = self.source.validation_sample(index)
+            confusion.add(label, self.evaluate(sample[None], label.shape).argmax(1)[0].cpu())
             listener.validation(self.step, min(index + distributed.world_size(), size), size, None)
         return confusion
 
@@ -379,6 +419,8 @@ class Trainer:
         """
         config, listener = self.config, listener or Listener()
         with StopFlag() as stop, ThreadPoolExecutor(config.workers) as pool:
+            if self.features is not None:
+                distributed.together(self.features.fill, listener.encoding, lambda: stop.signum)
             pending = {}
             while True:
                 last = self.step >= config.steps
@@ -424,26 +466,3 @@ class Trainer:
     def seconds_per_step(self) -> float | None:
         """Median wall time of a step, the first left out; None before the first."""
         return statistics.median(self.step_seconds[1:] or self.step_seconds) if self.step_seconds else None
-
-
-def segmentation_loss(logits: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean cross-entropy over the pixels that count, those whose label is not ``IGNORE``; 0 where none does.
-
-    Args:
-        logits: float tensor (B, C, H, W).
-        labels: int64 tensor (B, H, W).
-        counted: number of pixels to divide by, a tensor; None is that of ``labels``.
-
-    Returns:
-        A tensor without dimensions, of the dtype of ``logits``.
-
-    Example:
-        >>> import torch
-        >>> from dnl_ext.segmentation import IGNORE
-        >>> from dnl_ext.segmentation.training import segmentation_loss
-        >>> labels = torch.tensor([[[0, IGNORE]]])
-        >>> segmentation_loss(torch.zeros(1, 2, 1, 2), labels)  # log 2 for each of the pixels that count
-        tensor(0.6931)
-    """
-    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
-    return total / ((labels != IGNORE).sum() if counted is None else counted).clamp(min=1)

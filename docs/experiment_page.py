@@ -1,0 +1,199 @@
+"""Make docs/experiment.md from docs/experiment.md.in and the results in docs/results.
+
+    python docs/experiment_page.py                                     # print the page
+    python docs/experiment_page.py --write                             # write it
+    python docs/experiment_page.py --take camvid=OUT --write           # with the results of dnl-ext ablate --out OUT
+
+``{{ expression }}`` in the template is Python on the names of ``namespace``: every number of the page comes from there.
+"""
+
+import argparse
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+from dnl_ext.segmentation.experiments import Run, difference, over_seeds
+from dnl_ext.segmentation.experiments.ablation_report import table
+
+DOCS = Path(__file__).parent
+TEMPLATE, PAGE = DOCS / "experiment.md.in", DOCS / "experiment.md"
+
+#: Short name -> figure, factor, digits.
+FIGURES = {
+    "miou": ("miou", 100, 1),
+    "own": ("pairwise.own_class.mass", 100, 1),
+    "own_uniform": ("pairwise.own_class.uniform", 100, 1),
+    "total_own": ("total.own_class.mass", 100, 1),
+    "edge": ("unary.boundaries.mass", 100, 1),
+    "edge_uniform": ("unary.boundaries.uniform", 100, 1),
+    "band1": ("unary.band1.mass", 100, 1),
+    "band1_uniform": ("unary.band1.uniform", 100, 1),
+    "band2": ("unary.band2.mass", 100, 1),
+    "band2_uniform": ("unary.band2.uniform", 100, 1),
+    "edge_gradient": ("unary.gradient.mass", 100, 1),
+    "unary_entropy": ("unary.entropy_share", 1, 2),
+    "jsd": ("total.jsd", 1, 3),
+    "pairwise_jsd": ("pairwise.jsd", 1, 3),
+    "entropy": ("pairwise.entropy_share", 1, 2),
+    "variance": ("decomposition.variance", 1, 1),
+    "unary_share": ("decomposition.unary_of_map", 1, 2),
+    "coupling": ("coupling.pairwise_by_unary.slope", 1, 2),
+    "coupling_back": ("coupling.unary_by_pairwise.slope", 1, 2),
+}
+#: Significant digits that are kept of a figure.
+DIGITS = 5
+#: Above this p a difference is called none that these seeds show.
+LEVEL = 0.05
+NONE_YET = "not measured yet"
+
+
+def row(name):
+    """("dnl", 0.05) of "dnl@0.05", ("none", None) of "none"."""
+    variant, _, temperature = name.partition("@")
+    return variant, float(temperature) if temperature else None
+
+
+def text(value, digits):
+    """A number, never as -0.0."""
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+class Results:
+    """The results of one recipe, for the template."""
+
+    def __init__(self, path):
+        content = json.loads(path.read_text()) if path.is_file() else {"planned": 0, "runs": []}
+        self.planned = content["planned"]
+        self.runs = {Run(entry["variant"], entry["temperature"], entry["seed"]): entry for entry in content["runs"]}
+        self.groups = over_seeds(self.runs)
+        self.done = len(self.runs)
+
+    @property
+    def seeds(self):
+        """How many seeds the rows have: "5", or "1 to 2"."""
+        counts = sorted({group["miou"][2] for group in self.groups.values()})
+        return "no" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+    def table(self):
+        """The report's table."""
+        return "\n".join(table(self.groups)) if self.runs else f"*{NONE_YET}*"
+
+    def value(self, name, figure):
+        """Mean ± deviation over seeds of a row's figure."""
+        key, factor, digits = FIGURES[figure]
+        mean, deviation, _ = self.groups.get(row(name), {}).get(key, (math.nan, math.nan, 0))
+        if math.isnan(mean):
+            return NONE_YET
+        shown = text(factor * mean, digits)
+        return shown if math.isnan(deviation) else f"{shown} ± {text(factor * deviation, digits)}"
+
+    def mean(self, figure):
+        """Mean of a figure over all rows that have it, such as that of uniform attention."""
+        key, factor, digits = FIGURES[figure]
+        values = [group[key][0] for group in self.groups.values() if key in group]
+        return text(factor * sum(values) / len(values), digits) if values else NONE_YET
+
+    def versus(self, first, second, figure):
+        """How much more of a figure the first row has than the second, and how sure that is."""
+        _, factor, digits = FIGURES[figure]
+        found = difference(self.runs, row(first), row(second), FIGURES[figure][0])
+        if math.isnan(found.mean):
+            return NONE_YET
+        shown = text(factor * found.mean, digits)
+        shown = shown if shown.startswith("-") else f"+{shown}"
+        if found.seeds == 1:
+            return f"{shown} (one seed: says nothing of the spread)"
+        shown += f" ± {text(factor * found.deviation, digits)}"
+        if math.isnan(found.p):
+            return f"{shown} ({found.seeds} seeds)"
+        p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.2g}"
+        return f"{shown} ({found.seeds} seeds, {p}{'' if found.p < LEVEL else ': within the spread'})"
+
+    def lifts(self, names, classes):
+        """A table of the unary map's mass on each class, as a multiple of the class's share."""
+        head = ["class", *names]
+        lines = [head, ["---"] * len(head)]
+        for number, title in enumerate(classes):
+            cells = []
+            for name in names:
+                mean, deviation, seeds = self.groups.get(row(name), {}).get(
+                    f"unary.class.{number}.lift", (math.nan,) * 3
+                )
+                cells.append(
+                    "-"
+                    if math.isnan(mean)
+                    else text(mean, 2)
+                    if seeds < 2
+                    else f"{text(mean, 2)} ± {text(deviation, 2)}"
+                )
+            lines.append([title, *cells])
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def hours(self):
+        """Hours of training steps alone, median seconds of a step times the steps."""
+        seconds = sum(entry["steps"] * entry["seconds_per_step"] for entry in self.runs.values())
+        return f"{seconds / 3600:.1f}"
+
+
+def namespace():
+    """What the template's expressions can use."""
+    from dnl_ext.segmentation.data.layouts import CAMVID_CLASSES
+
+    return {
+        "frozen": Results(DOCS / "results/camvid.json"),
+        "trained": Results(DOCS / "results/camvid_trained.json"),
+        "classes": CAMVID_CLASSES,
+    }
+
+
+def render(template):
+    """The page of a template."""
+    names = namespace()
+    return re.sub(r"\{\{ (.*?) \}\}", lambda match: str(eval(match[1], {"__builtins__": {}}, names)), template)
+
+
+def rounded(figures):
+    return {name: float(f"{value:.{DIGITS}g}") for name, value in figures.items() if value is not None}
+
+
+def take(name, out):
+    """Keep the results of an ablation's folder as docs/results/NAME.json, and its figure as docs/images/NAME.png."""
+    content = json.loads((out / "results.json").read_text())
+    runs = sorted(content["runs"], key=lambda entry: (entry["run"]["seed"], str(entry["run"])))
+    lines = [
+        json.dumps({
+            **entry["run"], "miou": round(entry["miou"], 5), "steps": entry["settings"]["steps"],
+            "seconds_per_step": round(entry["seconds_per_step"], 3), "attention": rounded(entry["attention"]),
+        })
+        for entry in runs
+    ]  # fmt: skip
+    settings = {
+        key: value for key, value in runs[0]["settings"].items() if key not in ("variant", "temperature", "seed")
+    }
+    head = {"recipe": content["recipe"], "source": content["source"], "planned": content["runs_planned"],
+            "settings": settings, "versions": runs[0]["versions"]}  # fmt: skip
+    body = json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
+    json.loads(body)
+    (DOCS / f"results/{name}.json").write_text(body, encoding="utf-8")
+    shutil.copy(out / "ablation.png", DOCS / f"images/{name}.png")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--take", nargs="+", default=[], metavar="NAME=OUT", help="keep results of dnl-ext ablate")
+    parser.add_argument("--write", action="store_true", help="write docs/experiment.md")
+    arguments = parser.parse_args()
+    for entry in arguments.take:
+        name, _, out = entry.partition("=")
+        take(name, Path(out))
+    page = render(TEMPLATE.read_text(encoding="utf-8"))
+    if arguments.write:
+        PAGE.write_text(page, encoding="utf-8")
+    else:
+        print(page, end="")
+
+
+if __name__ == "__main__":
+    main()
