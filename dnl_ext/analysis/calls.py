@@ -226,7 +226,7 @@ class _FunctionMode(TorchFunctionMode):
         return result
 
     def _shown(self, call: inspect.BoundArguments) -> Any:
-        """The result of ``F.multi_head_attention_forward``, which must run outside of the mode, lest it come here again."""
+        """``F.multi_head_attention_forward``, which must run outside of the mode, lest it come here again."""
 
         def attention(*args: Any, **kwargs: Any) -> torch.Tensor:
             result = SDPA(*args, **kwargs)

@@ -10,7 +10,8 @@ variance: over all (i, j) the parts are uncorrelated, so their variances add up 
 moments: with the D x D sums of products Q = sum_i q'_i q'_i^T and K = sum_j k'_j k'_j^T of the centred ones the
 pairwise variance is trace(Q K) / (Nq Nk), the others are <mu_q, K mu_q> / Nk and <mu_k, Q mu_k> / Nq. No N x N map.
 
-A bias of the keys is in the unary part. A mask that depends on the query is in none: the shares are those of the products.
+A bias of the keys is in the unary part. A mask that depends on the query is in none: the shares are those of the
+products.
 """
 
 import dataclasses

@@ -77,8 +77,8 @@ class Terms:
         pair_mask: as given.
 
     Raises:
-        ValueError: one of query and key without the other, or neither and no ``mask_logits``; a bias or mask for another
-            joint than the product.
+        ValueError: one of query and key without the other, or neither and no ``mask_logits``; a bias or mask where the
+            joint is not the product.
 
     Example:
         >>> import torch

@@ -131,7 +131,8 @@ def test_how_to_cpp(tmp_path, monkeypatch):
 
 #: Those whose `__all__` the reference must have.
 DOCUMENTED = (
-    "dnl_ext", "dnl_ext.modules", "dnl_ext.analysis", "dnl_ext.cli", "dnl_ext.distributed", "dnl_ext.integrations",
+    "dnl_ext", "dnl_ext.modules", "dnl_ext.analysis", "dnl_ext.cli", "dnl_ext.diagnosis", "dnl_ext.distributed",
+    "dnl_ext.integrations",
     "dnl_ext.export", "dnl_ext.reference", "dnl_ext.segmentation", "dnl_ext.segmentation.data",
     "dnl_ext.segmentation.experiments", "dnl_ext.segmentation.looking", "dnl_ext.segmentation.training",
     "dnl_ext.segmentation.training.checkpoint", "dnl_ext.segmentation.training.distributed", "dnl_ext.tuning",
