@@ -22,7 +22,8 @@ HEADS = 40
 
 NO_ATTENTION = (
     "makes no call of F.scaled_dot_product_attention or nn.MultiheadAttention, and has no non-local block that is "
-    "known; attention by matrix products of its own is not seen (transformers: attn_implementation='sdpa')"
+    "known; attention by matrix products of its own is not seen (in timm set TIMM_FUSED_ATTN=2, in transformers "
+    "attn_implementation='sdpa')"
 )
 
 

@@ -236,7 +236,7 @@ class TestModules:
                     assert getattr(found, name).value == pytest.approx(float(value), **EXACT)
 
     def test_encoder_in_evaluation_mode(self):
-        """PyTorch's fast path computes attention in C++, where no call is seen, and nested tensors of padded batches."""
+        """Where PyTorch's fast path computes attention in C++, unseen, and makes nested tensors of padded batches."""
         encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 32, batch_first=True), 2).eval()
         padding = torch.zeros(BATCH, QUERIES, dtype=torch.bool)
         padding[1, 6:] = True
