@@ -47,7 +47,7 @@ def test_vision_transformers(name):
     torch.manual_seed(0)
     model = make().eval()
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.5)
+        torch.nn.init.normal_(parameter, std=1.0 if parameter.dim() == 1 else 0.5)
     layers, seen = model.get_submodule(blocks), []
     for layer in layers:
         layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -65,7 +65,7 @@ def test_vision_transformers(name):
             return torch.special.entr(p).sum(-1)
 
         jsd = (entropy((first + second) / 2) - (entropy(first) + entropy(second)) / 2).mean(1)
-        assert float(jsd.min()) > 0.001  # heads that differ from one another, and from 0
+        assert float(jsd.min()) > 0.001  # far above what rounding makes of it
         for head in range(2):
             total = found.heads[head].images[0].total
             assert total.entropy.value == pytest.approx(float(entropy(rows[head]).mean()), rel=1e-4)
