@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .results import Estimate
@@ -41,18 +41,26 @@ def shown_name(layer: str) -> str:
     return layer or "(the model)"
 
 
+def span(numbers: Sequence[int]) -> str:
+    """The number that all are, or the least and the greatest."""
+    least, greatest = min(numbers), max(numbers)
+    return str(least) if least == greatest else f"{least}..{greatest}"
+
+
 def layer_row(layer: LayerReport, columns: list[Column]) -> list[str]:
-    """Means over the heads of a layer, with their least and largest value."""
+    """Means over the heads of a layer, and in front the least and largest of the first figure."""
     summaries = [head.summary() for head in layer.heads]
-    first = layer.heads[0].images[0]
-    row = [shown_name(layer.name), str(len(layer.heads)), f"{first.queries} x {first.keys}"]
+    images = [image for head in layer.heads for image in head.images]
+    sizes = " x ".join(span([getattr(image, name) for image in images]) for name in ("queries", "keys"))
+    row = [shown_name(layer.name), str(len(layer.heads)), sizes]
     for column in columns:
         values = [summary[column.key].value for summary in summaries if column.key in summary]
         if not values:
-            row.append("-")
+            row += ["-", "-"] if column is columns[0] else ["-"]
             continue
-        mean = f"{sum(values) / len(values):.3f}"
-        row.append(mean if len(values) == 1 else f"{mean} ({min(values):.3f} to {max(values):.3f})")
+        row.append(f"{sum(values) / len(values):.3f}")
+        if column is columns[0]:
+            row.append(f"{min(values):.3f} to {max(values):.3f}")
     return [*row, ", ".join(layer.remarks) or "-"]
 
 
@@ -81,8 +89,8 @@ def head_sections(report: ModelReport, limit: int | None = None) -> list[Section
     found = [Section(title, ["rank", "layer", "head", *titles], rows)] if rows else []
     layers = [layer_row(layer, columns) for layer in report.layers.values()]
     if layers:
-        head = ["layer", "heads", "queries x keys", *titles, "remarks"]
-        found.append(Section("Layers: mean over heads (least to largest)", head, layers))
+        head = ["layer", "heads", "queries x keys", titles[0], "of single heads", *titles[1:], "remarks"]
+        found.append(Section("Layers: means over their heads", head, layers))
         found.append(Section("How to read it", ["figure", "compare with"], [[c.title, c.against] for c in columns]))
     if report.skipped:
         rows = [[shown_name(name), reason] for name, reason in report.skipped.items()]

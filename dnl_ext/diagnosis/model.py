@@ -119,9 +119,7 @@ def read_weights(path: str | Path) -> dict[str, torch.Tensor]:
         raise InputError(f"--weights: file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state: Any = load_file(path)
+            state: Any = importlib.import_module("safetensors.torch").load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except ModuleNotFoundError:

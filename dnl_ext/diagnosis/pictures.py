@@ -15,9 +15,10 @@ from ..analysis.results import Estimate
 from ..segmentation.looking.overlay import QUERY_COLORS, heat, mark
 from .images import ImageInputs
 
-#: Key in a summary, title, greatest value of the colours; brightest is what ignores the query or looks everywhere.
+#: Key in a summary, title, greatest value of the colours (None: the greatest there is), colours, of which the brightest
+#: is what ignores the query or looks everywhere.
 PANELS = (
-    ("total.jsd", "JSD of rows (0: ignores the query)", math.log(2), "viridis_r"),
+    ("total.jsd", "JSD of rows (0: ignores the query)", None, "viridis_r"),
     ("decomposition.unary_of_map", "Unary share of the logits (1: ignores the query)", 1.0, "viridis"),
     ("total.entropy_share", "Entropy / log N (1: uniform)", 1.0, "viridis"),
 )
@@ -143,6 +144,16 @@ def draw_maps(path: Path, model: nn.Module, images: ImageInputs, number: int, re
     return True
 
 
+def broken(name: str, length: int = 28) -> str:
+    """The name of a layer in lines of at most so many letters, broken behind dots."""
+    lines = [""]
+    for part in name.replace(".", ". ").split():
+        if lines[-1] and len(lines[-1]) + len(part) > length:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines) or "(the model)"
+
+
 def draw_rows(
     path: Path, image: torch.Tensor, rows: Sequence[tuple[tuple[str, int], int, HeadMaps, dict[str, Estimate]]]
 ) -> None:
@@ -161,7 +172,8 @@ def draw_rows(
         axis.set_title(title, fontsize=12)
     for line, ((layer, head), rank, maps, summary) in zip(axes, rows, strict=True):
         line[0].imshow(image.permute(1, 2, 0).numpy())
-        line[0].set_ylabel(f"{layer}\nhead {head}, rank {rank}\nJSD {summary['total.jsd'].value:.3f}", fontsize=9)
+        figures = f"head {head}, rank {rank}, JSD {summary['total.jsd'].value:.3f}"
+        line[0].set_ylabel(f"{broken(layer)}\n{figures}", fontsize=9)
         shown: list[Any] = [*maps.total, maps.unary]
         for axis, weights in zip(line[1:], shown, strict=True):
             heat(figure, axis, image, weights)
