@@ -6,6 +6,7 @@ network of images needs beside it: to be built by name with its weights, images 
 
 from .images import ImageInputs
 from .model import build_model
+from .pictures import draw_heads
 from .report import diagnose_model
 
-__all__ = ["ImageInputs", "build_model", "diagnose_model"]
+__all__ = ["ImageInputs", "build_model", "diagnose_model", "draw_heads"]

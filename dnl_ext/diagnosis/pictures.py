@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 from ..analysis import AttentionCall, AttentionCalls, ModelReport, Terms
 from ..analysis.heads import on_device
 from ..analysis.results import Estimate
+from ..segmentation.errors import InputError
 from ..segmentation.looking.overlay import QUERY_COLORS, heat, mark
 from .images import ImageInputs
 
@@ -23,7 +25,7 @@ PANELS = (
     ("total.entropy_share", "Entropy / log N (1: uniform)", 1.0, "viridis"),
 )
 #: Heads to draw maps of, from either end of the ranking.
-SHOWN = 3
+SHOWN = 2
 #: Queries, in shares of height and width.
 QUERIES = ((0.3, 0.3), (0.5, 0.5), (0.8, 0.75))
 #: Most tokens in front of the grid: a class token, one of distillation, registers.
@@ -34,8 +36,28 @@ STRIDES = (4, 7, 8, 14, 16, 28, 32, 64)
 CANDIDATES = 24
 
 
-def draw_heads(path: Path, report: ModelReport, title: str) -> None:
-    """A panel for each figure, with layers as rows and heads as columns."""
+def draw_heads(path: str | Path, report: ModelReport, title: str) -> None:
+    """Draw the heads of a network as grids of layers and heads: degeneration, unary share and entropy.
+
+    Args:
+        path: file; its ending names the format (png, pdf, svg).
+        report: of :func:`dnl_ext.analysis.measure_model`, with at least one layer.
+        title: above the grids.
+
+    Raises:
+        InputError: the report has no layer, or the file cannot be written.
+
+    Example:
+        >>> import os, torch
+        >>> from dnl_ext.analysis import measure_model
+        >>> from dnl_ext.diagnosis import draw_heads
+        >>> attention = torch.nn.MultiheadAttention(16, 4)
+        >>> draw_heads("heads.png", measure_model(attention, [(torch.randn(9, 16),) * 3]), "mine")
+        >>> os.path.exists("heads.png")
+        True
+    """
+    if not report.layers:
+        raise InputError(f"{title}: expected a report of at least one layer, got none")
     heads = report.heads()
     panels = [panel for panel in PANELS if any(panel[0] in summary for _, _, summary in heads)]
     names = list(report.layers)
@@ -58,8 +80,17 @@ def draw_heads(path: Path, report: ModelReport, title: str) -> None:
         axis.set_yticks(range(len(names)), [name or "(the model)" for name in names], fontsize=8)
         figure.colorbar(shown, ax=axis, fraction=0.05, pad=0.02)
     figure.suptitle(f"{title}: {len(heads)} attention heads", fontsize=12)
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save(figure, path, 100)
+
+
+def save(figure: Figure, path: str | Path, dpi: int) -> None:
+    """Write a figure and close it. Raises InputError."""
+    try:
+        figure.savefig(path, dpi=dpi)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {path}: {' '.join(str(error).split())}") from None
+    finally:
+        plt.close(figure)
 
 
 class Grid(NamedTuple):
@@ -185,5 +216,4 @@ def draw_rows(
             for target in (line[0], axis):
                 mark(target, x, y, name, color, 8)
     figure.supxlabel("Heat: attention in multiples of uniform attention, each map on its own scale.", fontsize=10)
-    figure.savefig(path, dpi=90)
-    plt.close(figure)
+    save(figure, path, 90)
