@@ -147,7 +147,7 @@ def of_network(
 
     images = ImageInputs.of_folder(folder, **inputs)
     network = build_model(factory, arguments, weights)
-    console = wide_console(200)
+    console = wide_console(240)
     report = diagnose_model(network, images, out, title=factory, progress=console.is_terminal, **common)
     show(console, head_sections(report, 16))
     typer.echo(f"{Path(out, 'report.html')} ranks all {len(report.heads())} heads; report.md, report.json beside it")

@@ -121,7 +121,8 @@ def intro(report: ModelReport, images: ImageInputs, queries: int, seed: int) -> 
     """What was measured, in sentences."""
     count = len(report.heads())
     height, width = images.size
-    most = min(queries, max(head.images[0].queries for layer in report.layers.values() for head in layer.heads))
+    measured = [image for layer in report.layers.values() for head in layer.heads for image in head.images]
+    most = max(image.sampled for image in measured)
     lines = [
         f"{count} heads in {len(report.layers)} layers; {len(images)} images, scaled and cropped to {height} x {width} "
         f"pixels; up to {most} random queries of each head and image (seed {seed}). ± is the standard error over "
