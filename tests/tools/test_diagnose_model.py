@@ -3,13 +3,14 @@
 import json
 import re
 
+import originals
 import pytest
 import torch
 from PIL import Image
 from test_cli import assert_one_line, run
 
 from dnl_ext.analysis import measure_model
-from dnl_ext.diagnosis import ImageInputs, build_model
+from dnl_ext.diagnosis import ImageInputs, build_model, diagnose_model
 from dnl_ext.diagnosis.images import MEAN, STD
 from dnl_ext.diagnosis.pictures import Grid, token_grid
 
@@ -119,6 +120,15 @@ class TestReport:
         assert result.exit_code == 0, result.output
         with open("runs/diagnose/report.json") as file:
             assert json.load(file)["images"] == ["astronaut.png"]
+
+    def test_blocks_that_convert_knows(self, tmp_path):
+        """GCNet's, which the analysis does not know by itself: its one map is the same for all queries."""
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), originals.ContextBlock(8, 0.5))
+        assert not measure_model(model, [torch.rand(1, 3, 32, 32)]).layers
+        report = diagnose_model(model, ImageInputs.of_folder("photos", size=(32, 32)), "out", title="mine")
+        ((layer, head, figures),) = report.ranking()
+        assert (layer, head) == ("1", 0) and figures["total.jsd"].value < 1e-6
+        assert not (tmp_path / "out/maps-0.png").exists() and (tmp_path / "out/heads.png").exists()
 
 
 class TestImages:
