@@ -14,15 +14,21 @@ means to see that in a network of your own, one idea per file::
     remarks         what stands out in the figures, and what can be done
     probe           all of these for every block of a network, over a data set
     blocks          which modules are blocks: ``attention_inputs(x)``, or plain-PyTorch blocks by their layers' names
+    heads           all of these for every attention head of any network
+    calls           every call of ``F.scaled_dot_product_attention``, by the module that made it
+    masks           what masks take from the keys or add to the logits
+    tables, head_tables, pages   the figures as text
 
 No N x N map is held. docs/analysis.md has the formulae and a worked example.
 """
 
 from .blocks import NotAttention, block_inputs
+from .calls import AttentionCall, AttentionCalls, NotMeasured
 from .consistency import Consistency, boundaries, labels_on_grid
 from .coupling import Coupling, Slope
 from .decomposition import Decomposition, decompose
 from .degeneration import mean_cosine_distance
+from .heads import LayerReport, ModelReport, measure_model
 from .maps import AttentionMaps, attention_rows
 from .measure import AttentionStatistics, TermStatistics, attention_terms, measure_terms
 from .probe import AttentionProbe, BlockReport
@@ -31,6 +37,8 @@ from .results import Estimate
 from .terms import Terms
 
 __all__ = [
+    "AttentionCall",
+    "AttentionCalls",
     "AttentionMaps",
     "AttentionProbe",
     "AttentionStatistics",
@@ -39,7 +47,10 @@ __all__ = [
     "Coupling",
     "Decomposition",
     "Estimate",
+    "LayerReport",
+    "ModelReport",
     "NotAttention",
+    "NotMeasured",
     "Slope",
     "TermStatistics",
     "Terms",
@@ -50,6 +61,7 @@ __all__ = [
     "decompose",
     "labels_on_grid",
     "mean_cosine_distance",
+    "measure_model",
     "measure_terms",
     "remarks_on",
 ]

@@ -9,6 +9,9 @@ With mu_q, mu_k the means over positions of (whitened, scaled) queries and keys,
 variance: over all (i, j) the parts are uncorrelated, so their variances add up to that of the logits. They are second
 moments: with the D x D sums of products Q = sum_i q'_i q'_i^T and K = sum_j k'_j k'_j^T of the centred ones the
 pairwise variance is trace(Q K) / (Nq Nk), the others are <mu_q, K mu_q> / Nk and <mu_k, Q mu_k> / Nq. No N x N map.
+
+A bias of the keys is in the unary part. A mask that depends on the query is in none: the shares are those of the
+products.
 """
 
 import dataclasses
@@ -75,6 +78,8 @@ def decompose(terms: Terms) -> Decomposition | None:
     query_mean, key_mean = query_mean[0].double(), key_mean[0].double()
     pairwise = max(float((queries * keys).sum()), 0.0)  # trace(Q K), both symmetric
     unary = max(float(query_mean @ keys @ query_mean), 0.0)
+    if terms.key_bias is not None and terms.unary_logits is not None:
+        unary = float(terms.unary_logits.double().var(correction=0))
     row = max(float(key_mean @ queries @ key_mean), 0.0)
     variance = pairwise + unary + row
     mask = None

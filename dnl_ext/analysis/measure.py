@@ -67,9 +67,11 @@ class AttentionStatistics:
         unary: the same of the unary map.
         total: the same of what the block applies; None also where a learned gain is negative.
         decomposition: :class:`Decomposition`; None for a block without query and key.
-        coupling: :class:`Coupling`; None for a block with a single term.
+        coupling: :class:`Coupling`; None for a block with a single term, and under a mask that depends on the query.
         input_cosine_distance: mean cosine distance of the block's input between positions; None if it was not given.
         output_cosine_distance: the same of its output.
+        mask: :class:`TermStatistics` of a mask that depends on the query, by itself: what attention of equal logits
+            would have; None without one.
 
     Example:
         >>> import torch
@@ -93,6 +95,7 @@ class AttentionStatistics:
     coupling: Coupling | None
     input_cosine_distance: float | None
     output_cosine_distance: float | None
+    mask: TermStatistics | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Nested dicts of numbers; what is not finite is None."""
@@ -163,7 +166,9 @@ def measure_terms(
     if flat_labels is not None:
         query_labels, key_labels = flat_labels
         classes = {name: OwnClassAccumulator(query_labels, key_labels, terms.value.dtype) for name in maps}
-    coupling = CouplingAccumulator(terms) if terms.joint in ("product", "sum") else None
+    # Under a mask that depends on the query there are weights of exactly 0, which have no logarithm.
+    coupled = terms.joint in ("product", "sum") and terms.pair_mask is None
+    coupling = CouplingAccumulator(terms) if coupled else None
     done = 0
     for part in chosen.split(terms.chunk()):
         rows = terms.rows(part)
@@ -198,6 +203,7 @@ def measure_terms(
         coupling=None if coupling is None else coupling.result(),
         input_cosine_distance=None if inputs is None else mean_cosine_distance(inputs),
         output_cosine_distance=None if outputs is None else mean_cosine_distance(outputs),
+        mask=rows_of("mask"),
     )
 
 
@@ -205,6 +211,8 @@ def map_names(terms: Terms) -> tuple[str, ...]:
     """The maps to gather rows of: the total of a block with the pairwise term alone is the same map."""
     if terms.joint == "unary":
         return ("total",)
+    if terms.pair_mask is not None:
+        return ("pairwise", "total", "mask")
     return ("pairwise",) if terms.joint == "pairwise" or not terms.gain >= 0 else ("pairwise", "total")
 
 

@@ -9,7 +9,9 @@ What the terms are depends on how the block joins them:
     unary       u_j                               -                         u                  the same
 
 mu is the mean query. The first line is the paper's split of the standard non-local block (Yin et al., ECCV 2020,
-section 3): it multiplies two maps that can be looked at one by one, although it computes their product only.
+section 3): it multiplies two maps that can be looked at one by one, although it computes their product only. It is the
+split of any softmax attention: a mask that depends on the query is then added to the logits of the pairwise map, a bias
+of the keys to those of the unary one, so that the product is still what is computed.
 
 A row of a map is Nk numbers. Everything here works on chunks of rows, so memory is linear in Nq and Nk.
 """
@@ -23,6 +25,7 @@ import torch
 from .. import reference
 from ..modules import AttentionInputs
 from ..types import Joint, Whitening
+from .masks import PairMask
 
 #: Values in one chunk of rows: 4 MB of float32, so that a chunk and its temporaries stay near the caches.
 CHUNK_VALUES = 2**20
@@ -31,13 +34,15 @@ CHUNK_VALUES = 2**20
 class Rows(NamedTuple):
     """Rows of the maps for n queries: pairwise, its logarithm and total (n, Nk), unary (Nk,); None where there is none.
 
-    ``total`` is None too where a learned gain is negative: the block then has no map of positive weights.
+    ``total`` is None too where a learned gain is negative: the block then has no map of positive weights. ``mask``
+    (n, Nk) is the map of a mask by itself, of logits that are all equal; None without a mask that depends on the query.
     """
 
     log_pairwise: torch.Tensor | None
     pairwise: torch.Tensor | None
     unary: torch.Tensor | None
     total: torch.Tensor | None
+    mask: torch.Tensor | None = None
 
 
 class Terms:
@@ -54,6 +59,8 @@ class Terms:
         whitened: whether the block whitens.
         gain: as in :class:`dnl_ext.modules.AttentionInputs`.
         queries: their number, needed where there is no ``query``; None: as many as keys.
+        key_bias: tensor (Nk,) added to the logits of all queries, or None. This and ``pair_mask`` are for a product.
+        pair_mask: what else is added to the logits, a :class:`.masks.PairMask`, or None.
 
     Attributes:
         joint: how the block joins its terms. "product": it computes softmax(q.k) unwhitened, which is the product of a
@@ -66,9 +73,12 @@ class Terms:
         gain: factor of the pairwise term.
         queries: Nq.
         positions: Nk.
+        key_bias: as given.
+        pair_mask: as given.
 
     Raises:
-        ValueError: one of query and key without the other, or neither and no ``mask_logits``.
+        ValueError: one of query and key without the other, or neither and no ``mask_logits``; a bias or mask where the
+            joint is not the product.
 
     Example:
         >>> import torch
@@ -89,6 +99,8 @@ class Terms:
         whitened: bool,
         gain: torch.Tensor | float = 1.0,
         queries: int | None = None,
+        key_bias: torch.Tensor | None = None,
+        pair_mask: PairMask | None = None,
     ) -> None:
         wide = torch.float64 if value.dtype == torch.float64 else torch.float32
         self.value: torch.Tensor = value.to(wide)
@@ -110,6 +122,12 @@ class Terms:
                 mean = self.query.mean(0)
                 self.pair_query = self.query - mean
                 self.unary_logits = self.key @ mean
+                if key_bias is not None:
+                    self.unary_logits = self.unary_logits + key_bias
+        self.key_bias: torch.Tensor | None = key_bias
+        self.pair_mask: PairMask | None = pair_mask
+        if self.joint != "product" and not (key_bias is None and pair_mask is None):
+            raise ValueError(f"key_bias, pair_mask: expected None for the joint {self.joint!r}")
         self.log_unary: torch.Tensor | None = None
         self.unary: torch.Tensor | None = None
         if self.unary_logits is not None:
@@ -121,12 +139,16 @@ class Terms:
         if self.pair_query is None or self.key is None:
             assert self.unary is not None
             return Rows(None, None, self.unary, self.unary.expand(len(queries), -1))
-        logs = torch.log_softmax(self.pair_query[queries] @ self.key.T, 1)
+        logits, mask = self.pair_query[queries] @ self.key.T, None
+        if self.pair_mask is not None:
+            added = self.pair_mask.rows(queries).to(logits)
+            logits, mask = logits + added, torch.softmax(added, 1)
+        logs = torch.log_softmax(logits, 1)
         pairwise = logs.exp()
         if self.unary is None or self.log_unary is None:
             return Rows(logs, pairwise, None, pairwise)
         if self.joint == "product":
-            return Rows(logs, pairwise, self.unary, torch.softmax(logs + self.log_unary, 1))
+            return Rows(logs, pairwise, self.unary, torch.softmax(logs + self.log_unary, 1), mask)
         if not self.gain >= 0:
             return Rows(logs, pairwise, self.unary, None)
         # A gain of 0 leaves the unary map for every query; 1 is the block without a learned one.

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 RUN, DATA, NETWORK = "Run", "Data", "Network and optimizer"
 
 
-def parse_size(text: str) -> tuple[int, int]:
+def parse_size(text: str, name: str = "--crop") -> tuple[int, int]:
     """(512, 1024) from 512x1024, height first; exits with code 2 where it is something else."""
     try:
         height, width = (int(part) for part in text.lower().split("x"))
     except ValueError:
-        fail(f"--crop must be HEIGHTxWIDTH, such as 512x1024, got {text}")
+        fail(f"{name} must be HEIGHTxWIDTH, such as 512x1024, got {text}")
     return height, width
 
 

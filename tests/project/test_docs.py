@@ -101,6 +101,35 @@ def test_start(tmp_path, monkeypatch):
     assert text == (ROOT / "docs/start.md").read_text(encoding="utf-8")  # its printed output too
 
 
+def test_systems(tmp_path, monkeypatch):
+    _, text = run_page("systems.md", tmp_path, monkeypatch)
+    assert text == (ROOT / "docs/systems.md").read_text(encoding="utf-8")
+
+
+#: What makes a command of docs/systems.md short.
+SHORT = {
+    "train": ["--steps", "1", "--crop", "64x64", "--batch-size", "1", "--width", "4", "--val-images", "1"],
+    "diagnose": ["--images", "1", "--queries", "4", "--pictures", "0"],
+}
+
+
+def test_commands_of_systems(tmp_path, monkeypatch):
+    """Those of the library run, in their order; tests/integrations trains all configurations of the others."""
+    from dnl_ext.cli import main
+
+    commands = re.findall(r"^    (\S+) (.*)$", prose(ROOT / "docs/systems.md"), re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    ours = [rest.split() for tool, rest in commands if tool == "dnl-ext"]
+    assert [arguments[0] for arguments in ours] == list(SHORT)
+    for arguments in ours:
+        with pytest.raises(SystemExit) as end:
+            main([*arguments, *SHORT[arguments[0]]])
+        assert end.value.code == 0, arguments
+    configurations = {rest.split()[2] for tool, rest in commands if tool == "mim"}
+    there = {str(path.relative_to(ROOT)) for path in ROOT.glob("examples/mm*/*.py")}
+    assert configurations == there and len(commands) == len(ours) + len(there)
+
+
 def pictures(folder):
     return {path.name for path in (folder / "images").iterdir()}
 
@@ -131,7 +160,8 @@ def test_how_to_cpp(tmp_path, monkeypatch):
 
 #: Those whose `__all__` the reference must have.
 DOCUMENTED = (
-    "dnl_ext", "dnl_ext.modules", "dnl_ext.analysis", "dnl_ext.cli", "dnl_ext.distributed", "dnl_ext.integrations",
+    "dnl_ext", "dnl_ext.modules", "dnl_ext.analysis", "dnl_ext.cli", "dnl_ext.diagnosis", "dnl_ext.distributed",
+    "dnl_ext.integrations",
     "dnl_ext.export", "dnl_ext.reference", "dnl_ext.segmentation", "dnl_ext.segmentation.data",
     "dnl_ext.segmentation.experiments", "dnl_ext.segmentation.looking", "dnl_ext.segmentation.training",
     "dnl_ext.segmentation.training.checkpoint", "dnl_ext.segmentation.training.distributed", "dnl_ext.tuning",

@@ -18,8 +18,8 @@ MODULES = sorted(
 )
 #: Those whose `__all__` lists what is public.
 PUBLIC = (
-    "", ".analysis", ".benchmark", ".cli", ".distributed", ".export", ".integrations", ".modules", ".ops", ".reference",
-    ".segmentation", ".segmentation.data", ".segmentation.experiments", ".segmentation.looking",
+    "", ".analysis", ".benchmark", ".cli", ".diagnosis", ".distributed", ".export", ".integrations", ".modules", ".ops",
+    ".reference", ".segmentation", ".segmentation.data", ".segmentation.experiments", ".segmentation.looking",
     ".segmentation.training", ".segmentation.training.checkpoint", ".segmentation.training.distributed", ".tuning",
 )  # fmt: skip
 

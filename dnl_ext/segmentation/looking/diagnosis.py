@@ -1,11 +1,9 @@
 """``dnl-ext diagnose``: measure the attention of trained networks over a data set, and write tables and pictures."""
 
-import base64
 import dataclasses
-import html
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import torch
 
 from ..._version import __version__
 from ...analysis import AttentionProbe, Estimate, remarks_on
-from ...analysis.tables import Section, as_markdown, sections
+from ...analysis.pages import Page
+from ...analysis.tables import Section, sections
 from ..errors import InputError, InputWarning
 from ..training.config import TrainConfig
 from ..training.evaluation import evaluation_data
@@ -118,8 +117,9 @@ def diagnose(
         for title, trained in networks.items()
     }  # fmt: skip
     (out / "report.json").write_text(json.dumps({**facts, "networks": entries}, indent=1) + "\n")
-    (out / "report.md").write_text(as_report(tables, facts, entries, pictures), encoding="utf-8")
-    (out / "report.html").write_text(as_html(tables, facts, entries, [out / name for name in pictures]), "utf-8")
+    captioned = {name: f"Validation image {number}" for number, name in enumerate(pictures)}
+    page = Page("Attention of trained networks", intro(facts, entries), tables, "Where queries look", captioned)
+    page.write(out)
     return tables
 
 
@@ -179,49 +179,3 @@ def intro(facts: dict[str, Any], entries: dict[str, dict[str, Any]]) -> list[str
         summary = {name: Estimate(**figure) for name, figure in entry["summary"].items()}
         lines += [f"{title} is {remark}." for remark in remarks_on(summary)]
     return lines
-
-
-def as_report(
-    tables: Sequence[Section], facts: dict[str, Any], entries: dict[str, dict[str, Any]], pictures: Sequence[str]
-) -> str:
-    """The report as Markdown text."""
-    parts = ["# Attention of trained networks", "", *(f"- {line}" for line in intro(facts, entries)), ""]
-    parts += [as_markdown(table) for table in tables]
-    parts += ["### Where queries look", ""] + [f"![Validation image {n}]({name})\n" for n, name in enumerate(pictures)]
-    return "\n".join(parts)
-
-
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em; color: #222; }
-table { border-collapse: collapse; margin: 0.5em 0 1.5em; }
-th, td { padding: 0.25em 0.9em; border-bottom: 1px solid #ddd; text-align: left; white-space: nowrap; }
-td:not(:first-child) { font-variant-numeric: tabular-nums; }
-td:last-child { color: #777; }
-h2 { font-size: 1.1em; margin-bottom: 0; }
-img { width: 100%; margin: 0.5em 0; }
-"""
-
-
-def as_html(
-    tables: Sequence[Section], facts: dict[str, Any], entries: dict[str, dict[str, Any]], pictures: Sequence[Path]
-) -> str:
-    """The report as one HTML page that needs no other file."""
-
-    def row(cells, tag):
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    body = [f"<p>{html.escape(line)}</p>" for line in intro(facts, entries)]
-    for table in tables:
-        rows = "\n".join(row(line, "td") for line in table.rows)
-        body.append(f"<h2>{html.escape(table.title)}</h2>\n<table>{row(table.head, 'th')}\n{rows}</table>")
-    body.append("<h2>Where queries look</h2>")
-    for number, path in enumerate(pictures):
-        encoded = base64.b64encode(path.read_bytes()).decode()
-        body.append(f'<img alt="Validation image {number}" src="data:image/png;base64,{encoded}">')
-    title = "Attention of trained networks"
-    head = f'<meta charset="utf-8"><title>{title}</title><style>{STYLE}</style>'
-    return (
-        f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body><h1>{title}</h1>\n'
-        + "\n".join(body)
-        + ("\n</body></html>\n")
-    )
