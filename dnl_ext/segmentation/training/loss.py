@@ -20,7 +20,7 @@ def segmentation_loss(
     Args:
         logits: float tensor (B, C, H, W).
         labels: int64 tensor (B, H, W).
-        counted: what to divide by, a tensor; None is the :func:`pixel_weight` of ``labels``.
+        counted: what to divide by, a tensor; None is the number of these pixels, or the sum of their weights.
         weights: of the classes, float tensor (C,); None is 1 for each.
 
     Returns:
