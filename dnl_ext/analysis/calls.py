@@ -140,6 +140,7 @@ class AttentionCalls:
     """Context in which every call of ``F.scaled_dot_product_attention`` that a network makes is handed to a function.
 
     The results of the network are not changed, apart from rounding where PyTorch's fast path would have been taken.
+    Not for several threads at once: ``torch.nn.functional`` has another function while ``nn.MultiheadAttention`` runs.
 
     Args:
         model: any nn.Module.

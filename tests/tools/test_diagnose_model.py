@@ -12,7 +12,7 @@ from test_cli import assert_one_line, run
 from dnl_ext.analysis import measure_model
 from dnl_ext.diagnosis import ImageInputs, build_model, diagnose_model
 from dnl_ext.diagnosis.images import MEAN, STD
-from dnl_ext.diagnosis.pictures import Grid, token_grid
+from dnl_ext.diagnosis.pictures import Grid, token_grid, token_grids
 
 MODULE = """
 import torch
@@ -148,6 +148,8 @@ class TestImages:
         assert token_grid(5 + 16 * 32, (256, 512)) == Grid(5, 16, 32)
         assert token_grid(15 * 20, (480, 640)) == token_grid(15 * 20, (470, 630)) == Grid(0, 15, 20)
         assert token_grid(100, (224, 224)) is None  # object queries
+        assert token_grids([100, 96, 96], (256, 384)) == {96: Grid(0, 8, 12)}
+        assert token_grids([197, 50], (224, 224)) == {197: Grid(1, 14, 14), 50: Grid(1, 7, 7)}
 
 
 class TestBadInput:
