@@ -117,6 +117,7 @@ class AttentionCall(NamedTuple):
             pair_mask = CausalMask(key.shape[0], like)
         elif mask is not None and depends_on_query(mask):
             pair_mask = TensorMask(mask)
+            key, value = key[pair_mask.kept], value[pair_mask.kept]
         elif mask is not None:
             kept, bias = key_mask(mask[0])
             key, value = key[kept], value[kept]

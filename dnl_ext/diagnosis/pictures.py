@@ -138,7 +138,7 @@ class MapRecorder:
     """Handler of :class:`AttentionCalls` that keeps the maps of chosen (layer, head)."""
 
     def __init__(self, chosen: Sequence[tuple[str, int]], grids: Mapping[int, Grid]) -> None:
-        self.chosen = set(chosen)
+        self.chosen: set[tuple[str, int]] = set(chosen)
         self.grids = grids
         self.maps: dict[tuple[str, int], HeadMaps] = {}
 
