@@ -1,7 +1,11 @@
 """``dnl-ext diagnose --model``: what it writes of a network that a factory makes, and one line for bad input."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import originals
 import pytest
@@ -20,14 +24,15 @@ from torch import nn
 
 
 class Patches(nn.Module):
-    '''A vision transformer: a class token, patches of 8 pixels, two layers of heads.'''
+    '''A vision transformer: a class token, patches, layers of heads.'''
 
-    def __init__(self, heads=2, width=16, side=32):
+    def __init__(self, heads=2, width=16, side=32, patch=8, depth=2):
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.patches = nn.Conv2d(3, width, patch, patch)
         self.token = nn.Parameter(torch.randn(1, 1, width))
-        self.position = nn.Parameter(torch.randn(1, (side // 8) ** 2 + 1, width))
-        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, heads, 32, batch_first=True), 2)
+        self.position = nn.Parameter(torch.randn(1, (side // patch) ** 2 + 1, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, depth)
 
     def forward(self, images):
         tokens = self.patches(images).flatten(2).transpose(1, 2)
@@ -129,6 +134,31 @@ class TestReport:
         ((layer, head, figures),) = report.ranking()
         assert (layer, head) == ("1", 0) and figures["total.jsd"].value < 1e-6
         assert not (tmp_path / "out/maps-0.png").exists() and (tmp_path / "out/heads.png").exists()
+
+
+COST = """
+import resource, subprocess, sys
+subprocess.run([sys.executable, "-m", "dnl_ext", *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the largest resident set is in KiB on Linux")
+def test_cost_of_a_base_vision_transformer(here):
+    """577 tokens and 144 heads: less than 60 s of one CPU and 1 GB, imports and 340 MB of weights included."""
+    shape = {"heads": 12, "width": 768, "side": 384, "patch": 16, "depth": 12}
+    arguments = [x for name, value in shape.items() for x in ("--model-arg", f"{name}={value}")]
+    options = ["--images", "photos", "--size", "384x384", "--limit", "1", "--threads", "1"]
+    command = [sys.executable, "-c", COST, "diagnose", "--model", f"{here}:Patches", *arguments, *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, kibibytes = map(float, done.stdout.split())
+    print(f"{seconds:.1f} s, {kibibytes * 1.024e-3:.0f} MB")
+    assert kibibytes * 1024 < 1e9
+    assert seconds < 60
 
 
 class TestImages:
