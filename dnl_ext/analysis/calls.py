@@ -117,6 +117,7 @@ class AttentionCall(NamedTuple):
             pair_mask = CausalMask(key.shape[0], like)
         elif mask is not None and depends_on_query(mask):
             pair_mask = TensorMask(mask)
+            key, value = key[pair_mask.kept], value[pair_mask.kept]
         elif mask is not None:
             kept, bias = key_mask(mask[0])
             key, value = key[kept], value[kept]
@@ -140,6 +141,7 @@ class AttentionCalls:
     """Context in which every call of ``F.scaled_dot_product_attention`` that a network makes is handed to a function.
 
     The results of the network are not changed, apart from rounding where PyTorch's fast path would have been taken.
+    Not for several threads at once: ``torch.nn.functional`` has another function while ``nn.MultiheadAttention`` runs.
 
     Args:
         model: any nn.Module.

@@ -41,14 +41,25 @@ class CausalMask:
 
 
 class TensorMask:
-    """The ``attn_mask`` (Nq, Nk) of a call: bool, True where a query sees a key, or float, which is added."""
+    """The ``attn_mask`` (Nq, keys) of a call, without the keys that no query sees.
+
+    Args:
+        mask: bool, True where a query sees a key, or float, which is added.
+
+    Attributes:
+        kept: numbers of the keys that any query sees, int64 tensor (Nk,).
+    """
 
     def __init__(self, mask: torch.Tensor) -> None:
         self.mask = mask
+        seen = torch.zeros(mask.shape[1], dtype=torch.bool, device=mask.device)
+        for part in mask.split(ROWS):
+            seen |= (additive(part) > -torch.inf).any(0)
+        self.kept: torch.Tensor = seen.nonzero()[:, 0]
 
     def rows(self, queries: torch.Tensor) -> torch.Tensor:
         """See :class:`PairMask`."""
-        return additive(self.mask[queries.to(self.mask.device)])
+        return additive(self.mask[queries.to(self.mask.device)][:, self.kept])
 
 
 def additive(mask: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ from ..segmentation.errors import InputError
 
 #: Mean and deviation of ImageNet's colours, which most networks of images are trained with.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: Largest side of an image.
+LARGEST = 8192
 #: Photographs of scikit-image's wheel.
 BUILT_IN = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 
@@ -47,8 +49,8 @@ class ImageInputs:
     ) -> None:
         if not paths:
             raise InputError("--images: expected at least one image, got none")
-        if min(size) < 1:
-            raise InputError(f"--size: expected sides of at least 1 pixel, got {size[0]}x{size[1]}")
+        if not 1 <= min(size) <= max(size) <= LARGEST:
+            raise InputError(f"--size: expected sides of 1 to {LARGEST} pixels, got {size[0]}x{size[1]}")
         for name, values in (("--mean", mean), ("--std", std)):
             if len(values) != 3:
                 raise InputError(f"{name}: expected three numbers, of red, green and blue, got {len(values)}")

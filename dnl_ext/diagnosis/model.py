@@ -100,10 +100,12 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         parts = [("lacks", lacking), ("has also", unknown), ("has in another shape", other)]
         listed = "; ".join(f"{verb} {some(names)}" for verb, names in parts if names)
         raise InputError(f"--weights {path}: expected the state dict of {type(model).__name__}, which {listed}")
-    dtypes = {name: tensor.dtype for name, tensor in own.items()}
+    for name, tensor in own.items():
+        device = state[name].device if tensor.is_meta else tensor.device
+        state[name] = state[name].to(device, tensor.dtype)
     del own
     # Assigned, so that no second copy of them is made: of a mapped file only what is read is in memory.
-    model.load_state_dict({name: tensor.to(dtypes[name]) for name, tensor in state.items()}, assign=True)
+    model.load_state_dict(state, assign=True)
 
 
 def some(names: Sequence[str]) -> str:

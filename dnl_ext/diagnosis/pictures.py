@@ -1,7 +1,7 @@
 """Pictures of a network's attention heads: their figures as a grid, and the maps of a few."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +112,20 @@ def token_grid(positions: int, size: Sequence[int]) -> Grid | None:
     return None
 
 
+def token_grids(counts: Iterable[int], size: Sequence[int]) -> dict[int, Grid]:
+    """The grids of a network's numbers of tokens.
+
+    Of two with the same grid and different numbers in front, one is something else, such as 100 object queries beside
+    8 x 12 positions: the one with fewer in front is taken.
+    """
+    found: dict[tuple[int, int], tuple[int, Grid]] = {}
+    for count in sorted(set(counts)):
+        grid = token_grid(count, size)
+        if grid is not None:
+            found.setdefault((grid.height, grid.width), (count, grid))
+    return dict(found.values())
+
+
 class HeadMaps(NamedTuple):
     """What is drawn of a head: ``total`` (queries, h, w), ``unary`` (h, w), and the queries' places in the grid."""
 
@@ -123,16 +137,16 @@ class HeadMaps(NamedTuple):
 class MapRecorder:
     """Handler of :class:`AttentionCalls` that keeps the maps of chosen (layer, head)."""
 
-    def __init__(self, chosen: Sequence[tuple[str, int]], size: Sequence[int]) -> None:
-        self.chosen = set(chosen)
-        self.size = size
+    def __init__(self, chosen: Sequence[tuple[str, int]], grids: Mapping[int, Grid]) -> None:
+        self.chosen: set[tuple[str, int]] = set(chosen)
+        self.grids = grids
         self.maps: dict[tuple[str, int], HeadMaps] = {}
 
     def __call__(self, name: str, call: AttentionCall) -> None:
         """Keep the maps of the first call of a layer."""
         if not any(layer == name for layer, _ in self.chosen):
             return
-        grid = token_grid(call.key.shape[-2], self.size)
+        grid = self.grids.get(call.key.shape[-2])
         if grid is None or math.prod(call.query.shape[:-3]) != 1:  # windows, whose tokens are a part of the image
             return
         for _, head, terms in call.heads():
@@ -160,7 +174,8 @@ def head_maps(terms: Terms, grid: Grid) -> HeadMaps:
 def draw_maps(path: Path, model: nn.Module, images: ImageInputs, number: int, report: ModelReport) -> bool:
     """Draw where the first and the last heads of the ranking look; False where no layer's tokens make a grid."""
     ranking = [(layer, head) for layer, head, _ in report.ranking()]
-    recorder = MapRecorder([*ranking[:CANDIDATES], *ranking[-CANDIDATES:]], images.size)
+    keys = (image.keys for layer in report.layers.values() for head in layer.heads for image in head.images)
+    recorder = MapRecorder([*ranking[:CANDIDATES], *ranking[-CANDIDATES:]], token_grids(keys, images.size))
     inputs = next(batch for place, batch in enumerate(images) if place == number)
     device = next((x.device for x in model.parameters()), torch.device("cpu"))
     with AttentionCalls(model, recorder):

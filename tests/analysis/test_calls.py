@@ -85,13 +85,14 @@ class TestChangesNothing:
         attention = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)  # in training mode
         x = torch.randn(2, 5, 8)
         torch.manual_seed(3)
-        expected = attention(x, x, x, need_weights=need_weights)
+        expected, after = attention(x, x, x, need_weights=need_weights), torch.get_rng_state()
         calls = []
         torch.manual_seed(3)
         with AttentionCalls(attention, lambda name, call: calls.append(call)):
             found = attention(x, x, x, need_weights=need_weights)
         assert len(calls) == 1
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        assert torch.equal(torch.get_rng_state(), after)  # nor does looking draw random numbers
 
     def test_function_is_itself_again(self):
         measured = nn.MultiheadAttention(8, 2)

@@ -61,6 +61,7 @@ def masks():
             "attn_mask": torch.zeros(1, KEYS, dtype=torch.float64).masked_fill(~keys, torch.finfo(torch.float64).min)
         },
         "mask of pairs": {"attn_mask": pairs},
+        "causal padding": {"attn_mask": torch.ones(QUERIES, KEYS, dtype=torch.bool).tril() & keys},
         "position bias": {"attn_mask": bias},
         "position bias and mask": {"attn_mask": bias.masked_fill(~pairs, -torch.inf)},
         "causal": {"is_causal": True},
@@ -96,9 +97,9 @@ def row_figures(rows, order):
 def dense(query, key, added, scale, order):
     """The figures of one head from its full maps."""
     shared = bool((added == added[:1]).all())
-    kept = added[0] > -torch.inf if shared else torch.ones(KEYS, dtype=torch.bool)
+    kept = (added > -torch.inf).any(0)
     logits = (scale * query @ key.T)[:, kept]
-    in_pairs = 0.0 if shared else added
+    in_pairs = 0.0 if shared else added[:, kept]
     by_key = logits.mean(0) + (added[0, kept] if shared else 0.0)
     pairwise = (logits - logits.mean(0) + in_pairs).softmax(1)
     total = (scale * query @ key.T + added).softmax(1)[:, kept]
@@ -113,7 +114,7 @@ def dense(query, key, added, scale, order):
         figures[f"{name}.entropy_share"] = figures[f"{name}.entropy"] / math.log(int(kept.sum()))
     figures["unary.entropy"] = entropy(by_key.softmax(0))
     if not shared:
-        figures |= {f"mask.{key}": value for key, value in row_figures(added.softmax(1), order).items()}
+        figures |= {f"mask.{key}": value for key, value in row_figures(in_pairs.softmax(1), order).items()}
     return figures
 
 

@@ -1,7 +1,11 @@
 """``dnl-ext diagnose --model``: what it writes of a network that a factory makes, and one line for bad input."""
 
 import json
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import originals
 import pytest
@@ -12,7 +16,7 @@ from test_cli import assert_one_line, run
 from dnl_ext.analysis import measure_model
 from dnl_ext.diagnosis import ImageInputs, build_model, diagnose_model
 from dnl_ext.diagnosis.images import MEAN, STD
-from dnl_ext.diagnosis.pictures import Grid, token_grid
+from dnl_ext.diagnosis.pictures import Grid, token_grid, token_grids
 
 MODULE = """
 import torch
@@ -20,14 +24,15 @@ from torch import nn
 
 
 class Patches(nn.Module):
-    '''A vision transformer: a class token, patches of 8 pixels, two layers of heads.'''
+    '''A vision transformer: a class token, patches, layers of heads.'''
 
-    def __init__(self, heads=2, width=16, side=32):
+    def __init__(self, heads=2, width=16, side=32, patch=8, depth=2):
         super().__init__()
-        self.patches = nn.Conv2d(3, width, 8, 8)
+        self.patches = nn.Conv2d(3, width, patch, patch)
         self.token = nn.Parameter(torch.randn(1, 1, width))
-        self.position = nn.Parameter(torch.randn(1, (side // 8) ** 2 + 1, width))
-        self.layers = nn.TransformerEncoder(nn.TransformerEncoderLayer(width, heads, 32, batch_first=True), 2)
+        self.position = nn.Parameter(torch.randn(1, (side // patch) ** 2 + 1, width))
+        layer = nn.TransformerEncoderLayer(width, heads, 4 * width, batch_first=True)
+        self.layers = nn.TransformerEncoder(layer, depth)
 
     def forward(self, images):
         tokens = self.patches(images).flatten(2).transpose(1, 2)
@@ -131,6 +136,31 @@ class TestReport:
         assert not (tmp_path / "out/maps-0.png").exists() and (tmp_path / "out/heads.png").exists()
 
 
+COST = """
+import resource, subprocess, sys
+subprocess.run([sys.executable, "-m", "dnl_ext", *sys.argv[1:]], check=True, stdout=subprocess.DEVNULL)
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(used.ru_utime + used.ru_stime, used.ru_maxrss)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the largest resident set is in KiB on Linux")
+def test_cost_of_a_base_vision_transformer(here):
+    """577 tokens and 144 heads: less than 60 s of one CPU and 1 GB, imports and 340 MB of weights included."""
+    shape = {"heads": 12, "width": 768, "side": 384, "patch": 16, "depth": 12}
+    arguments = [x for name, value in shape.items() for x in ("--model-arg", f"{name}={value}")]
+    options = ["--images", "photos", "--size", "384x384", "--limit", "1", "--threads", "1"]
+    command = [sys.executable, "-c", COST, "diagnose", "--model", f"{here}:Patches", *arguments, *options]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    seconds, kibibytes = map(float, done.stdout.split())
+    print(f"{seconds:.1f} s, {kibibytes * 1.024e-3:.0f} MB")
+    assert kibibytes * 1024 < 1e9
+    assert seconds < 60
+
+
 class TestImages:
     def test_are_covered_cropped_and_normalised(self, tmp_path):
         image = Image.new("RGB", (60, 20), (255, 0, 0))
@@ -148,6 +178,8 @@ class TestImages:
         assert token_grid(5 + 16 * 32, (256, 512)) == Grid(5, 16, 32)
         assert token_grid(15 * 20, (480, 640)) == token_grid(15 * 20, (470, 630)) == Grid(0, 15, 20)
         assert token_grid(100, (224, 224)) is None  # object queries
+        assert token_grids([100, 96, 96], (256, 384)) == {96: Grid(0, 8, 12)}
+        assert token_grids([197, 50], (224, 224)) == {197: Grid(1, 14, 14), 50: Grid(1, 7, 7)}
 
 
 class TestBadInput:
@@ -204,7 +236,8 @@ class TestBadInput:
         assert_one_line(run(*model, "text.png"), "cannot read image text.png")
         assert_one_line(run(*model, "photos"), "the model fails on an image of --size 224x224", "size of tensor")
         assert_one_line(run(*model, "photos", "--size", "32"), "--size must be HEIGHTxWIDTH")
-        assert_one_line(run(*model, "photos", "--size", "0x4"), "--size: expected sides of at least 1")
+        assert_one_line(run(*model, "photos", "--size", "0x4"), "--size: expected sides of 1 to 8192")
+        assert_one_line(run(*model, "photos", "--size", "9000x4"), "--size: expected sides of 1 to 8192")
         assert_one_line(run(*model, "photos", "--mean", "1,2"), "--mean: expected three numbers", "got 2")
         assert_one_line(run(*model, "photos", "--mean", "a,b,c"), "--mean: expected R,G,B", "got a,b,c")
         assert_one_line(run(*model, "photos", "--std", "1,0,1"), "--std: expected numbers above 0, got 1,0,1")
