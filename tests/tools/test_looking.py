@@ -16,7 +16,7 @@ from dnl_ext.analysis import AttentionProbe
 from dnl_ext.segmentation.errors import InputError
 from dnl_ext.segmentation.experiments.ablation import Ablation, quiet
 from dnl_ext.segmentation.experiments.comparison import over_seeds
-from dnl_ext.segmentation.experiments.recipes import RECIPES, VARIANTS, rows
+from dnl_ext.segmentation.experiments.recipes import VARIANTS, rows
 from dnl_ext.segmentation.experiments.runs import Run, plan
 from dnl_ext.segmentation.looking.diagnosis import Samples
 from dnl_ext.segmentation.training.trained import restore
