@@ -63,15 +63,15 @@ def evaluate(
 
     if threads:
         torch.set_num_threads(threads)
+    factors = parse_scales(scales)
     trained = restore(checkpoint, with_block=False)
     found = evaluation_data(trained.config, data, layout, classes, images, split)
     check_classes(trained, found, checkpoint)
     if json is not None:
-        write(json, "")  # an evaluation can take long: what cannot be written is said before it
+        write(json, "", "a")  # an evaluation can take long: what cannot be written is said before it
     typer.echo(found.summary)
     samples = [*found.train, *found.val] if isinstance(found, FolderData) else []
     kept = [path for sample in samples for path in (sample.image, sample.label)]
-    factors = parse_scales(scales)
     writer = PredictionWriter(found.classes, found.name, predictions, overlays, kept)
     console = Console()
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -103,13 +103,12 @@ def evaluate(
         write(json, dumps(content, indent=1) + "\n")
 
 
-def write(path: str, text: str) -> None:
-    """Write a file. Raises InputError."""
-    from pathlib import Path
-
+def write(path: str, text: str, mode: str = "w") -> None:
+    """Write a file, or append to it with the mode "a". Raises InputError."""
     from ..segmentation.errors import InputError
 
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        with open(path, mode, encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise InputError(f"--json: cannot write {path}: {error.strerror}") from None

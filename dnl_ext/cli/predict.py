@@ -16,7 +16,7 @@ def find_images(paths: list[str]) -> dict[str, Path]:
     Raises:
         InputError: a path does not exist, a folder holds no image, or two images have one name.
     """
-    from ..segmentation.data.layouts import images_in
+    from ..segmentation.data.listing import images_in
 
     found: dict[str, Path] = {}
     for given in map(Path, paths):

@@ -74,6 +74,14 @@ class TestSplits:
         assert names(data.val) == {"test0", "test2"} and names(data.train) == {"train0", "train1", "train2"}
         assert data.summary == ("3 training and 2 test images; left out: test images beyond the number asked for (1)")
 
+    def test_names_of_images(self, tmp_path):
+        for name in ("train/x", "val/a/x", "val/b/x.y"):
+            write_image(tmp_path / f"images/{name}.png")
+            write_label(tmp_path / f"labels/{name}.png", (0, 1))
+        data = FolderData(tmp_path)
+        assert [data.validation_name(number) for number in range(2)] == ["a/x", "b/x.y"]
+        assert FolderData(tmp_path, validation_size=1).validation_name(0) == "x"
+
     def test_bad_input(self, tmp_path):
         make_ade20k(tmp_path)
         with pytest.raises(InputError, match=r"--split must be one of val, test, got train"):

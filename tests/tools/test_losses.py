@@ -105,6 +105,15 @@ class TestWeightedLoss:
         labels = torch.zeros(1, 1, 1, dtype=torch.int64)
         assert segmentation_loss(torch.zeros(1, 2, 1, 1), labels, weights=torch.tensor([0.0, 1.0])).item() == 0
 
+    def test_a_step_reports_it(self, data, tmp_path):
+        (tmp_path / "w.json").write_text("[1, 0.5, 9, 0.1, 2, 3, 4, 0.2]")
+        trainer = Trainer(dataclasses.replace(TINY, class_weights=str(tmp_path / "w.json")), data=data)
+        images, labels = trainer.batch(0)
+        with torch.no_grad():
+            logits = trainer.network.train()(images)
+        expected = torch.nn.CrossEntropyLoss(trainer.class_weights, ignore_index=IGNORE)(logits, labels)
+        assert trainer.train_step(images, labels) == pytest.approx(expected.item(), rel=1e-5)
+
     def test_a_class_without_weight_is_not_learned(self, data, tmp_path):
         """Only the classes that the loss counts are predicted after some steps on one batch."""
         only = [3, 4]

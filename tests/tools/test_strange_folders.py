@@ -94,7 +94,7 @@ class TestFolders:
         write_image(tmp_path / "leftImg8bit/train/town/town_9.png")
         write_label(tmp_path / "gtFine/train/town/town_000000_000019_gtFine_color.png", (0,))
         found = find_layout(tmp_path)
-        assert found.left_out == ("images in neither part (1)", "images without label (1)")
+        assert found.left_out == ("images in no split (1)", "images without label (1)")
         assert (len(found.train), len(found.val)) == (2, 2)
 
     def test_label_of_another_ending(self, tmp_path):
@@ -120,6 +120,6 @@ class TestFolders:
                      "--width", 4, "--images", 1)  # fmt: skip
         assert result.exit_code == 0, result.output
         assert (
-            "3 training and 1 validation images; left out: .txt files (1), images in neither part (1), "
+            "3 training and 1 validation images; left out: .txt files (1), images in no split (1), "
             "images without label (1)" in result.output
         )

@@ -157,6 +157,7 @@ class FolderData:
         self.summary: str = f"{self.epoch} training and {self.validation_size} {kind} images"
         if left_out:
             self.summary += f"; left out: {', '.join(left_out)}"
+        self._folder: str = os.path.commonpath([sample.image.parent for sample in self.val])
         self._order: tuple[Any, Any] = (None, None)
 
     def training_sample(self, seed: int, index: int, crop: Size) -> tuple[torch.Tensor, torch.Tensor]:
@@ -175,8 +176,7 @@ class FolderData:
 
     def validation_name(self, index: int) -> str:
         """Name for files about validation image number ``index``: its path below the folder of all, without ending."""
-        folder = os.path.commonpath([sample.image.parent for sample in self.val])
-        return str(self.val[index].image.relative_to(folder).with_suffix(""))
+        return str(self.val[index].image.relative_to(self._folder).with_suffix(""))
 
     def validation_sample(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Validation image number ``index``, whole: image (3, H, W) in 0 .. 1, label (H, W)."""
