@@ -58,8 +58,9 @@ def picture_section(metrics: dict[str, Any]) -> list[str]:
         "",
         *lines,
         "",
-        text(f"""The picture is held-out {kind_of(metrics)} {picture["validation_image"]}. A and B are the middles of the
-            largest cells of two classes that occur in several cells; they are chosen from the true classes alone."""),
+        text(f"""The picture is held-out {kind_of(metrics)} {picture["validation_image"]}. A and B are the middles of
+            the largest cells of two classes that occur in several cells; they are chosen from the true classes
+            alone."""),
         "",
     ]
 
