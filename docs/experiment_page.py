@@ -15,8 +15,11 @@ import re
 import shutil
 from pathlib import Path
 
+from PIL import Image
+
 from dnl_ext.segmentation.experiments import RECIPES, Run, difference, over_seeds
 from dnl_ext.segmentation.experiments.ablation_report import table
+from dnl_ext.segmentation.training import checkpoint
 
 DOCS = Path(__file__).parent
 TEMPLATE, PAGE = DOCS / "experiment.md.in", DOCS / "experiment.md"
@@ -48,6 +51,8 @@ DIGITS = 5
 #: Above this p a difference is called none that these seeds show.
 LEVEL = 0.05
 NONE_YET = "-"
+#: Pixels along the longer side of the picture of maps.
+WIDTH = 1600
 
 
 def row(name):
@@ -69,8 +74,12 @@ class Results:
         recipe = RECIPES.get(path.stem)
         content = json.loads(path.read_text()) if path.is_file() else {"planned": 0, "runs": []}
         self.settings = content.get("settings") or (recipe.settings if recipe else {})
-        self.planned = content["planned"]
-        self.runs = {Run(entry["variant"], entry["temperature"], entry["seed"]): entry for entry in content["runs"]}
+        self.images = self.settings.get("images", recipe.images if recipe else 0)
+        self.planned = content.get("planned", content.get("runs_planned"))
+        self.runs = {}
+        for entry in content["runs"]:
+            run = entry.get("run", entry)
+            self.runs[Run(run["variant"], run["temperature"], run["seed"])] = entry
         self.groups = over_seeds(self.runs)
         self.done = len(self.runs)
 
@@ -189,21 +198,17 @@ def picture():
     )
 
 
-def saturation():
-    """The table of short trainings from scratch, where their results have been kept."""
-    path = DOCS / "results/saturation.json"
-    if not path.is_file():
-        return ""
-    content = json.loads(path.read_text())
-    head = ["learning rate", "T", "entropy of pairwise rows", "variance of logits", "own class, %", "mIoU, %"]
+def saturation(runs):
+    """The table of short trainings from scratch."""
+    head = ["learning rate", "T", "entropy of pairwise rows", "variance of logits", "own class, %", "uniform, %"]
     lines = [head, ["---"] * len(head)]
-    for run in content["runs"]:
+    for run in runs:
         lines.append([
-            f"{run['lr']:g}", f"{run['temperature']:g}", text(run["entropy"], 2), f"{run['variance']:,.1f}",
-            text(100 * run["own"], 1), text(100 * run["miou"], 1),
+            f"{run['lr']:g}", f"{run['temperature']:g}", text(run["pairwise.entropy_share"], 2),
+            f"{run['decomposition.variance']:,.1f}", text(100 * run["pairwise.own_class.mass"], 1),
+            text(100 * run["pairwise.own_class.uniform"], 1),
         ])  # fmt: skip
-    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"\n{content['what']}\n\n{rows}"
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def namespace():
@@ -214,10 +219,12 @@ def namespace():
     return {
         "frozen": frozen,
         "trained": trained,
+        "mosaics": Results(DOCS / "results/ablation-context.json"),
         "compare": functools.partial(compare, {"frozen features": frozen, "trained backbone": trained}),
         "classes": CAMVID_CLASSES,
         "figure": figure,
         "picture": picture,
+        "scratch": json.loads((DOCS / "results/saturation.json").read_text())["runs"],
         "saturation": saturation,
     }
 
@@ -254,13 +261,38 @@ def take(name, out):
     json.loads(body)
     (DOCS / f"results/{name}.json").write_text(body, encoding="utf-8")
     shutil.copy(out / "ablation.png", DOCS / f"images/{name}.png")
+    if (out / "maps-0.png").is_file():
+        with Image.open(out / "maps-0.png") as picture:
+            small = picture.convert("RGB")
+            small.thumbnail((WIDTH, WIDTH))
+            small.quantize(128).save(DOCS / f"images/{name}-maps.png", optimize=True)
+
+
+def take_saturation(folder):
+    """Keep what dnl-ext diagnose found of trainings that differ in learning rate and temperature."""
+    runs = []
+    for path in sorted(folder.glob("*/report/report.json")):
+        (entry,) = json.loads(path.read_text())["networks"].values()
+        config = checkpoint.load(path.parents[1] / "checkpoint.pt")["config"]
+        names = ("pairwise.entropy_share", "decomposition.variance", "pairwise.own_class.mass",
+                 "pairwise.own_class.uniform", "total.jsd")  # fmt: skip
+        runs.append({
+            "variant": config["variant"], "lr": config["lr"], "temperature": config["temperature"],
+            "steps": entry["step"], "crop": config["crop"], "batch_size": config["batch_size"],
+            "miou": round(entry["miou"], 4), **rounded({name: entry["summary"][name]["value"] for name in names}),
+        })  # fmt: skip
+    runs.sort(key=lambda run: (-run["lr"], run["temperature"]))
+    (DOCS / "results/saturation.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--take", nargs="+", default=[], metavar="NAME=OUT", help="keep results of dnl-ext ablate")
     parser.add_argument("--write", action="store_true", help="write docs/experiment.md")
+    parser.add_argument("--take-saturation", type=Path, metavar="DIR", help="keep DIR/*/report of dnl-ext diagnose")
     arguments = parser.parse_args()
+    if arguments.take_saturation:
+        take_saturation(arguments.take_saturation)
     for entry in arguments.take:
         name, _, out = entry.partition("=")
         take(name, Path(out))
