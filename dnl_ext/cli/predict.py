@@ -39,7 +39,7 @@ def predict(
     image: Annotated[list[str], typer.Argument(help="Photographs, or folders of them.", show_default=False)],
     out: Annotated[
         str, typer.Option(help="Folder for PNG files of class numbers, in the classes' colours.")
-    ] = "predictions",
+    ] = "runs/predict",
     overlays: Annotated[
         str | None, typer.Option(help="Folder for the photographs under the colours, with a legend.")
     ] = None,

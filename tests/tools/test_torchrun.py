@@ -144,6 +144,17 @@ class TestOneRun:
         expected = train(0, 1, config, tmp_path / "alone")
         assert_agree(processes.run(train, 2, config, tmp_path / "two")[0], expected)
 
+    def test_class_weights_and_an_auxiliary_head(self, tmp_path):
+        """The processes' pixels weigh differently, and are divided by the weight of all."""
+        (tmp_path / "weights.json").write_text("[1, 0.5, 9, 0.1, 2, 3, 4, 0.2]")
+        weights = str(tmp_path / "weights.json")
+        config = dataclasses.replace(CONFIG, steps=3, class_weights=weights, aux_weight=0.4)
+        expected = train(0, 1, config, tmp_path / "alone")
+        losses, found, counts, _ = processes.run(train, 2, config, tmp_path / "two")[0]
+        assert losses == pytest.approx(expected[0], rel=TOLERANCE, abs=0)
+        assert_same_weights(found, expected[1])
+        assert torch.equal(counts, expected[2])
+
     @pytest.mark.slow
     def test_bf16(self, tmp_path):
         config = dataclasses.replace(CONFIG, dtype="float32", amp="bf16")
