@@ -183,6 +183,7 @@ class TestBadInput:
             (("--backbone-weights", "x.pth"), ("--backbone-weights FILE belongs to --backbone timm:NAME",)),
             (("--channels", "1"), ("--channels must be at least 2, got 1",)),
             (("--label-stride", "0"), ("--label-stride must be at least 1, got 0",)),
+            (("--label-stride", "65"), ("--label-stride must be at most the crop's sides, got 65",)),
             (("--freeze-backbone", "--crop", "60x96"), ("--freeze-backbone needs a --crop in multiples of 8", "60x96")),
             (("--freeze-backbone",), ("--freeze-backbone", "needs --data DIR")),
         ],
