@@ -8,14 +8,18 @@
 """
 
 import argparse
+import functools
 import json
 import math
 import re
 import shutil
 from pathlib import Path
 
-from dnl_ext.segmentation.experiments import Run, difference, over_seeds
+from PIL import Image
+
+from dnl_ext.segmentation.experiments import RECIPES, Run, difference, over_seeds
 from dnl_ext.segmentation.experiments.ablation_report import table
+from dnl_ext.segmentation.training import checkpoint
 
 DOCS = Path(__file__).parent
 TEMPLATE, PAGE = DOCS / "experiment.md.in", DOCS / "experiment.md"
@@ -46,7 +50,9 @@ FIGURES = {
 DIGITS = 5
 #: Above this p a difference is called none that these seeds show.
 LEVEL = 0.05
-NONE_YET = "not measured yet"
+NONE_YET = "-"
+#: Pixels along the longer side of the picture of maps.
+WIDTH = 1600
 
 
 def row(name):
@@ -64,9 +70,16 @@ class Results:
     """The results of one recipe, for the template."""
 
     def __init__(self, path):
+        #: What was trained, of these results or, before there are any, of the recipe of that name.
+        recipe = RECIPES.get(path.stem)
         content = json.loads(path.read_text()) if path.is_file() else {"planned": 0, "runs": []}
-        self.planned = content["planned"]
-        self.runs = {Run(entry["variant"], entry["temperature"], entry["seed"]): entry for entry in content["runs"]}
+        self.settings = content.get("settings") or (recipe.settings if recipe else {})
+        self.images = self.settings.get("images", recipe.images if recipe else 0)
+        self.planned = content.get("planned", content.get("runs_planned"))
+        self.runs = {}
+        for entry in content["runs"]:
+            run = entry.get("run", entry)
+            self.runs[Run(run["variant"], run["temperature"], run["seed"])] = entry
         self.groups = over_seeds(self.runs)
         self.done = len(self.runs)
 
@@ -78,7 +91,7 @@ class Results:
 
     def table(self):
         """The report's table."""
-        return "\n".join(table(self.groups)) if self.runs else f"*{NONE_YET}*"
+        return "\n".join(table(self.groups)) if self.runs else "*No training has finished yet.*"
 
     def value(self, name, figure):
         """Mean ± deviation over seeds of a row's figure."""
@@ -96,20 +109,29 @@ class Results:
         return text(factor * sum(values) / len(values), digits) if values else NONE_YET
 
     def versus(self, first, second, figure):
-        """How much more of a figure the first row has than the second, and how sure that is."""
+        """How much more of a figure the first row has than the second, and p of a paired t-test."""
         _, factor, digits = FIGURES[figure]
         found = difference(self.runs, row(first), row(second), FIGURES[figure][0])
         if math.isnan(found.mean):
             return NONE_YET
-        shown = text(factor * found.mean, digits)
-        shown = shown if shown.startswith("-") else f"+{shown}"
+        shown = f"{round(factor * found.mean, digits) + 0.0:+.{digits}f}"
         if found.seeds == 1:
-            return f"{shown} (one seed: says nothing of the spread)"
+            return f"{shown} (one seed)"
         shown += f" ± {text(factor * found.deviation, digits)}"
         if math.isnan(found.p):
-            return f"{shown} ({found.seeds} seeds)"
-        p = "p < 0.001" if found.p < 0.001 else f"p = {found.p:.2g}"
-        return f"{shown} ({found.seeds} seeds, {p}{'' if found.p < LEVEL else ': within the spread'})"
+            return shown
+        return f"{shown} (p {'< 0.001' if found.p < 0.001 else f'= {found.p:.2g}'}, {found.seeds} seeds)"
+
+    def verdict(self, first, second, figure):
+        """What the seeds say of the claim that the first row has more of a figure than the second."""
+        found = difference(self.runs, row(first), row(second), FIGURES[figure][0])
+        if math.isnan(found.mean):
+            return NONE_YET
+        if found.seeds < 3:
+            return f"too few seeds ({found.seeds})"
+        if math.isnan(found.p) or found.p >= LEVEL:
+            return "not shown"
+        return "yes" if found.mean > 0 else "the opposite"
 
     def lifts(self, names, classes):
         """A table of the unary map's mass on each class, as a multiple of the class's share."""
@@ -131,27 +153,88 @@ class Results:
             lines.append([title, *cells])
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
+    def epochs(self, images):
+        """Passes over that many training images."""
+        return round(self.settings["steps"] * self.settings["batch_size"] / images)
+
+    def size(self, stride=1):
+        """The crop in pixels, or in tokens of ``stride`` pixels: "32 x 44"."""
+        return " x ".join(str(side // stride) for side in self.settings["crop"])
+
     def hours(self):
         """Hours of training steps alone, median seconds of a step times the steps."""
         seconds = sum(entry["steps"] * entry["seconds_per_step"] for entry in self.runs.values())
         return f"{seconds / 3600:.1f}"
 
 
+def compare(recipes, *lines):
+    """A table with a column for each recipe; a line is (text, row, figure), or (text, row, other row, figure)."""
+    head = ["", *recipes]
+    cells = [head, ["---"] * len(head)]
+    for title, *what in lines:
+        cells.append([
+            title,
+            *(results.value(*what) if len(what) == 2 else results.versus(*what) for results in recipes.values()),
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def figure(name):
+    """The figure of an ablation, where it has been kept."""
+    return (
+        f"![mIoU, regions, boundaries, degeneration](images/{name}.png)"
+        if (DOCS / f"images/{name}.png").is_file()
+        else ""
+    )
+
+
+def picture():
+    """The maps of an ablation, where they have been kept."""
+    if not (DOCS / "images/camvid-maps.png").is_file():
+        return ""
+    return (
+        "Where the same two pixels of a test image look, in every row (seed 0). The photograph is left out: CamVid's "
+        "terms do not clearly allow copies of it.\n\n![Maps of the same queries for all rows](images/camvid-maps.png)"
+    )
+
+
+def saturation(runs):
+    """The table of short trainings from scratch."""
+    head = ["learning rate", "T", "entropy of pairwise rows", "variance of logits", "own class, %", "uniform, %"]
+    lines = [head, ["---"] * len(head)]
+    for run in runs:
+        lines.append([
+            f"{run['lr']:g}", f"{run['temperature']:g}", text(run["pairwise.entropy_share"], 2),
+            f"{run['decomposition.variance']:,.1f}", text(100 * run["pairwise.own_class.mass"], 1),
+            text(100 * run["pairwise.own_class.uniform"], 1),
+        ])  # fmt: skip
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def namespace():
     """What the template's expressions can use."""
     from dnl_ext.segmentation.data.layouts import CAMVID_CLASSES
 
+    frozen, trained = (Results(DOCS / f"results/{name}.json") for name in ("camvid", "camvid_trained"))
     return {
-        "frozen": Results(DOCS / "results/camvid.json"),
-        "trained": Results(DOCS / "results/camvid_trained.json"),
+        "frozen": frozen,
+        "trained": trained,
+        "mosaics": Results(DOCS / "results/ablation-context.json"),
+        "compare": functools.partial(compare, {"frozen features": frozen, "trained backbone": trained}),
         "classes": CAMVID_CLASSES,
+        "figure": figure,
+        "picture": picture,
+        "scratch": json.loads((DOCS / "results/saturation.json").read_text())["runs"],
+        "saturation": saturation,
     }
 
 
 def render(template):
     """The page of a template."""
     names = namespace()
-    return re.sub(r"\{\{ (.*?) \}\}", lambda match: str(eval(match[1], {"__builtins__": {}}, names)), template)
+    return re.sub(
+        r"\{\{ (.*?) \}\}", lambda match: str(eval(match[1], {"__builtins__": {}}, names)), template, flags=re.DOTALL
+    )
 
 
 def rounded(figures):
@@ -178,13 +261,38 @@ def take(name, out):
     json.loads(body)
     (DOCS / f"results/{name}.json").write_text(body, encoding="utf-8")
     shutil.copy(out / "ablation.png", DOCS / f"images/{name}.png")
+    if (out / "maps-0.png").is_file():
+        with Image.open(out / "maps-0.png") as picture:
+            small = picture.convert("RGB")
+            small.thumbnail((WIDTH, WIDTH))
+            small.quantize(128).save(DOCS / f"images/{name}-maps.png", optimize=True)
+
+
+def take_saturation(folder):
+    """Keep what dnl-ext diagnose found of trainings that differ in learning rate and temperature."""
+    runs = []
+    for path in sorted(folder.glob("*/report/report.json")):
+        (entry,) = json.loads(path.read_text())["networks"].values()
+        config = checkpoint.load(path.parents[1] / "checkpoint.pt")["config"]
+        names = ("pairwise.entropy_share", "decomposition.variance", "pairwise.own_class.mass",
+                 "pairwise.own_class.uniform", "total.jsd")  # fmt: skip
+        runs.append({
+            "variant": config["variant"], "lr": config["lr"], "temperature": config["temperature"],
+            "steps": entry["step"], "crop": config["crop"], "batch_size": config["batch_size"],
+            "miou": round(entry["miou"], 4), **rounded({name: entry["summary"][name]["value"] for name in names}),
+        })  # fmt: skip
+    runs.sort(key=lambda run: (-run["lr"], run["temperature"]))
+    (DOCS / "results/saturation.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--take", nargs="+", default=[], metavar="NAME=OUT", help="keep results of dnl-ext ablate")
     parser.add_argument("--write", action="store_true", help="write docs/experiment.md")
+    parser.add_argument("--take-saturation", type=Path, metavar="DIR", help="keep DIR/*/report of dnl-ext diagnose")
     arguments = parser.parse_args()
+    if arguments.take_saturation:
+        take_saturation(arguments.take_saturation)
     for entry in arguments.take:
         name, _, out = entry.partition("=")
         take(name, Path(out))

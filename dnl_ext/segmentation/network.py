@@ -99,7 +99,8 @@ class SegmentationNetwork(nn.Module):
 
     Raises:
         ValueError: ``variant`` or ``backend`` is none of these.
-        InputError: the backbone or its weights cannot be had, see :class:`~.backbones.TimmBackbone`.
+        InputError: the backbone or its weights cannot be had: timm is not installed, it has no such network, or none
+            with features of stride 8.
 
     Example:
         >>> import torch

@@ -325,6 +325,19 @@ class TestDemo:
         text = report(metrics)
         assert "did not run (ended by signal 9)" in text and "adds" not in text
 
+    def test_on_a_folder(self, tmp_path):
+        make_plain(tmp_path / "data")
+        result = run(
+            "demo", "--small", "--no-memory", "--threads", 1, "--data", tmp_path / "data", "--out", tmp_path / "out"
+        )
+        assert result.exit_code == 0, result.output
+        metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+        assert metrics["data"]["name"] == "plain" and not metrics["data"]["builtin"]
+        text = (tmp_path / "out/report.md").read_text()
+        assert "mosaic" not in text and "held-out image 0" in text and (tmp_path / "out/attention.png").is_file()
+        assert_one_line(run("demo", "--layout", "plain", "--out", tmp_path / "x"), "--layout", "belong to --data DIR")
+        assert_one_line(run("demo", "--data", tmp_path / "no", "--out", tmp_path / "x"), "no does not exist")
+
     def test_out_is_a_file(self, tmp_path):
         (tmp_path / "out").write_text("")
         assert_one_line(run("demo", "--out", tmp_path / "out"), "cannot write to")

@@ -136,6 +136,14 @@ class TestTraining:
         assert changed and not any(name.startswith("encoder.") for name in changed)
         assert {"classifier.weight", "block.g.conv.weight"} <= changed
 
+    def test_norms_of_a_frozen_encoder_keep_their_statistics(self):
+        network = SegmentationNetwork(3, "dnl", width=4, channels=16, frozen=True).train()
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        network(torch.rand(2, 3, 64, 64))
+        changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+        assert changed and all(name.startswith("block.conv_out.bn.") for name in changed)
+        assert SegmentationNetwork(3, "dnl", width=4, channels=16).train().encoder.training
+
     def test_validation_is_that_of_images(self, data, tmp_path):
         trainer = Trainer(FROZEN, tmp_path, data=data)
         trainer.run()
@@ -183,6 +191,7 @@ class TestBadInput:
             (("--backbone-weights", "x.pth"), ("--backbone-weights FILE belongs to --backbone timm:NAME",)),
             (("--channels", "1"), ("--channels must be at least 2, got 1",)),
             (("--label-stride", "0"), ("--label-stride must be at least 1, got 0",)),
+            (("--label-stride", "65"), ("--label-stride must be at most the crop's sides, got 65",)),
             (("--freeze-backbone", "--crop", "60x96"), ("--freeze-backbone needs a --crop in multiples of 8", "60x96")),
             (("--freeze-backbone",), ("--freeze-backbone", "needs --data DIR")),
         ],

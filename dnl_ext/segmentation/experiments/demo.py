@@ -18,6 +18,7 @@ import torch
 
 from ..._version import __version__
 from ...analysis import attention_rows
+from ..backbones import SMALL
 from ..data.mosaic import MosaicData
 from ..errors import InputError
 from ..looking.class_focus import focus, token_labels
@@ -25,7 +26,7 @@ from ..looking.figure import Rows, choose_queries, class_share, draw
 from ..network import tokens
 from ..training.config import TrainConfig
 from ..training.progress import TerminalProgress
-from ..training.trainer import Trainer
+from ..training.trainer import FEATURES, Trainer, open_data
 from .demo_report import write_report
 from .memory import measure_step
 
@@ -51,8 +52,14 @@ class DemoSettings:
         seed: of weights and training images.
         threads: of PyTorch on the CPU; 0 is its own choice.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        picture: number of the held-out mosaic that is drawn.
-        memory: whether peak memory is measured, which takes some processes of their own.
+        picture: number of the held-out image that is drawn.
+        memory: whether peak memory is measured, of a step on ``full`` images of the built-in data; it takes some
+            processes of their own.
+        data: folder of images and labels; None is the built-in photographs.
+        layout: of the folder; None is found by its names.
+        backbone: "small", the encoder that is trained here, or "timm:NAME", a pretrained one, which is frozen. With
+            ``data`` alone.
+        backbone_weights: file of its weights; None is timm's own.
 
     Example:
         >>> from dnl_ext.segmentation.experiments import DemoSettings
@@ -75,6 +82,10 @@ class DemoSettings:
     device: str = "auto"
     picture: int = 4
     memory: bool = True
+    data: str | None = None
+    layout: str | None = None
+    backbone: str = SMALL
+    backbone_weights: str | None = None
 
 
 def run_demo(out: str | Path, settings: DemoSettings | None = None) -> dict[str, Any]:
@@ -114,8 +125,9 @@ def run_demo(out: str | Path, settings: DemoSettings | None = None) -> dict[str,
         width=settings.width, seed=settings.seed, threads=settings.threads, device=settings.device, val_every=0,
         variant="none", workers=1,
     )  # fmt: skip
-    data = MosaicData(settings.full, settings.val_images)
-    encoder = Trainer(base, data=data)
+    trained = dataclasses.replace(base, **on_folder(settings, out))
+    data = MosaicData(settings.full, settings.val_images) if settings.data is None else open_data(trained)
+    encoder = Trainer(trained, data=data)
     train(encoder, "encoder")
     start = encoder.state()
     clock.lap("encoder")
@@ -123,7 +135,7 @@ def run_demo(out: str | Path, settings: DemoSettings | None = None) -> dict[str,
     trainers = {}
     for variant in ("none", *VARIANTS):
         config = dataclasses.replace(
-            base, variant=variant, steps=settings.steps, lr=settings.lr, block_gain=settings.block_gain
+            trained, variant=variant, steps=settings.steps, lr=settings.lr, block_gain=settings.block_gain
         )
         trainers[variant] = Trainer(config, data=data, init=start, init_path="encoder")
         train(trainers[variant], TITLES[variant])
@@ -145,6 +157,21 @@ def run_demo(out: str | Path, settings: DemoSettings | None = None) -> dict[str,
     (out / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     write_report(out / "report.md", metrics)
     return metrics
+
+
+def on_folder(settings: DemoSettings, out: Path) -> dict[str, Any]:
+    """What the settings of the trainings have besides, where the data is a folder. Raises InputError."""
+    if settings.data is None:
+        if settings.layout is not None or settings.backbone != SMALL or settings.backbone_weights is not None:
+            raise InputError("--layout, --backbone and --backbone-weights belong to --data DIR")
+        return {}
+    found: dict[str, Any] = {
+        "data": settings.data, "layout": settings.layout, "val_images": settings.val_images,
+        "backbone": settings.backbone, "backbone_weights": settings.backbone_weights,
+    }  # fmt: skip
+    if settings.backbone != SMALL:
+        found |= {"freeze_backbone": True, "feature_cache": str(out / FEATURES), "channels": 128, "label_stride": 4}
+    return found
 
 
 class Clock:
@@ -197,7 +224,8 @@ def describe(settings: DemoSettings, trainer: Trainer) -> dict[str, Any]:
         },
         "data": {
             "name": trainer.data.name, "classes": list(trainer.data.classes),
-            "validation_images": trainer.data.validation_size,
+            "validation_images": trainer.data.validation_size, "builtin": settings.data is None,
+            "backbone": settings.backbone,
         },
     }  # fmt: skip
 
@@ -218,7 +246,8 @@ def add_memory(metrics: dict[str, Any], config: TrainConfig) -> None:
 def draw_attention(path: Path, settings: DemoSettings, trainers: Mapping[str, Trainer]) -> dict[str, Any]:
     """Draw the picture and return what it shows in numbers."""
     any_trainer = trainers["dnl"]
-    image, label = any_trainer.data.validation_sample(settings.picture)
+    number = min(settings.picture, any_trainer.data.validation_size - 1)
+    image, label = any_trainer.data.validation_sample(number)
     labels, queries = token_labels(label), choose_queries(label)
     classes, rows = any_trainer.data.classes, []
     for variant, trainer in trainers.items():
@@ -229,9 +258,10 @@ def draw_attention(path: Path, settings: DemoSettings, trainers: Mapping[str, Tr
         assert maps.own is not None  # a block without a learned gain
         shares = [class_share(m, labels, query.kind) for m, query in zip(maps.own, queries, strict=True)]
         rows.append(Rows(variant, maps, shares))
-    draw(path, image, label, any_trainer.predict(image), classes, queries, rows)
+    shown = "Held-out mosaic of photographs" if settings.data is None else f"Validation image {number}"
+    draw(path, image, label, any_trainer.predict(image), classes, queries, rows, shown, any_trainer.data.name)
     return {
-        "held_out_mosaic": settings.picture,
+        "validation_image": number,
         "queries": [
             {
                 "name": "AB"[number],

@@ -38,6 +38,11 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
+def kind_of(metrics: dict[str, Any]) -> str:
+    """What an image of the data is called."""
+    return "mosaic" if metrics["data"]["builtin"] else "image"
+
+
 def picture_section(metrics: dict[str, Any]) -> list[str]:
     picture, lines = metrics["picture"], []
     for query in picture["queries"]:
@@ -53,8 +58,9 @@ def picture_section(metrics: dict[str, Any]) -> list[str]:
         "",
         *lines,
         "",
-        text(f"""The picture is held-out mosaic {picture["held_out_mosaic"]}. A and B are the middles of the largest
-            cells of two classes that occur in several cells; they are chosen from the true classes alone."""),
+        text(f"""The picture is held-out {kind_of(metrics)} {picture["validation_image"]}. A and B are the middles of
+            the largest cells of two classes that occur in several cells; they are chosen from the true classes
+            alone."""),
         "",
     ]
 
@@ -78,8 +84,8 @@ def training_section(metrics: dict[str, Any]) -> list[str]:
         "",
         *table(head, rows),
         "",
-        text(f"""mIoU is over {metrics["data"]["validation_images"]} held-out mosaics, attention over the first
-            {metrics["variants"]["dnl"]["attention"]["images"]} of them. Attention spread evenly would have
+        text(f"""mIoU is over {metrics["data"]["validation_images"]} held-out {kind_of(metrics)}s, attention over the
+            first {metrics["variants"]["dnl"]["attention"]["images"]} of them. Attention spread evenly would have
             {uniform} on the query's own class. The difference between maps is the mean total variation distance of the
             queries' maps from the image's mean map: 0 if all pixels look at the same places, 1 if each looks elsewhere.
             Both are measures of this library, not of the paper, whose definition is not public."""),
@@ -123,6 +129,8 @@ def memory_section(metrics: dict[str, Any]) -> list[str]:
 def limits_section(metrics: dict[str, Any]) -> list[str]:
     training, data = metrics["training"], metrics["data"]
     classes = len(data["classes"])
+    mosaics = f"Held-out mosaics show other parts of the same {classes} photographs that were trained on."
+    encoder = "a small encoder" if data["backbone"] == "small" else f"the frozen backbone {data['backbone']}"
     return [
         "## What this can show, and what it cannot",
         "",
@@ -131,10 +139,9 @@ def limits_section(metrics: dict[str, Any]) -> list[str]:
         "",
         text(f"""It cannot show which block segments better. That takes a pretrained backbone, tens of thousands of
             steps, real scenes and several seeds, as in the paper. Here there is one seed, {training["encoder_steps"]} +
-            {training["steps"]} steps, a small encoder and {data["validation_images"]} held-out images: a few points of
-            mIoU mean nothing, in either direction. Held-out mosaics show parts of the {classes} photographs that were
-            not trained on, but the same {classes} photographs. The maps of one picture are an example, not a
-            statistic."""),
+            {training["steps"]} steps, {encoder} and {data["validation_images"]} held-out images: a few points of
+            mIoU mean nothing, in either direction. {mosaics if data["builtin"] else ""} The maps of one picture are an
+            example, not a statistic."""),
         "",
     ]
 
@@ -162,11 +169,14 @@ def settings_section(metrics: dict[str, Any]) -> list[str]:
 
 def report(metrics: dict[str, Any]) -> str:
     """The report as Markdown text, from the content of ``metrics.json``."""
-    classes = metrics["data"]["classes"]
+    data = metrics["data"]
+    classes = f"{len(data['classes'])} {'photographs' if data['builtin'] else 'classes'}"
+    names = ", ".join(data["classes"])
+    what = f"mosaics of {classes} ({names})" if data["builtin"] else f"the data {data['name']}: {classes} ({names})"
     return "\n".join([
         "# A standard and a disentangled non-local block, trained briefly",
         "",
-        text(f"""A segmentation network for mosaics of {len(classes)} photographs ({", ".join(classes)}), once with a
+        text(f"""A segmentation network for {what}, once with a
             standard non-local block (`nl`), once with a disentangled one (`dnl`)."""),
         "",
         *picture_section(metrics),

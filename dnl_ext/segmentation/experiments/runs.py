@@ -33,7 +33,7 @@ class Run:
 
     @property
     def row(self) -> Row:
-        """(variant, temperature): the row of the table that it belongs to."""
+        """The row of the table that it belongs to, by variant and temperature."""
         return self.variant, self.temperature
 
 

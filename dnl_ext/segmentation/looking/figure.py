@@ -1,4 +1,4 @@
-"""The attention picture: a held-out mosaic, two query pixels, where each block looks from them, and the unary map."""
+"""The attention picture: a held-out image, two query pixels, where each block looks from them, and the unary map."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ from scipy import ndimage
 
 from ...analysis import AttentionMaps
 from ..data.colors import colorize, palette
+from ..metrics import IGNORE
 from ..network import STRIDE
 from .class_focus import token_labels
 from .overlay import QUERY_COLORS, class_handles, heat, mark
@@ -100,6 +101,8 @@ def draw(
     classes: Sequence[str],
     queries: Sequence[Query],
     rows: Sequence[Rows],
+    shown: str = "Held-out mosaic of photographs",
+    data: str = "mosaic",
 ) -> None:
     """Write the picture.
 
@@ -110,6 +113,8 @@ def draw(
         classes: class names.
         queries: two :class:`Query`.
         rows: one :class:`Rows` per variant, drawn from top to bottom.
+        shown: what the image is.
+        data: name of the data set whose colours the classes have.
     """
     labels = token_labels(label)
     area = [float((labels == query.kind).float().mean()) for query in queries]
@@ -121,13 +126,13 @@ def draw(
         axis.set_yticks([])
 
     axes[0, 0].imshow(image.permute(1, 2, 0).numpy())
-    axes[0, 0].set_title("Held-out mosaic of photographs, and two query pixels A and B")
+    axes[0, 0].set_title(f"{shown}, and two query pixels A and B")
     for query, name, color in zip(queries, "AB", QUERY_COLORS, strict=False):
         mark(axes[0, 0], *place_of(query), name, color)
-    class_map(axes[0, 1], label, classes, "True classes")
-    miss = float((prediction != label).float().mean())
-    title = f"Predicted with the disentangled block ({100 * (1 - miss):.0f} % right)"
-    class_map(axes[0, 2], prediction, classes, title)
+    class_map(axes[0, 1], label, classes, "True classes", data)
+    right = float((prediction == label)[label != IGNORE].float().mean())
+    title = f"Predicted with the disentangled block ({100 * right:.0f} % right)"
+    class_map(axes[0, 2], prediction, classes, title, data)
 
     for line, (variant, maps, shares) in enumerate(rows, 1):
         for column, query in enumerate(queries):
@@ -154,9 +159,9 @@ def draw(
     plt.close(figure)
 
 
-def class_map(axis: Axes, label: torch.Tensor, classes: Sequence[str], title: str) -> None:
+def class_map(axis: Axes, label: torch.Tensor, classes: Sequence[str], title: str, data: str) -> None:
     """Classes as colours, with the names of those present."""
-    colors = palette("mosaic", len(classes))
+    colors = palette(data, len(classes))
     axis.imshow(colorize(label.numpy(), colors), interpolation="nearest")
     axis.legend(
         handles=class_handles([label], classes, colors), loc="upper center", bbox_to_anchor=(0.5, -0.01), ncols=8,

@@ -9,6 +9,7 @@ from . import checkpoint, distributed
 from .class_weights import class_weights
 from .config import TrainConfig
 from .evaluation import evaluate, evaluation_data
+from .feature_cache import FeatureCache
 from .log import CsvLog
 from .loss import segmentation_loss
 from .prediction import predict
@@ -19,6 +20,7 @@ from .trainer import Listener, Trainer, learning_rate, open_data
 
 __all__ = [
     "CsvLog",
+    "FeatureCache",
     "Listener",
     "SyncBatchNorm",
     "TerminalProgress",

@@ -129,6 +129,8 @@ class TrainConfig:
             raise InputError(f"--channels must be at least 2, got {self.channels}")
         if self.backbone_weights is not None and self.backbone == SMALL:
             raise InputError("--backbone-weights FILE belongs to --backbone timm:NAME")
+        if self.label_stride > min(self.crop):
+            raise InputError(f"--label-stride must be at most the crop's sides, got {self.label_stride}")
         if self.freeze_backbone and any(side % STRIDE for side in self.crop):
             raise InputError(f"--freeze-backbone needs a --crop in multiples of {STRIDE}, got {show(self.crop)}")
         if self.freeze_backbone and self.aux_weight:

@@ -38,15 +38,36 @@ def fingerprint(encoder: torch.nn.Module) -> str:
 
 
 class FeatureCache:
-    """The images of a folder as features of a network's encoder, which must not change.
+    """The images of a folder as features of a network's encoder, which must not change, computed once and kept.
+
+    ``training_sample`` and ``validation_sample`` are those of the data, with features
+    (C, H / 8, W / 8) in place of images.
 
     Args:
         network: whose encoder is taken, on its device.
         data: the images and labels.
         folder: where the files are, in a folder of their own for each encoder.
 
+    Attributes:
+        folder: that of this encoder.
+
     Raises:
-        InputError: data without files, or a folder that cannot be written.
+        InputError: data without files, a file that cannot be read or written, or features beyond float16.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from dnl_ext.segmentation import SegmentationNetwork
+        >>> from dnl_ext.segmentation.data import FolderData
+        >>> from dnl_ext.segmentation.training import FeatureCache
+        >>> for name in ("images/a.jpg", "images/b.jpg", "labels/a.png", "labels/b.png"):
+        ...     Path(name).parent.mkdir(exist_ok=True)
+        ...     Image.new("RGB" if "images" in name else "L", (64, 48)).save(name)
+        >>> network = SegmentationNetwork(3, width=4, channels=16, frozen=True)
+        >>> cache = FeatureCache(network, FolderData(".", classes=3), "features")
+        >>> features, label = cache.training_sample(seed=0, index=0, crop=(32, 40))
+        >>> features.shape, label.shape
+        (torch.Size([16, 4, 5]), torch.Size([32, 40]))
     """
 
     def __init__(self, network: SegmentationNetwork, data: Any, folder: str | Path) -> None:

@@ -365,7 +365,7 @@ class Trainer:
 
     @property
     def source(self) -> "Data | FeatureCache":
-        """What training and validation samples are taken from: the data, or its features."""
+        """The data or, where the encoder is frozen, its features, with the same methods for samples."""
         return self.data if self.features is None else self.features
 
     def predict(self, image: torch.Tensor) -> torch.Tensor:
