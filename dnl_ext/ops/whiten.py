@@ -151,9 +151,9 @@ class Group:
     def __init__(self, x: torch.Tensor, name: str, apart: int) -> None:
         everything = tuple(range(apart - x.dim(), 0))
         dims = {"spatial": (-1,), "ln_nostd": (-2, -1), "ln": (-2, -1), "fln_nostd": everything, "fln": everything}
-        self.dims = dims.get(name, (-2,))
-        self.count = math.prod(x.shape[dim] for dim in self.dims)
-        self.shape = [1 if i - x.dim() in self.dims else n for i, n in enumerate(x.shape)]
+        self.dims: tuple[int, ...] = dims.get(name, (-2,))
+        self.count: int = math.prod(x.shape[dim] for dim in self.dims)
+        self.shape: list[int] = [1 if i - x.dim() in self.dims else n for i, n in enumerate(x.shape)]
 
     @staticmethod
     def wide(x: torch.Tensor) -> torch.Tensor:

@@ -147,9 +147,9 @@ class Trial:
     """
 
     def __init__(self, problem: Problem) -> None:
-        self.problem = problem
-        self.case = problem.case
-        self.inputs = problem.inputs()
+        self.problem: Problem = problem
+        self.case: Case = problem.case
+        self.inputs: Inputs = problem.inputs()
         self.truth = Truth(self.case, self.inputs, seed=problem.seed + 1)
         self.output: torch.Tensor | None = None
         if not problem.call.backward:
