@@ -150,7 +150,7 @@ class Trial:
         self.problem: Problem = problem
         self.case: Case = problem.case
         self.inputs: Inputs = problem.inputs()
-        self.truth = Truth(self.case, self.inputs, seed=problem.seed + 1)
+        self.truth: Truth = Truth(self.case, self.inputs, seed=problem.seed + 1)
         self.output: torch.Tensor | None = None
         if not problem.call.backward:
             return
