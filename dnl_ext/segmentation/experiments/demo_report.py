@@ -109,7 +109,7 @@ def memory_section(metrics: dict[str, Any]) -> list[str]:
         "",
         *table(("network", "fused", "plain PyTorch", "fused, time", "plain PyTorch, time"), rows),
         "",
-        text(f"""One image of {shape(full)}, fp32. Peak above what the process held before the step, each in a fresh
+        text(f"""One image of {shape(full)}, fp32, with the encoder that is trained here. Peak above what the process held before the step, each in a fresh
             process; the encoder's activations are in every figure. Plain PyTorch is `--backend reference`. Times are of
             one step, and vary with what else the machine does."""),
     ]
@@ -151,7 +151,7 @@ def settings_section(metrics: dict[str, Any]) -> list[str]:
     train, full = shapes["training"], shapes["full"]
     seen = f"Validation, picture and memory: {shape(full)}."
     if not metrics["data"]["builtin"]:
-        seen = f"Validation and picture: whole images. Memory: mosaics of {shape(full)}, with the small encoder."
+        seen = "Validation and picture: whole images."
     phases = ", ".join(f"{name} {value:g}" for name, value in metrics["phases_seconds"].items())
     items = (
         f"""Encoder: {training["encoder_steps"]} steps without a block, peak learning rate {training["encoder_lr"]:g}.
