@@ -109,7 +109,7 @@ def memory_section(metrics: dict[str, Any]) -> list[str]:
         "",
         *table(("network", "fused", "plain PyTorch", "fused, time", "plain PyTorch, time"), rows),
         "",
-        text(f"""One image of {shape(full)}, fp32, with the encoder that is trained here. Peak above what the process held before the step, each in a fresh
+        text(f"""One image of {shape(full)}, fp32. Peak above what the process held before the step, each in a fresh
             process; the encoder's activations are in every figure. Plain PyTorch is `--backend reference`. Times are of
             one step, and vary with what else the machine does."""),
     ]
