@@ -84,10 +84,15 @@ class Results:
         self.done = len(self.runs)
 
     @property
+    def progress(self):
+        """How many trainings there are: "27 of 50 trainings"."""
+        return f"{self.done} of {self.planned} trainings" if self.done else "no training"
+
+    @property
     def seeds(self):
         """How many seeds the rows have: "5", or "1 to 2"."""
         counts = sorted({group["miou"][2] for group in self.groups.values()})
-        return "no" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+        return "none" if not counts else str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
     def table(self):
         """The report's table."""

@@ -214,6 +214,7 @@ def test_experiment_s_figures_and_verdicts(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps({"planned": 9, "runs": runs}))
     results = module.Results(tmp_path / "x.json")
     assert (results.done, results.planned, results.seeds, results.hours()) == (8, 9, "2 to 3", "0.8")
+    assert results.progress == "8 of 9 trainings"
     assert results.value("dnl@0.05", "miou") == "62.0 ± 9.0" and results.value("pairwise@1", "miou") == "-"
     assert results.versus("dnl@0.05", "nl@1", "miou") == "+2.7 ± 0.6 (p = 0.015, 3 seeds)"
     assert results.verdict("dnl@0.05", "nl@1", "miou") == "yes"
@@ -221,4 +222,8 @@ def test_experiment_s_figures_and_verdicts(tmp_path):
     assert results.verdict("unary", "nl@1", "miou") == "too few seeds (2)"
     assert results.mean("own_uniform") == "25.0"
     nothing = module.Results(tmp_path / "none.json")
-    assert nothing.seeds == "no" and nothing.verdict("dnl@0.05", "nl@1", "miou") == "-"
+    assert (
+        nothing.seeds == "none"
+        and nothing.progress == "no training"
+        and nothing.verdict("dnl@0.05", "nl@1", "miou") == "-"
+    )

@@ -111,6 +111,7 @@ class TestDiagnose:
             assert part in text
         assert "| unary, mass on boundaries |" in text and "![Validation image 0](maps-0.png)" in text
         assert "Degeneration" in report[1]
+        assert "nl is flat: pairwise rows have" in text and "unary is " not in text  # two steps of training
 
     def test_page_needs_no_other_file(self, report):
         page = (report[0] / "report.html").read_text()

@@ -149,13 +149,15 @@ def limits_section(metrics: dict[str, Any]) -> list[str]:
 def settings_section(metrics: dict[str, Any]) -> list[str]:
     training, shapes, versions = metrics["training"], metrics["shapes"], metrics["versions"]
     train, full = shapes["training"], shapes["full"]
+    seen = f"Validation, picture and memory: {shape(full)}."
+    if not metrics["data"]["builtin"]:
+        seen = "Validation and picture: whole images."
     phases = ", ".join(f"{name} {value:g}" for name, value in metrics["phases_seconds"].items())
     items = (
         f"""Encoder: {training["encoder_steps"]} steps without a block, peak learning rate {training["encoder_lr"]:g}.
             Then {training["steps"]} more at {training["lr"]:g}, three times from that state: alone, with `nl`, with
             `dnl`. AdamW, polynomial decay.""",
-        f"""Training: {train["batch"]} crops per step, {shape(train)} each. Validation, picture and memory:
-            {shape(full)}.""",
+        f"""Training: {train["batch"]} crops per step, {shape(train)} each. {seen}""",
         f"""The BatchNorm behind each block starts at {training["block_gain"]:g}. Shipped configurations start it at 0,
             which makes the block the identity at first; the attention gets its gradient through this factor, which
             stays near 0 in so few steps, so that the maps would hardly learn.""",
