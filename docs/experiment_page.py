@@ -173,7 +173,11 @@ class Results:
 
 
 def compare(recipes, *lines):
-    """A table with a column for each recipe; a line is (text, row, figure), or (text, row, other row, figure)."""
+    """A table with a column for each recipe that has results.
+
+    A line is (text, row, figure), or (text, row, other row, figure).
+    """
+    recipes = {name: results for name, results in recipes.items() if results.done}
     head = ["", *recipes]
     cells = [head, ["---"] * len(head)]
     for title, *what in lines:
