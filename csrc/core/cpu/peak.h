@@ -38,9 +38,11 @@ template <>
 inline int64_t multiply_adds<bf16>(int64_t steps) {
   using B = Block<bf16>;
   constexpr int kSums = B::kRows * B::kVectors;
-  volatile int pair = 0x3f803f80;  // (1, 1)
+  volatile uint16_t bits = 0x3f80;
   volatile float one = 1;
-  const Step<bf16>::V ones = (__m512bh)_mm512_set1_epi32(pair);
+  bf16 group[B::kGroup];
+  for (bf16& element : group) element.bits = bits;
+  const Step<bf16>::V ones = Step<bf16>::broadcast_a(group);
   Vec<float> sum[kSums];
 #pragma GCC unroll 32
   for (int i = 0; i < kSums; ++i) sum[i] = broadcast(one * float(i + 1));
