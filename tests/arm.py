@@ -5,7 +5,8 @@
 - code: the share of multiply-adds in the inner loops (arm_budget.py);
 - sets: which instruction set is chosen on a CPU with BF16 and on one without, and that it can be forced;
 - conversions, products: exact, of NEON and of BF16;
-- kernels: every operator of every set against plain loops in double, in fixed and in random cases.
+- kernels: every operator of every set against plain loops in double, in fixed and in random cases;
+- the operators' random cases of attention, values and gradients, against the bar of accuracy.py (arm_route.py).
 
 Needs ziglang, which the extra dev brings, and qemu-aarch64 (Debian, Ubuntu: apt-get install qemu-user). Where
 aarch64-linux-gnu-g++ is there (g++-aarch64-linux-gnu), it compiles all of that too. Exits 1 if anything failed, 3 if
@@ -24,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 
 import arm_budget
+import commands
 import compilers
 
 ROOT = compilers.ROOT
@@ -41,8 +43,11 @@ SMALL = (
     ("products of bfloat16", "test_products", (NEON, BF16)),
 )
 KERNELS = sorted(path for path in (ROOT / "csrc/core/cpu").glob("*.cpp") if "avx" not in path.name)
+#: Programs of all kernels: name, source of main().
+MAINS = {"kernels": "test_cpu_kernels", "server": "pairwise_server"}
 #: An emulated CPU with all that QEMU knows, and one of Armv8.0.
 NEWEST, OLDEST = "max", "cortex-a72"
+FIRST_CASE = 800_000
 
 
 class Failed(RuntimeError):
@@ -66,14 +71,18 @@ def compile_all(name, command, jobs):
             raise Failed(f"{out.name} does not compile: {done.stderr[-3000:]}")
         return out
 
-    objects = [(folder / f"{path.stem}.o", "-c", path) for path in (*KERNELS, ROOT / "tests/cpp/test_cpu_kernels.cpp")]
+    sources = (*KERNELS, *(ROOT / f"tests/cpp/{name}.cpp" for name in MAINS.values()))
+    objects = [(folder / f"{path.stem}.o", "-c", path) for path in sources]
     small = [(folder / title, "-static", *flags, ROOT / f"tests/cpp/{source}.cpp") for title, source, flags in SMALL]
     # The first link builds zig's libraries, which others would wait for.
     first = built(*small[0])
     with ThreadPoolExecutor(jobs) as pool:
         files = list(pool.map(lambda item: built(*item), [*objects, *small[1:]]))
     programs = {path.name: path for path in (first, *files[len(objects) :])}
-    return programs | {"kernels": built(folder / "kernels", "-static", *files[: len(objects)])}
+    kernels = files[: len(KERNELS)]
+    for title, main in MAINS.items():
+        programs[title] = built(folder / title, "-static", folder / f"{main}.o", *kernels)
+    return programs
 
 
 def run(program, *arguments, cpu=NEWEST, **environment):
@@ -91,6 +100,16 @@ def expect(program, *arguments, **options):
     status, output = run(program, *arguments, **options)
     if status:
         raise Failed(f"{pathlib.Path(program).name} {' '.join(map(str, arguments))}: exit {status}\n{output[-3000:]}")
+    return output
+
+
+def check_operators(program, capability, count):
+    """Random cases of the operators by the kernels of one set."""
+    server = [QEMU, "-cpu", NEWEST, "-E", f"DNL_EXT_CPU_CAPABILITY={capability}", program]
+    command = [sys.executable, ROOT / "tests/arm_route.py", FIRST_CASE, count, *server]
+    status, output = commands.run(command, 600, OMP_NUM_THREADS="1")
+    if status:
+        raise Failed(f"exit {status}\n{output[-3000:]}")
     return output
 
 
@@ -116,13 +135,17 @@ def check_sets(program):
 
 def checks_of(programs, cases):
     """(title, function that returns the program's last line or raises Failed)."""
-    kernels = programs["kernels"]
+    kernels, server = programs["kernels"], programs["server"]
     return [
         ("sets", lambda: check_sets(kernels)),
         *((title, lambda title=title: expect(programs[title])) for title, _, _ in SMALL),
         ("kernels, fixed cases", lambda: expect(kernels)),
         (f"kernels, {cases} random cases", lambda: expect(kernels, cases)),
         ("kernels without BF16, 20 random cases", lambda: expect(kernels, 20, 1_000_000, cpu=OLDEST)),
+        *(
+            (f"operators of {name}, {cases} random cases", lambda name=name: check_operators(server, name, cases))
+            for name in ("neon", "neon_bf16")
+        ),
     ]
 
 

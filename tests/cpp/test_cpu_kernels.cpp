@@ -5,14 +5,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "check.h"
 #include "core/cpu/kernels.h"
 #include "half.h"
+#include "host_threads.h"
 
 namespace {
 
@@ -20,19 +19,6 @@ using dnl::CpuKernels;
 using dnl::DType;
 using dnl::Executor;
 using dnl::View;
-
-Executor threads(int count) {
-  static int n;
-  n = count;
-  Executor executor;
-  executor.threads = count;
-  executor.run = [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
-    std::vector<std::thread> pool;
-    for (int t = 0; t < n; ++t) pool.emplace_back([=] { body(tasks * t / n, tasks * (t + 1) / n, context); });
-    for (auto& thread : pool) thread.join();
-  };
-  return executor;
-}
 
 std::mt19937 generator(1);
 
@@ -206,24 +192,18 @@ void test_pairwise(const CpuKernels& kernels, const Shape& shape, DType dtype, b
   args.channels = C;
   args.scale = 1 / std::sqrt(double(D));
   args.whiten = whiten;
-  const Executor executor = threads(thread_count);
+  const Executor executor = host_threads(thread_count);
   {
-    const size_t bytes = kernels.pairwise_forward_workspace(args, executor);
-    std::unique_ptr<char[]> workspace(new (std::align_val_t(64)) char[bytes]);
-    std::memset(workspace.get(), 0xff, bytes);  // NaN: nothing may be read before it is written
-    kernels.pairwise_forward(args, workspace.get(), executor);
-    ::operator delete[](workspace.release(), std::align_val_t(64));
+    const Workspace workspace(kernels.pairwise_forward_workspace(args, executor));
+    kernels.pairwise_forward(args, workspace.data(), executor);
   }
   args.grad_output = dy.view();
   args.grad_query = dq.view();
   args.grad_key = dk.view();
   args.grad_value = dv.view();
   {
-    const size_t bytes = kernels.pairwise_backward_workspace(args, executor);
-    std::unique_ptr<char[]> workspace(new (std::align_val_t(64)) char[bytes]);
-    std::memset(workspace.get(), 0xff, bytes);
-    kernels.pairwise_backward(args, workspace.get(), executor);
-    ::operator delete[](workspace.release(), std::align_val_t(64));
+    const Workspace workspace(kernels.pairwise_backward_workspace(args, executor));
+    kernels.pairwise_backward(args, workspace.data(), executor);
   }
   const Truth truth(q, k, v, dy, args.scale, whiten);
   const double bound = dtype == DType::f64 ? 1e-12 : dtype == DType::f32 ? 2e-5 : dtype == DType::f16 ? 3e-3 : 2e-2;
@@ -245,7 +225,7 @@ void test_pairwise(const CpuKernels& kernels, const Shape& shape, DType dtype, b
 void test_whiten(const CpuKernels& kernels, bool channel_first) {
   Matrix x(3, 77, 19, DType::f32, channel_first, 5), y(3, 77, 19, DType::f32, !channel_first);
   dnl::WhitenArgs args{x.view(), y.view(), DType::f32, 3, 77, 19};
-  kernels.whiten(args, threads(2));
+  kernels.whiten(args, host_threads(2));
   std::vector<double> truth;
   for (int64_t b = 0; b < 3; ++b)
     for (int64_t i = 0; i < 77; ++i)
@@ -268,9 +248,9 @@ void test_standardise(const CpuKernels& kernels, int64_t group, bool channel_fir
   void* saved = deviation ? rstd.data() : nullptr;
   dnl::StandardiseArgs args{x.view(), {}, y.view(), saved, DType::f32, B, N, C, group, eps};
   std::vector<double> workspace(kernels.standardise_workspace(args));
-  kernels.standardise(args, workspace.data(), threads(2));
+  kernels.standardise(args, workspace.data(), host_threads(2));
   args.input = dy.view(), args.result = y.view(), args.output = dx.view();
-  kernels.standardise(args, workspace.data(), threads(3));
+  kernels.standardise(args, workspace.data(), host_threads(3));
 
   std::vector<double> mean(groups), factor(groups, 1), mean_dy(groups), slope(groups), truth, gradient;
   const auto visit = [&](auto f) {
@@ -297,9 +277,9 @@ void test_standardise(const CpuKernels& kernels, int64_t group, bool channel_fir
 void test_softmax(const CpuKernels& kernels, int64_t columns) {
   Matrix x(4, columns, 1, DType::f32, false), p = x, dp(4, columns, 1, DType::f32, false), dx = x;
   dnl::SoftmaxArgs args{x.view(), {}, p.view(), DType::f32, 4, columns};
-  kernels.softmax(args, threads(2));
+  kernels.softmax(args, host_threads(2));
   args = {dp.view(), p.view(), dx.view(), DType::f32, 4, columns};
-  kernels.softmax_backward(args, threads(2));
+  kernels.softmax_backward(args, host_threads(2));
   std::vector<double> truth, gradient;
   for (int64_t b = 0; b < 4; ++b) {
     double sum = 0, dot = 0;
