@@ -302,7 +302,8 @@ int random_cases(int64_t count, int64_t first) {
       return std::uniform_int_distribution<int64_t>(least, most)(generator);
     };
     const auto size = [&] { return upto(0, 2) ? upto(1, 40) : upto(1, 150); };
-    const Shape shape{upto(1, 4), size(), size(), size(), size()};
+    const auto positions = [&] { return upto(0, 9) ? size() : upto(300, 500); };  // several blocks
+    const Shape shape{upto(1, 4), positions(), positions(), size(), size()};
     const DType dtype = kTypes[upto(0, 3)];
     const bool first_channel = upto(0, 1), whiten = upto(0, 1);
     const int thread_count = static_cast<int>(upto(1, 3));
