@@ -73,7 +73,7 @@ def cpu_command(program, csrc, out):
     sources = [ROOT / f"tests/cpp/{name}.cpp"]
     if capability:
         macros = (*macros, f"DNL_SET=kernels_{capability}")
-        sources += [ROOT / "tests/mutants/one_set.cpp", pathlib.Path(csrc, f"core/cpu/isa_{capability}.cpp")]
+        sources += [ROOT / "tests/cpp/one_set.cpp", pathlib.Path(csrc, f"core/cpu/isa_{capability}.cpp")]
     flags += ["-std=c++17", "-w", "-pthread", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     flags += [*(f"-D{macro}" for macro in macros), f"-I{csrc}", f"-I{ROOT}/tests/cpp"]
     return [*compiler, *flags, *map(str, sources), "-o", str(out)]
