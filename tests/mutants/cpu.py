@@ -121,6 +121,4 @@ SHORT = (
     "float16: ties rounded up",
     "product: rows of the largest remainder are left out",
     "tiles: the lower tile of A is the upper",
-    "NEON: the last depth",
-    "BFMMLA: an odd group is left out",
 )

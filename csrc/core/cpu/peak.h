@@ -25,7 +25,12 @@ int64_t multiply_adds(int64_t steps) {
   for (int i = 0; i < kSums; ++i) sum[i] = term * A(i + 1);
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kSums; ++i) sum[i] = term + factor * sum[i];
+    for (int i = 0; i < kSums; ++i)
+#ifdef DNL_NEON
+      sum[i] = multiply_add<0>(sum[i], factor, term);  // FMLA overwrites what it adds to
+#else
+      sum[i] = term + factor * sum[i];
+#endif
   }
   for (int i = 1; i < kSums; ++i) sum[0] = sum[0] + sum[i];
   volatile A result = sum[0][0];
