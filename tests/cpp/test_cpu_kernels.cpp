@@ -341,7 +341,11 @@ int main(int argc, char** argv) {
     for (const Shape& shape : shapes)
       for (DType dtype : kTypes)
         for (int options = 0; options < 4; ++options)
-          for (int thread_count : {1, 3}) test_pairwise(*kernels, shape, dtype, options & 1, options & 2, thread_count);
+          for (int thread_count : {1, 3}) {
+            const bool wide = dtype == DType::f32 || dtype == DType::bf16;  // the others differ in conversions alone
+            if (wide || thread_count == 3)
+              test_pairwise(*kernels, shape, dtype, options & 1, options & 2, thread_count);
+          }
     test_whiten(*kernels, false);
     test_whiten(*kernels, true);
     for (int64_t group : {1, 19, 57})
