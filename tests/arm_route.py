@@ -1,8 +1,8 @@
 """Random cases of pairwise attention by kernels that run in another process, in particular in an emulator of Arm.
 
-    python tests/arm_route.py FIRST COUNT COMMAND ...
+    python tests/arm_route.py FIRST COUNT DTYPE COMMAND ...
 
-COMMAND starts tests/cpp/pairwise_server.cpp, which computes forward and backward; all else of an operator (checks,
+DTYPE is one of torch's or "any". COMMAND starts tests/cpp/pairwise_server.cpp, which computes forward and backward; all else of an operator (checks,
 layouts, the unary term, autograd) is the installed dnl_ext's. A case is a seed of cases.py, and is held to the bar of
 accuracy.py. Prints how many passed and failed, and exits 1 if any failed.
 """
@@ -122,13 +122,13 @@ def route(command, threads=2):
         raise RuntimeError(f"the server ended with exit status {status}")
 
 
-def main(first, count, command):
+def main(first, count, dtype, command):
     torch.set_num_threads(1)
-    failed = 0
+    failed, dtype = 0, None if dtype == "any" else getattr(torch, dtype)
     with route(command) as server:
         for seed in range(first, first + count):
             try:
-                accuracy.check(cases.random_case(seed, op=cases.ATTENTION[seed % 2], large=0))
+                accuracy.check(cases.random_case(seed, op=cases.ATTENTION[seed % 2], dtype=dtype, large=0))
             except AssertionError as error:
                 failed += 1
                 print(error)
@@ -139,4 +139,4 @@ def main(first, count, command):
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:]))
