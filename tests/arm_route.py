@@ -2,9 +2,9 @@
 
     python tests/arm_route.py FIRST COUNT DTYPE COMMAND ...
 
-DTYPE is one of torch's or "any". COMMAND starts tests/cpp/pairwise_server.cpp, which computes forward and backward; all else of an operator (checks,
-layouts, the unary term, autograd) is the installed dnl_ext's. A case is a seed of cases.py, and is held to the bar of
-accuracy.py. Prints how many passed and failed, and exits 1 if any failed.
+DTYPE is one of torch's or "any". COMMAND starts tests/cpp/pairwise_server.cpp, which computes forward and backward; all
+else of an operator (checks, layouts, the unary term, autograd) is the installed dnl_ext's. A case is a seed of
+cases.py, and is held to the bar of accuracy.py. Prints how many passed and failed, and exits 1 if any failed.
 """
 
 import contextlib
