@@ -8,9 +8,10 @@
 - kernels: every operator of every set against plain loops in double, in fixed and in random cases;
 - the operators' random cases of attention, values and gradients, against the bar of accuracy.py (arm_route.py).
 
-Needs ziglang, which the extra dev brings, and qemu-aarch64 (Debian, Ubuntu: apt-get install qemu-user). Where
-aarch64-linux-gnu-g++ is there (g++-aarch64-linux-gnu), it compiles all of that too. Exits 1 if anything failed, 3 if
-something is missing. Nothing of this measures speed.
+Needs ziglang, which the extra dev brings, and qemu-aarch64 (Debian, Ubuntu: apt-get install qemu-user). What runs is
+compiled by aarch64-linux-gnu-g++ where there is one (g++-aarch64-linux-gnu), else by ziglang, whose first link builds
+its libraries for minutes; --compiler asks for either or both. Exits 1 if anything failed, 3 if something is missing.
+Nothing of this measures speed.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def checks_of(programs, cases):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--compiler", nargs="+", choices=("clang", "gcc"), help="default: all that are here")
+    parser.add_argument("--compiler", nargs="+", choices=("clang", "gcc"), help="default: gcc, or clang without it")
     parser.add_argument("--cases", type=int, default=100, help="random cases of attention on every set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
@@ -166,9 +167,8 @@ def main():
         print(f"--compiler {' '.join(unknown)}: {arm_budget.GCC} is not here", file=sys.stderr)
         return 2
     failed = not arm_budget.check(print)
-    for name, command in toolchains.items():
-        if options.compiler and name not in options.compiler:
-            continue
+    for name in options.compiler or ("gcc" if "gcc" in toolchains else "clang",):
+        command = toolchains[name]
         began = time.time()
         try:
             checks = checks_of(compile_all(name, command, options.jobs), options.cases)
