@@ -23,7 +23,10 @@ inline bool cpu_has_bf16() {
   size_t size = sizeof has;
   return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has;
 #elif defined(__linux__)
-  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16
+  constexpr unsigned long kBf16 = 1ul << 14;
+#ifdef HWCAP2_BF16  // older C libraries do not name it
+  static_assert(kBf16 == HWCAP2_BF16, "bit of AT_HWCAP2");
+#endif
   return getauxval(AT_HWCAP2) & kBf16;
 #else
   return false;
