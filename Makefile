@@ -86,7 +86,7 @@ host-test: $(VENV)/.torch
 	$(BIN)/cmake --build build/host
 	$(BIN)/ctest --test-dir build/host --output-on-failure
 
-# ARM_FLAGS: --compiler clang, --cases 100, --jobs 2.
+# ARM_FLAGS: --compiler clang, --cases 50, --jobs 2.
 arm-test: $(VENV)/.built
 	$(BIN)/python tests/arm.py $(ARM_FLAGS)
 

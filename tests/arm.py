@@ -1,6 +1,6 @@
 """The CPU kernels for Arm, cross-compiled and run in an emulator of the processor: `make arm-test`.
 
-    python tests/arm.py [--compiler clang|gcc ...] [--cases 100] [--jobs 2]
+    python tests/arm.py [--compiler clang|gcc ...] [--cases 50] [--jobs 2]
 
 - code: the share of multiply-adds in the inner loops (arm_budget.py);
 - sets: which instruction set is chosen on a CPU with BF16 and on one without, and that it can be forced;
@@ -154,7 +154,7 @@ def checks_of(programs, cases):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compiler", nargs="+", choices=("clang", "gcc"), help="default: gcc, or clang without it")
-    parser.add_argument("--cases", type=int, default=100, help="random cases of attention on every set")
+    parser.add_argument("--cases", type=int, default=50, help="random cases of attention on every set")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     if options.cases < 1 or options.jobs < 1:
