@@ -143,10 +143,10 @@ def checks_of(programs, cases):
         ("kernels, fixed cases", lambda: expect(kernels)),
         (f"kernels, {cases} random cases", lambda: expect(kernels, cases)),
         ("kernels without BF16, 20 random cases", lambda: expect(kernels, 20, 1_000_000, cpu=OLDEST)),
-        (f"operators of neon, {cases} random cases", lambda: check_operators(server, "neon", "any", cases)),
+        (f"operators of neon, {4 * cases} random cases", lambda: check_operators(server, "neon", "any", 4 * cases)),
         (
-            f"operators of neon_bf16, {cases} random cases of bfloat16",
-            lambda: check_operators(server, "neon_bf16", "bfloat16", cases),
+            f"operators of neon_bf16, {4 * cases} random cases of bfloat16",
+            lambda: check_operators(server, "neon_bf16", "bfloat16", 4 * cases),
         ),
     ]
 
@@ -154,7 +154,12 @@ def checks_of(programs, cases):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compiler", nargs="+", choices=("clang", "gcc"), help="default: gcc, or clang without it")
-    parser.add_argument("--cases", type=int, default=50, help="random cases of attention on every set")
+    parser.add_argument(
+        "--cases",
+        type=int,
+        default=50,
+        help="random cases of attention on every set; four times as many of the operators",
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     options = parser.parse_args()
     if options.cases < 1 or options.jobs < 1:
