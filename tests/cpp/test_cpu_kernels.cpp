@@ -102,13 +102,23 @@ std::vector<double> values(const Matrix& x) {
   return result;
 }
 
+// The same once, for loops that read each value many times.
+struct Values {
+  int64_t positions, channels;
+  std::vector<double> data;
+
+  explicit Values(const Matrix& x) : positions(x.positions), channels(x.channels), data(values(x)) {}
+  double operator()(int64_t b, int64_t i, int64_t c) const { return data[(b * positions + i) * channels + c]; }
+};
+
 // Forward and backward of whitened pairwise attention in double: y, dq, dk, dv.
 struct Truth {
   std::vector<double> y, dq, dk, dv;
 
-  Truth(const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& dy, double scale, bool whiten) {
+  Truth(const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& grad, double scale, bool whiten) {
+    const Values q(query), k(key), v(value), dy(grad);
     const int64_t Q = q.positions, K = k.positions, D = q.channels, C = v.channels;
-    for (int64_t b = 0; b < q.batches; ++b) {
+    for (int64_t b = 0; b < query.batches; ++b) {
       std::vector<double> mq(D), mk(D), P(Q * K), dS(Q * K);
       for (int64_t c = 0; whiten && c < D; ++c) {
         for (int64_t i = 0; i < Q; ++i) mq[c] += q(b, i, c) / Q;

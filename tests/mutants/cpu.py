@@ -27,8 +27,12 @@ MUTANTS = [
         "static_cast<uint16_t>(result)", "cpu_conversions"),
     cpu("float16: infinity one power of two early", VEC, "magnitude < 0x47800000u", "magnitude < 0x47000000u",
         "cpu_conversions"),
-    cpu("exponential: a coefficient of the polynomial", VEC, "5.5503272266703021e-2f", "5.5603272266703021e-2f",
-        "cpu_kernels"),
+    cpu("exponential: a coefficient of the polynomial", VEC, "5.5503272266703021e-2f", "5.5513272266703021e-2f",
+        "cpu_conversions"),
+    cpu("exponential: a positive x counts as what it is", VEC, "y = y > most ? most : y;\n  const V t = y + magic;\n"
+        "  const V f = y - (t - magic);\n  V p = broadcast(1.5461444698569129e-4f);",
+        "const V t = y + magic;\n  const V f = y - (t - magic);\n  V p = broadcast(1.5461444698569129e-4f);",
+        "cpu_conversions"),
     # Packing.
     cpu("transposition: the last row of a block that is not whole", VEC,
         "for (int64_t i = 0; i < height; ++i)\n          std::memcpy",
