@@ -24,7 +24,7 @@ MM := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc dnl_ext -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc') setup.py build_backend.py pyproject.toml
 
-.PHONY: help demo test test-slow test-integrations prove bench lint format docs host-test cuda-build cuda-budget cuda-model gpu-check \
+.PHONY: help demo test test-slow test-integrations prove bench lint format docs host-test arm-test cuda-build cuda-budget cuda-model gpu-check \
   dist clean
 
 help:
@@ -34,6 +34,7 @@ help:
 	@echo "  make prove       all that is proven of the kernels without a GPU, with counts: an hour on two cores"
 	@echo "  make bench       time and memory against every peer that runs here"
 	@echo "  make host-test   the kernels without torch or Python, under CMake and CTest"
+	@echo "  make arm-test    the kernels for Arm, cross-compiled and run under QEMU; their machine code against its budget"
 	@echo "  make cuda-build  build the CUDA extension (no GPU needed) and check that it loads"
 	@echo "  make cuda-budget rewrite the budget of registers, spills and tensor-core instructions (tests/cuda_budget.json)"
 	@echo "  make cuda-model  what the kernels cost by a model of a multiprocessor, beside eager PyTorch (docs/gpu-model.md)"
@@ -84,6 +85,10 @@ host-test: $(VENV)/.torch
 	$(BIN)/cmake -S . -B build/host -G Ninja -DCMAKE_MAKE_PROGRAM="$$(cd $(BIN) && pwd)/ninja" $(HOST_FLAGS)
 	$(BIN)/cmake --build build/host
 	$(BIN)/ctest --test-dir build/host --output-on-failure
+
+# ARM_FLAGS: --compiler clang, --cases 50, --jobs 2.
+arm-test: $(VENV)/.built
+	$(BIN)/python tests/arm.py $(ARM_FLAGS)
 
 lint: $(VENV)/.built
 	$(BIN)/ruff check .

@@ -43,6 +43,8 @@ INSTRUCTION_SETS = {
     "avx512": "AVX-512",
     "avx512_bf16": "AVX-512",
     "avx512_amx": "AMX",
+    "neon": "NEON",
+    "neon_bf16": "NEON",
 }
 
 

@@ -5,13 +5,13 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "check.h"
 #include "core/cpu/kernels.h"
+#include "half.h"
+#include "host_threads.h"
 
 namespace {
 
@@ -20,57 +20,69 @@ using dnl::DType;
 using dnl::Executor;
 using dnl::View;
 
-Executor threads(int count) {
-  static int n;
-  n = count;
-  Executor executor;
-  executor.threads = count;
-  executor.run = [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
-    std::vector<std::thread> pool;
-    for (int t = 0; t < n; ++t) pool.emplace_back([=] { body(tasks * t / n, tasks * (t + 1) / n, context); });
-    for (auto& thread : pool) thread.join();
-  };
-  return executor;
-}
-
 std::mt19937 generator(1);
 
-// A (batches, positions, channels) matrix of float or bfloat16 bits, channel-first or not, and its values in double.
+// One element of a tensor, and its value.
+void put(DType dtype, char* to, double x) {
+  const float single = static_cast<float>(x);
+  const uint16_t bits = half::nearest(x);
+  switch (dtype) {
+    case DType::f64:
+      std::memcpy(to, &x, 8);
+      break;
+    case DType::f32:
+      std::memcpy(to, &single, 4);
+      break;
+    case DType::bf16:  // cut, not rounded: any number will do
+      std::memcpy(to, reinterpret_cast<const char*>(&single) + 2, 2);
+      break;
+    case DType::f16:
+      std::memcpy(to, &bits, 2);
+  }
+}
+double get(DType dtype, const char* from) {
+  double x;
+  float single = 0;
+  uint16_t bits;
+  switch (dtype) {
+    case DType::f64:
+      std::memcpy(&x, from, 8);
+      return x;
+    case DType::f32:
+      std::memcpy(&single, from, 4);
+      return single;
+    case DType::bf16:
+      std::memcpy(reinterpret_cast<char*>(&single) + 2, from, 2);
+      return single;
+    case DType::f16:
+      std::memcpy(&bits, from, 2);
+      return (bits & 0x7c00) == 0x7c00 ? NAN : half::value(bits);
+  }
+  return NAN;
+}
+
+// A (batches, positions, channels) matrix, channel-first or not, and its values in double.
 struct Matrix {
   int64_t batches, positions, channels;
   DType dtype;
   bool channel_first;
-  std::vector<float> f32;
-  std::vector<uint16_t> bf16;
+  int64_t bytes;  // of an element
+  std::vector<char> data;
   std::vector<int64_t> offsets;
 
   Matrix(int64_t b, int64_t n, int64_t c, DType type, bool first, double mean = 0)
       : batches(b), positions(n), channels(c), dtype(type), channel_first(first) {
-    std::normal_distribution<float> normal;
+    bytes = type == DType::f64 ? 8 : type == DType::f32 ? 4 : 2;
+    data.resize(b * n * c * bytes);
     for (int64_t i = 0; i < b; ++i) offsets.push_back(i * n * c);
-    f32.resize(type == DType::f32 ? b * n * c : 0);
-    bf16.resize(type == DType::bf16 ? b * n * c : 0);
-    for (int64_t i = 0; i < b * n * c; ++i) {
-      const float x = normal(generator) + static_cast<float>(mean);
-      if (type == DType::f32)
-        f32[i] = x;
-      else
-        std::memcpy(&bf16[i], reinterpret_cast<const char*>(&x) + 2, 2);
-    }
+    std::normal_distribution<double> normal;
+    for (int64_t i = 0; i < b * n * c; ++i) put(type, data.data() + i * bytes, normal(generator) + mean);
   }
   int64_t at(int64_t b, int64_t i, int64_t c) const {
     return offsets[b] + (channel_first ? c * positions + i : i * channels + c);
   }
-  double operator()(int64_t b, int64_t i, int64_t c) const {
-    if (dtype == DType::f32) return f32[at(b, i, c)];
-    float x = 0;
-    std::memcpy(reinterpret_cast<char*>(&x) + 2, &bf16[at(b, i, c)], 2);
-    return x;
-  }
-  View view() {
-    void* data = dtype == DType::f32 ? static_cast<void*>(f32.data()) : bf16.data();
-    return View{data, offsets.data(), channel_first ? 1 : channels, channel_first ? positions : 1};
-  }
+  double operator()(int64_t b, int64_t i, int64_t c) const { return get(dtype, data.data() + at(b, i, c) * bytes); }
+  View view() { return View{data.data(), offsets.data(), channel_first ? 1 : channels, channel_first ? positions : 1}; }
 };
 
 double error(const std::vector<double>& x, const std::vector<double>& truth) {
@@ -90,13 +102,23 @@ std::vector<double> values(const Matrix& x) {
   return result;
 }
 
+// The same once, for loops that read each value many times.
+struct Values {
+  int64_t positions, channels;
+  std::vector<double> data;
+
+  explicit Values(const Matrix& x) : positions(x.positions), channels(x.channels), data(values(x)) {}
+  double operator()(int64_t b, int64_t i, int64_t c) const { return data[(b * positions + i) * channels + c]; }
+};
+
 // Forward and backward of whitened pairwise attention in double: y, dq, dk, dv.
 struct Truth {
   std::vector<double> y, dq, dk, dv;
 
-  Truth(const Matrix& q, const Matrix& k, const Matrix& v, const Matrix& dy, double scale, bool whiten) {
+  Truth(const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& grad, double scale, bool whiten) {
+    const Values q(query), k(key), v(value), dy(grad);
     const int64_t Q = q.positions, K = k.positions, D = q.channels, C = v.channels;
-    for (int64_t b = 0; b < q.batches; ++b) {
+    for (int64_t b = 0; b < query.batches; ++b) {
       std::vector<double> mq(D), mk(D), P(Q * K), dS(Q * K);
       for (int64_t c = 0; whiten && c < D; ++c) {
         for (int64_t i = 0; i < Q; ++i) mq[c] += q(b, i, c) / Q;
@@ -150,6 +172,8 @@ struct Truth {
   }
 };
 
+constexpr DType kTypes[] = {DType::f32, DType::bf16, DType::f16, DType::f64};
+
 struct Shape {
   int64_t batches, queries, keys, width, channels;
 };
@@ -162,13 +186,13 @@ void test_pairwise(const CpuKernels& kernels, const Shape& shape, DType dtype, b
   Matrix v(B, K, C, dtype, channel_first, 1);
   Matrix dy(B, Q, C, dtype, !channel_first), y(B, Q, C, dtype, channel_first), rest(B, Q, C, dtype, channel_first);
   Matrix dq = q, dk = k, dv = v;
-  std::vector<float> stats(B * Q * 2);
+  std::vector<double> stats(B * Q * 2);  // of float, for all but float64
   dnl::PairwiseArgs args{};
   args.query = q.view();
   args.key = k.view();
   args.value = v.view();
   args.output = y.view();
-  if (dtype == DType::bf16) args.residual = rest.view();
+  if (rest.bytes == 2) args.residual = rest.view();
   args.stats = stats.data();
   args.dtype = dtype;
   args.batches = B;
@@ -178,27 +202,21 @@ void test_pairwise(const CpuKernels& kernels, const Shape& shape, DType dtype, b
   args.channels = C;
   args.scale = 1 / std::sqrt(double(D));
   args.whiten = whiten;
-  const Executor executor = threads(thread_count);
+  const Executor executor = host_threads(thread_count);
   {
-    const size_t bytes = kernels.pairwise_forward_workspace(args, executor);
-    std::unique_ptr<char[]> workspace(new (std::align_val_t(64)) char[bytes]);
-    std::memset(workspace.get(), 0xff, bytes);  // NaN: nothing may be read before it is written
-    kernels.pairwise_forward(args, workspace.get(), executor);
-    ::operator delete[](workspace.release(), std::align_val_t(64));
+    const Workspace workspace(kernels.pairwise_forward_workspace(args, executor));
+    kernels.pairwise_forward(args, workspace.data(), executor);
   }
   args.grad_output = dy.view();
   args.grad_query = dq.view();
   args.grad_key = dk.view();
   args.grad_value = dv.view();
   {
-    const size_t bytes = kernels.pairwise_backward_workspace(args, executor);
-    std::unique_ptr<char[]> workspace(new (std::align_val_t(64)) char[bytes]);
-    std::memset(workspace.get(), 0xff, bytes);
-    kernels.pairwise_backward(args, workspace.get(), executor);
-    ::operator delete[](workspace.release(), std::align_val_t(64));
+    const Workspace workspace(kernels.pairwise_backward_workspace(args, executor));
+    kernels.pairwise_backward(args, workspace.data(), executor);
   }
   const Truth truth(q, k, v, dy, args.scale, whiten);
-  const double bound = dtype == DType::f32 ? 2e-5 : 2e-2;
+  const double bound = dtype == DType::f64 ? 1e-12 : dtype == DType::f32 ? 2e-5 : dtype == DType::f16 ? 3e-3 : 2e-2;
   const auto check = [&](const char* name, const Matrix& x, const std::vector<double>& expected) {
     const double e = error(values(x), expected);
     // With one query or one key the true gradient of q and k is zero and the error is not relative to anything.
@@ -217,7 +235,7 @@ void test_pairwise(const CpuKernels& kernels, const Shape& shape, DType dtype, b
 void test_whiten(const CpuKernels& kernels, bool channel_first) {
   Matrix x(3, 77, 19, DType::f32, channel_first, 5), y(3, 77, 19, DType::f32, !channel_first);
   dnl::WhitenArgs args{x.view(), y.view(), DType::f32, 3, 77, 19};
-  kernels.whiten(args, threads(2));
+  kernels.whiten(args, host_threads(2));
   std::vector<double> truth;
   for (int64_t b = 0; b < 3; ++b)
     for (int64_t i = 0; i < 77; ++i)
@@ -240,9 +258,9 @@ void test_standardise(const CpuKernels& kernels, int64_t group, bool channel_fir
   void* saved = deviation ? rstd.data() : nullptr;
   dnl::StandardiseArgs args{x.view(), {}, y.view(), saved, DType::f32, B, N, C, group, eps};
   std::vector<double> workspace(kernels.standardise_workspace(args));
-  kernels.standardise(args, workspace.data(), threads(2));
+  kernels.standardise(args, workspace.data(), host_threads(2));
   args.input = dy.view(), args.result = y.view(), args.output = dx.view();
-  kernels.standardise(args, workspace.data(), threads(3));
+  kernels.standardise(args, workspace.data(), host_threads(3));
 
   std::vector<double> mean(groups), factor(groups, 1), mean_dy(groups), slope(groups), truth, gradient;
   const auto visit = [&](auto f) {
@@ -269,9 +287,9 @@ void test_standardise(const CpuKernels& kernels, int64_t group, bool channel_fir
 void test_softmax(const CpuKernels& kernels, int64_t columns) {
   Matrix x(4, columns, 1, DType::f32, false), p = x, dp(4, columns, 1, DType::f32, false), dx = x;
   dnl::SoftmaxArgs args{x.view(), {}, p.view(), DType::f32, 4, columns};
-  kernels.softmax(args, threads(2));
+  kernels.softmax(args, host_threads(2));
   args = {dp.view(), p.view(), dx.view(), DType::f32, 4, columns};
-  kernels.softmax_backward(args, threads(2));
+  kernels.softmax_backward(args, host_threads(2));
   std::vector<double> truth, gradient;
   for (int64_t b = 0; b < 4; ++b) {
     double sum = 0, dot = 0;
@@ -294,8 +312,9 @@ int random_cases(int64_t count, int64_t first) {
       return std::uniform_int_distribution<int64_t>(least, most)(generator);
     };
     const auto size = [&] { return upto(0, 2) ? upto(1, 40) : upto(1, 150); };
-    const Shape shape{upto(1, 4), size(), size(), size(), size()};
-    const DType dtype = upto(0, 1) ? DType::f32 : DType::bf16;
+    const auto positions = [&] { return upto(0, 9) ? size() : upto(300, 500); };  // several blocks
+    const Shape shape{upto(1, 4), positions(), positions(), size(), size()};
+    const DType dtype = kTypes[upto(0, 3)];
     const bool first_channel = upto(0, 1), whiten = upto(0, 1);
     const int thread_count = static_cast<int>(upto(1, 3));
     for (const CpuKernels* kernels : dnl::all_cpu_kernels())
@@ -305,19 +324,38 @@ int random_cases(int64_t count, int64_t first) {
   return report();
 }
 
+int name_sets() {
+  for (const CpuKernels* kernels : dnl::all_cpu_kernels())
+    if (kernels->supported()) std::printf("%s ", kernels->name);
+  try {
+    std::printf("%s\n", dnl::cpu_kernels().name);
+  } catch (const std::exception& error) {
+    std::printf("%s\n", error.what());
+    return 2;
+  }
+  return 0;
+}
+
 }  // namespace
 
-// Without arguments, the fixed cases; with COUNT [FIRST], random ones.
+// Without arguments, the fixed cases; with COUNT [FIRST], random ones; with "sets", the name of each instruction set
+// that this CPU has, and last that of the one in use.
 int main(int argc, char** argv) {
+  if (argc > 1 && !std::strcmp(argv[1], "sets")) return name_sets();
   if (argc > 1) return random_cases(std::atoll(argv[1]), argc > 2 ? std::atoll(argv[2]) : 0);
-  const Shape shapes[] = {{1, 1, 1, 1, 1},       {2, 65, 63, 5, 7},   {1, 200, 390, 33, 17}, {3, 7, 500, 16, 70},
-                          {1, 400, 129, 130, 9}, {5, 20, 20, 3, 129}, {1, 5, 1, 2, 3},       {1, 1, 9, 4, 4}};
+  const Shape shapes[] = {{1, 1, 1, 1, 1},     {2, 65, 63, 5, 7},     {1, 200, 390, 33, 17},
+                          {3, 7, 500, 16, 70}, {1, 400, 129, 130, 9}, {5, 20, 20, 3, 129},
+                          {1, 5, 1, 2, 3},     {1, 1, 9, 4, 4},       {2, 13, 30, 603, 6}};
   for (const CpuKernels* kernels : dnl::all_cpu_kernels()) {
     if (!kernels->supported()) continue;
     for (const Shape& shape : shapes)
-      for (DType dtype : {DType::f32, DType::bf16})
+      for (DType dtype : kTypes)
         for (int options = 0; options < 4; ++options)
-          for (int thread_count : {1, 3}) test_pairwise(*kernels, shape, dtype, options & 1, options & 2, thread_count);
+          for (int thread_count : {1, 3}) {
+            const bool wide = dtype == DType::f32 || dtype == DType::bf16;  // the others differ in conversions alone
+            if (wide || thread_count == 3)
+              test_pairwise(*kernels, shape, dtype, options & 1, options & 2, thread_count);
+          }
     test_whiten(*kernels, false);
     test_whiten(*kernels, true);
     for (int64_t group : {1, 19, 57})

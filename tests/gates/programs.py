@@ -1,10 +1,12 @@
-"""Builds the programs of this folder, plainly and under sanitizers.
+"""Builds the programs of this folder, plainly and under sanitizers, and those of tests/cpp that find mutants of the CPU
+kernels, for this machine or for Arm.
 
 python tests/gates/programs.py GATE [MODE] [--type TYPE]     prints the path of the program
 """
 
 import hashlib
 import pathlib
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -28,6 +30,17 @@ PARTS = {
     for source in ("fused", "hopper")
     for part, bits in {"": 3, "_forward": 1, "_backward": 2}.items()
 }
+# Gates of the CPU kernels: a host test, macros, and the instruction set whose kernels it runs, if it runs any.
+CPU = {
+    "cpu_conversions": ("test_conversions", (), None),
+    "cpu_products": ("test_products", (), None),
+    "cpu_tiles": ("test_amx", (), None),
+    "cpu_kernels": ("test_cpu_kernels", (), "generic"),
+    "arm_products": ("test_products", ("DNL_NEON",), None),
+    "arm_bf16_products": ("test_products", ("DNL_NEON", "DNL_BF16_PRODUCTS"), None),
+    "arm_bf16_kernels": ("test_cpu_kernels", (), "neon_bf16"),
+}
+ARM = ("aarch64-linux-gnu-g++", "qemu-aarch64")
 
 
 @dataclass(frozen=True)
@@ -41,11 +54,38 @@ class BuildError(RuntimeError):
     pass
 
 
+def lacks_arm():
+    """What programs for Arm lack, and how to get it; None where nothing is missing."""
+    absent = [tool for tool in ARM if not shutil.which(tool)]
+    return f"{' and '.join(absent)}: apt-get install g++-aarch64-linux-gnu qemu-user" if absent else None
+
+
+def lacking(program):
+    """What a program lacks here, and how to get it; None where nothing is missing."""
+    return lacks_arm() if program.gate.startswith("arm_") else compilers.missing(MODES[program.mode][0])
+
+
+def cpu_command(program, csrc, out):
+    """The same for a gate of the CPU kernels."""
+    purpose, *flags = MODES[program.mode]
+    name, macros, capability = CPU[program.gate]
+    compiler = (ARM[0], "-static") if program.gate.startswith("arm_") else compilers.find(purpose)
+    sources = [ROOT / f"tests/cpp/{name}.cpp"]
+    if capability:
+        macros = (*macros, f"DNL_SET=kernels_{capability}")
+        sources += [ROOT / "tests/cpp/one_set.cpp", pathlib.Path(csrc, f"core/cpu/isa_{capability}.cpp")]
+    flags += ["-std=c++17", "-w", "-pthread", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    flags += [*(f"-D{macro}" for macro in macros), f"-I{csrc}", f"-I{ROOT}/tests/cpp"]
+    return [*compiler, *flags, *map(str, sources), "-o", str(out)]
+
+
 def command(program, csrc, out):
     """The compiler's command line for `program` over the sources in the folder `csrc`."""
+    if what := lacking(program):
+        raise BuildError(f"needs {what}")
+    if program.gate in CPU:
+        return cpu_command(program, csrc, out)
     purpose, *flags = MODES[program.mode]
-    if lacking := compilers.missing(purpose):
-        raise BuildError(f"needs {lacking}")
     name, *macros = PARTS.get(program.gate, (program.gate,))
     source = ROOT / "tests/gates" / f"{name}.cpp"
     defines = [f"-D{macro}" for macro in (*macros, *([f"GATE_TYPE={program.type}"] if program.type else []))]
@@ -54,9 +94,14 @@ def command(program, csrc, out):
 
 
 def build(program, csrc, out, timeout=600):
-    done = subprocess.run(command(program, csrc, out), capture_output=True, text=True, timeout=timeout)
+    emulated = program.gate.startswith("arm_")
+    binary = pathlib.Path(f"{out}.arm") if emulated else out
+    done = subprocess.run(command(program, csrc, binary), capture_output=True, text=True, timeout=timeout)
     if done.returncode:
         raise BuildError(done.stderr)
+    if emulated:
+        out.write_text(f'#!/bin/sh\nexec {ARM[1]} -cpu max {binary} "$@"\n')
+        out.chmod(0o755)
     return out
 
 

@@ -10,6 +10,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("gates", "mutants")]
 
+import cpu  # noqa: E402
 import cuda_budget  # noqa: E402
 import programs  # noqa: E402
 import prove  # noqa: E402
@@ -47,17 +48,30 @@ def test_no_reports_of_sanitizers(mode):
 
 
 class TestMutants:
-    def test_each_is_where_its_table_says(self):
-        for mutant in table.MUTANTS:
+    @pytest.mark.parametrize("listed", [table, cpu])
+    def test_each_is_where_its_table_says(self, listed):
+        for mutant in listed.MUTANTS:
             assert (ROOT / "csrc" / mutant.file).read_text().count(mutant.old) == 1, mutant.name
-        names = [mutant.name for mutant in table.MUTANTS]
+        names = [mutant.name for mutant in listed.MUTANTS]
         assert len(names) == len(set(names)) >= 40
-        assert set(table.SHORT) <= set(names)
+        assert set(listed.SHORT) <= set(names)
+
+    def test_short_form_of_cpu_kernels(self):
+        skip_without_compiler("plain")
+        self.check([m for m in cpu.MUTANTS if m.name in cpu.SHORT])
+
+    @pytest.mark.slow
+    def test_all_of_cpu_kernels(self):
+        skip_without_compiler("asan")
+        self.check(mutants.runnable(cpu.MUTANTS))
 
     @pytest.mark.parametrize("mode", ["plain", "asan", "tsan"])
     def test_short_form(self, mode):
         skip_without_compiler(mode)
         chosen = [m for m in table.MUTANTS if m.name in table.SHORT and mutants.program_of(m).mode == mode]
+        self.check(chosen)
+
+    def check(self, chosen):
         assert chosen
         results = mutants.run(chosen, say=lambda line: None)
         assert not [result for result in results if not result["passes"]]

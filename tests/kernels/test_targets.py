@@ -11,7 +11,7 @@ import pytest
 
 ROOT = compilers.ROOT
 TARGETS = ("aarch64-macos", "x86_64-windows-gnu", "x86_64-macos", "aarch64-linux-gnu", "x86_64-linux-gnu")
-SHORT_FORM = {("aarch64-macos", "isa_generic"), ("x86_64-windows-gnu", "isa_avx512_bf16")}
+SHORT_FORM = {("aarch64-macos", "isa_neon_bf16"), ("x86_64-windows-gnu", "isa_avx512_bf16")}
 FILES = sorted(path.stem for path in (ROOT / "csrc/core/cpu").glob("*.cpp"))
 #: GCC's pragmas stand beside those of clang, which knows them not.
 FLAGS = ("-std=c++17", "-O0", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fvisibility=hidden", f"-I{ROOT}/csrc")

@@ -1,7 +1,7 @@
 """A fault that is planted into a kernel.
 
-A mutant replaces `old`, which must occur exactly once in `file` (under csrc), by `new`. `gate` is the program of
-tests/gates that must reject it; `mode` how that program is built and run:
+A mutant replaces `old`, which must occur exactly once in `file` (under csrc), by `new`. `gate` is the program that must
+reject it, of tests/gates or one that tests/gates/programs.py makes of tests/cpp; `mode` how it is built and run:
 
 - ``plain``: values and the emulator's own errors, thread orders in rotation;
 - ``order``: the same in each of the three orders, for faults that some orders hide;
@@ -24,5 +24,5 @@ class Mutant:
     new: str
     gate: str
     mode: str = "plain"
-    type: str = "float"
+    type: str | None = "float"
     cases: int = 200

@@ -1,10 +1,11 @@
 """Plants faults into copies of the kernels and checks that the host tests reject each, and accept the original.
 
-    python tests/mutants/run.py [--short] [--only TEXT] [--jobs 1] [--seconds 3600] [--json FILE]
+    python tests/mutants/run.py [--kernels cuda|cpu] [--short] [--only TEXT] [--jobs 1] [--seconds 3600] [--json FILE]
 
-A mutant is compiled together with one program of tests/gates, which must fail; the same program over the unmodified
-source must pass the same cases. Exits 1 if a mutant is missed, its text is not found exactly once, it does not
-compile, the original is rejected, or the time ran out. The mutants are in table.py.
+A mutant is compiled together with one program of tests/gates or, of a CPU kernel, of tests/cpp, which must fail; the
+same program over the unmodified source must pass the same cases. Exits 1 if a mutant is missed, its text is not found
+exactly once, it does not compile, the original is rejected, or the time ran out. The mutants are in table.py and
+cpu.py; those that need a tool that is not here are left out, which is said.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 sys.path[:0] = [str(pathlib.Path(__file__).parent), str(pathlib.Path(__file__).parents[1] / "gates")]
 
+import cpu  # noqa: E402
 import programs  # noqa: E402
 import table  # noqa: E402
 
@@ -36,6 +38,7 @@ REPORTS = (
     ("plan", r"plan_checks.h:\d+: .*?  (.*)"),
     ("operands", r"fused.cpp:\d+: .*?  (.*?): operand"),
     ("overflow", r"overflow.cpp:\d+: .*?  (.*)"),
+    ("check", r"test_\w+.cpp:\d+: .*?  (.*)"),
 )
 
 
@@ -148,19 +151,31 @@ def run(mutants, jobs=1, say=print, seconds=math.inf):
     return results
 
 
+def runnable(mutants, say=print):
+    """Those whose programs can be built and run here. Says which are left out."""
+    lacking = {gate: programs.lacking(programs.Program(gate)) for gate in {m.gate for m in mutants} & set(programs.CPU)}
+    for what in sorted({what for what in lacking.values() if what}):
+        count = sum(lacking.get(m.gate) == what for m in mutants)
+        say(f"{count} mutants are left out, for they need {what}")
+    return [m for m in mutants if not lacking.get(m.gate)]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--short", action="store_true", help="a few mutants, one of each kind")
     parser.add_argument("--only", default="", help="those whose name or gate contains this text")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin nothing after this time")
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
+    listed = cpu if options.kernels == "cpu" else table
     mutants = [
         m
-        for m in table.MUTANTS
-        if (not options.short or m.name in table.SHORT) and (options.only in m.name or options.only in m.gate)
+        for m in listed.MUTANTS
+        if (not options.short or m.name in listed.SHORT) and (options.only in m.name or options.only in m.gate)
     ]
+    mutants = runnable(mutants)
     results = run(mutants, options.jobs, lambda line: print(line, flush=True), options.seconds)
     originals = [r for r in results if "gate" not in r]
     found = sum(r["passes"] for r in results) - sum(r["passes"] for r in originals)

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "core/cpu/arm_features.h"
 #include "core/errors.h"
 
 namespace dnl {
@@ -14,6 +15,11 @@ const CpuKernels& kernels_avx2();
 const CpuKernels& kernels_avx512();
 const CpuKernels& kernels_avx512_bf16();
 const CpuKernels& kernels_avx512_amx();
+#elif defined(__aarch64__)
+const CpuKernels& kernels_neon();
+#ifdef DNL_HAS_NEON_BF16
+const CpuKernels& kernels_neon_bf16();
+#endif
 #endif
 
 const std::vector<const CpuKernels*>& all_cpu_kernels() {
@@ -21,6 +27,11 @@ const std::vector<const CpuKernels*>& all_cpu_kernels() {
       &kernels_generic(),
 #if defined(__x86_64__)
       &kernels_avx2(),    &kernels_avx512(), &kernels_avx512_bf16(), &kernels_avx512_amx(),
+#elif defined(__aarch64__)
+      &kernels_neon(),
+#ifdef DNL_HAS_NEON_BF16
+      &kernels_neon_bf16(),
+#endif
 #endif
   };
   return all;

@@ -1,8 +1,8 @@
 // The CPU kernels, compiled once per instruction set and chosen at run time.
 //
 // core/cpu/isa_*.cpp each compile the same kernel sources (ops/*/*_cpu.h) for one instruction set and export a table of
-// entry points. cpu_kernels() picks the best one this CPU has; DNL_EXT_CPU_CAPABILITY (generic, avx2, avx512,
-// avx512_bf16, avx512_amx) forces a lesser one, for tests.
+// entry points. cpu_kernels() picks the best one this CPU has; DNL_EXT_CPU_CAPABILITY (generic; avx2, avx512,
+// avx512_bf16, avx512_amx; neon, neon_bf16) forces a lesser one, for tests.
 #pragma once
 
 #include <vector>

@@ -61,38 +61,25 @@ inline void for_tiles(const Source<Src>& x, int64_t outers, int64_t inners, cons
   x.outer_stride == 1 ? with_elements<E, Together::outer>(x, visit) : with_elements<E, Together::neither>(x, visit);
 }
 
-// Rows (outer) of `depth` (inner) elements, `pitch` apart, zero from depth to pitch.
-template <class E, class Src>
-void pack_rows(const Source<Src>& x, int64_t rows, int64_t depth, int64_t pitch, E* out) {
-  if (x.inner_stride == 1)
-    with_elements<E, Together::inner>(x, [=](auto at) {
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t k = 0; k < depth; ++k) out[r * pitch + k] = at(r, k);
-    });
-  else
-    for_tiles<E, kTile>(x, rows, depth, [=](int64_t r, int64_t k, int64_t height, int64_t width, const E* tile) {
-      transpose<sizeof(E)>(tile, kTile, width, height, out + r * pitch + k, pitch);
-    });
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t k = depth; k < pitch; ++k) out[r * pitch + k] = E{};
-}
-
-// Panels of `depth` (outer) by `lanes` (inner), zero in the lanes and the depths that fill up the last group.
-template <class E, class Src>
+// Panels of `depth` (outer) by `lanes` (inner), L lanes in each, zero in the lanes and the depths that fill up the last
+// group.
+template <class E, int64_t L = Block<E>::kLanes, class Src>
 void pack_panels(const Source<Src>& x, int64_t depth, int64_t lanes, E* out, int64_t panel) {
-  constexpr int64_t L = Block<E>::kLanes, G = Block<E>::kGroup;
-  const auto place = [](int64_t k, int64_t lane) { return k / G * G * L + lane * G + k % G; };
+  constexpr int64_t G = Block<E>::kGroup;
+  using Group = std::conditional_t<G == 4, uint64_t, uint32_t>;  // of 16-bit elements
+  const auto place = [](int64_t k, int64_t lane) { return panel_place<E>(k, lane, L); };
   if (x.inner_stride == 1)
     with_elements<E, Together::inner>(x, [=](auto at) {
       for (int64_t first = 0; first < lanes; first += L) {
         E* to = out + first / L * panel;
         const int64_t count = std::min(L, lanes - first);
         for (int64_t k = 0; k + G <= depth; k += G)
-          if constexpr (G == 2) {
+          if constexpr (G > 1) {
             for (int64_t lane = 0; lane < count; ++lane) {
-              const E low = at(k, first + lane), high = at(k + 1, first + lane);
-              const uint32_t pair = low.bits | static_cast<uint32_t>(high.bits) << 16;
-              std::memcpy(to + k * L + lane * G, &pair, sizeof(pair));
+              Group group = 0;
+#pragma GCC unroll 4
+              for (int64_t g = 0; g < G; ++g) group |= static_cast<Group>(at(k + g, first + lane).bits) << 16 * g;
+              std::memcpy(to + k * L + lane * G, &group, sizeof(group));
             }
           } else {
             for (int64_t lane = 0; lane < count; ++lane) to[k * L + lane] = at(k, first + lane);
@@ -114,6 +101,27 @@ void pack_panels(const Source<Src>& x, int64_t depth, int64_t lanes, E* out, int
     for (int64_t k = 0; k < filled; ++k)
       for (int64_t lane = k < depth ? std::min(L, lanes - first) : 0; lane < L; ++lane)
         out[first / L * panel + place(k, lane)] = E{};
+}
+
+// Rows (outer) of `depth` (inner) elements, `pitch` apart, zero from depth on to the last group at least.
+template <class E, class Src>
+void pack_rows(const Source<Src>& x, int64_t rows, int64_t depth, int64_t pitch, E* out) {
+  constexpr int64_t T = Block<E>::kRowGroup;
+  if constexpr (T > 1) {
+    const Source<Src> columns{x.data, x.inner_stride, x.outer_stride, x.inner_mean, x.outer_mean};
+    return pack_panels<E, T>(columns, depth, rows, out, T * pitch);
+  }
+  if (x.inner_stride == 1)
+    with_elements<E, Together::inner>(x, [=](auto at) {
+      for (int64_t r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < depth; ++k) out[r * pitch + k] = at(r, k);
+    });
+  else
+    for_tiles<E, kTile>(x, rows, depth, [=](int64_t r, int64_t k, int64_t height, int64_t width, const E* tile) {
+      transpose<sizeof(E)>(tile, kTile, width, height, out + r * pitch + k, pitch);
+    });
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t k = depth; k < pitch; ++k) out[r * pitch + k] = E{};
 }
 
 // Writes f(row)(lane), at most kMostLanes lanes, to memory with any strides. Values are computed along the lanes,

@@ -25,7 +25,12 @@ int64_t multiply_adds(int64_t steps) {
   for (int i = 0; i < kSums; ++i) sum[i] = term * A(i + 1);
   for (int64_t s = 0; s < steps; ++s) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kSums; ++i) sum[i] = term + factor * sum[i];
+    for (int i = 0; i < kSums; ++i)
+#ifdef DNL_NEON
+      sum[i] = multiply_add<0>(sum[i], factor, term);  // FMLA overwrites what it adds to
+#else
+      sum[i] = term + factor * sum[i];
+#endif
   }
   for (int i = 1; i < kSums; ++i) sum[0] = sum[0] + sum[i];
   volatile A result = sum[0][0];
@@ -38,9 +43,11 @@ template <>
 inline int64_t multiply_adds<bf16>(int64_t steps) {
   using B = Block<bf16>;
   constexpr int kSums = B::kRows * B::kVectors;
-  volatile int pair = 0x3f803f80;  // (1, 1)
+  volatile uint16_t bits = 0x3f80;
   volatile float one = 1;
-  const Step<bf16>::V ones = (__m512bh)_mm512_set1_epi32(pair);
+  bf16 group[B::kGroup];
+  for (bf16& element : group) element.bits = bits;
+  const Step<bf16>::V ones = Step<bf16>::broadcast_a(group);
   Vec<float> sum[kSums];
 #pragma GCC unroll 32
   for (int i = 0; i < kSums; ++i) sum[i] = broadcast(one * float(i + 1));

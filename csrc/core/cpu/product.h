@@ -3,14 +3,16 @@
 // B is cut into panels of kLanes columns; a block is kRows rows of A by one panel, and its kRows x kLanes sums stay in
 // vector registers over the whole depth: each step loads one row of the panel and broadcasts one element of each row of
 // A. The panel streams from L1/L2; nothing is written until the block is done. With AVX-512 a block is 6 x 64 floats:
-// 24 sums, 4 vectors of B, 1 of A, of 32 registers.
+// 24 sums, 4 vectors of B, 1 of A, of 32 registers. NEON's loops are in core/cpu/neon.h.
 //
 // The result C comes in panels too, and a C in panels is both a B (its rows the depth) and an A (its columns the depth)
 // for a following product: a tile of softmax probabilities needs no repacking between the products it takes part in.
 //
 //   panels   element (k, lane) of panel p at  p * panel + k * kLanes + lane         (kGroup = 1)
-//            bf16 has two depths in a lane:   p * panel + (k / 2) * 2 kLanes + 2 lane + k % 2
+//            bf16 has G = kGroup depths in a lane:  p * panel + (k / G) * G kLanes + G lane + k % G
 //   rows     element (r, k) at  (k / run) * jump + r * row + k % run                (run = depth for a plain row)
+//            of T = kRowGroup > 1 rows that lie together:  (k / run) * jump + (r / T) * T row + place(r % T, k % run),
+//            place(r, k) that of element (k, r) in a panel of T lanes
 #pragma once
 
 #include <algorithm>
@@ -28,11 +30,30 @@ constexpr int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 template <class E>
 struct Block {
-  static constexpr int kVectors = DNL_VECTOR_BYTES == 64 ? 4 : 2;
+  static constexpr int kVectors = kRegisters == 32 ? 4 : 2;
   static constexpr int kLanes = kVectors * kWidth<Acc<E>>;
   static constexpr int kRows = 6;
   static constexpr int kGroup = sizeof(Acc<E>) / sizeof(E);  // depths one lane of an instruction takes
+  static constexpr int kRowGroup = 1;                        // rows of A that lie together
 };
+
+// The place of element (k, lane) in a panel of `lanes`.
+template <class E>
+constexpr int64_t panel_place(int64_t k, int64_t lane, int64_t lanes) {
+  constexpr int64_t G = Block<E>::kGroup;
+  return k / G * G * lanes + lane * G + k % G;
+}
+// The place of element (r, k) in rows `row` apart, all of one run.
+template <class E>
+constexpr int64_t row_place(int64_t r, int64_t k, int64_t row) {
+  constexpr int64_t T = Block<E>::kRowGroup;
+  return T == 1 ? r * row + k : r / T * T * row + panel_place<E>(k, r % T, T);
+}
+// How many rows there must be room for, where there are `rows`.
+template <class E>
+constexpr int64_t row_space(int64_t rows) {
+  return round_up(rows, Block<E>::kRowGroup);
+}
 
 template <class E>
 struct RowOperand {
@@ -65,37 +86,35 @@ struct Step {
   static V fma(V c, V a, V b) { return c + a * b; }
 };
 
-#ifdef DNL_BF16_PRODUCTS
-template <>
-struct Step<bf16> {
-  using V = __m512bh;
-  static V load_b(const bf16* b) { return (__m512bh)_mm512_loadu_si512(b); }
-  static V broadcast_a(const bf16* a) {
-    int pair;
-    std::memcpy(&pair, a, 4);
-    return (__m512bh)_mm512_set1_epi32(pair);
-  }
-  static Vec<float> fma(Vec<float> c, V a, V b) { return (Vec<float>)_mm512_dpbf16_ps((__m512)c, a, b); }
-};
+}  // namespace DNL_ISA
+}  // namespace dnl
+
+#ifdef DNL_NEON
+#include "core/cpu/neon.h"
+#elif defined(DNL_BF16_PRODUCTS)
+#include "core/cpu/avx512_bf16.h"
 #endif
 
-// A function of its own: within a caller, whose variables want registers too, the distances between the rows would be
-// loaded again at every step.
-template <class E, int R, Into into>
-__attribute__((noinline)) void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b, int64_t depth,
-                                     Acc<E>* c, const Acc<E>* alpha) {
-  using B = Block<E>;
-  using V = Vec<Acc<E>>;
-  constexpr int W = kWidth<Acc<E>>;
-  // Loops over the sums are unrolled, all of them: an index at run time would move the sums to memory.
-  V sum[R][B::kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < B::kVectors; ++v) sum[r][v] = V{};
+namespace dnl {
+namespace DNL_ISA {
 
-  for (int64_t begin = 0; begin < depth; begin += run, a += jump) {
-    const int64_t count = std::min(run, depth - begin);
+#ifndef DNL_NEON
+// The sums of R rows of a block. Loops over them are unrolled, all of them: an index at run time would move the sums to
+// memory.
+template <class E, int R>
+struct Sums {
+  using B = Block<E>;
+  static constexpr int W = kWidth<Acc<E>>;
+  Vec<Acc<E>> sum[R][B::kVectors];
+
+  DNL_INLINE Sums() {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < B::kVectors; ++v) sum[r][v] = Vec<Acc<E>>{};
+  }
+  // Adds the products of `count` depths. Returns where B goes on.
+  DNL_INLINE const E* add(const E* a, int64_t row, int64_t count, const E* b) {
     for (int64_t k = 0; k < count; k += B::kGroup) {
       typename Step<E>::V bk[B::kVectors];
 #pragma GCC unroll 8
@@ -108,17 +127,37 @@ __attribute__((noinline)) void block(const E* a, int64_t row, int64_t run, int64
         for (int v = 0; v < B::kVectors; ++v) sum[r][v] = Step<E>::fma(sum[r][v], ak, bk[v]);
       }
     }
+    return b;
   }
+  DNL_INLINE Vec<Acc<E>> at(int r, int v) const { return sum[r][v]; }
+};
+#endif
 
+// A function of its own: within a caller, whose variables want registers too, the distances between the rows would be
+// loaded again at every step.
+template <class E, int R, Into into>
+__attribute__((noinline)) void block(const E* a, int64_t row, int64_t run, int64_t jump, const E* b, int64_t depth,
+                                     Acc<E>* c, const Acc<E>* alpha) {
+  using B = Block<E>;
+  constexpr int W = kWidth<Acc<E>>;
+  Sums<E, R> sums;
+  for (int64_t begin = 0; begin < depth; begin += run, a += jump) b = sums.add(a, row, std::min(run, depth - begin), b);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < B::kVectors; ++v) {
       Acc<E>* out = c + r * B::kLanes + v * W;
-      if (into == Into::store) store(out, sum[r][v]);
-      if (into == Into::add) store(out, load(out) + sum[r][v]);
-      if (into == Into::rescale) store(out, load(out) * load(alpha + v * W) + sum[r][v]);
+      if (into == Into::store) store(out, sums.at(r, v));
+      if (into == Into::add) store(out, load(out) + sums.at(r, v));
+      if (into == Into::rescale) store(out, load(out) * load(alpha + v * W) + sums.at(r, v));
     }
+}
+
+// The block of `rows` rows, at most Most.
+template <class E, int Most, Into into, class... Rest>
+void last_block(int64_t rows, Rest... rest) {
+  if (rows == Most) return block<E, Most, into>(rest...);
+  if constexpr (Most > 1) last_block<E, Most - 1, into>(rows, rest...);
 }
 
 // C (rows x panels * kLanes) from A (rows x depth) and B (depth x panels * kLanes). `depth` is a multiple of kGroup:
@@ -134,34 +173,15 @@ void vector_slice(int64_t rows, int64_t panels, int64_t depth, RowOperand<E> a, 
     int64_t r = 0;
     for (; r + B::kRows <= rows; r += B::kRows)
       block<E, B::kRows, into>(a.data + r * a.row, a.row, a.run, a.jump, bp, depth, cp + r * B::kLanes, factor);
-    const E* rest = a.data + r * a.row;
-    Acc<E>* out = cp + r * B::kLanes;
-    switch (rows - r) {
-      case 5:
-        block<E, 5, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor);
-        break;
-      case 4:
-        block<E, 4, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor);
-        break;
-      case 3:
-        block<E, 3, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor);
-        break;
-      case 2:
-        block<E, 2, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor);
-        break;
-      case 1:
-        block<E, 1, into>(rest, a.row, a.run, a.jump, bp, depth, out, factor);
-        break;
-      default:
-        break;
-    }
+    last_block<E, B::kRows - 1, into>(rows - r, a.data + r * a.row, a.row, a.run, a.jump, bp, depth, cp + r * B::kLanes,
+                                      factor);
   }
 }
 
 // The operands from depth k on.
 template <class E>
 void advance(RowOperand<E>& a, PanelOperand<E>& b, int64_t k) {
-  a.data += k / a.run * a.jump + k % a.run;
+  a.data += k / a.run * a.jump + k % a.run * Block<E>::kRowGroup;
   b.data += k * Block<E>::kLanes;
 }
 

@@ -7,6 +7,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include <algorithm>
@@ -48,6 +50,14 @@ inline float float_of(uint32_t bits) {
 
 inline float widen(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 
+#ifdef DNL_NEON
+// By FCVT, which every Arm of 64 bits has.
+inline float widen(f16 x) {
+  __fp16 half;
+  std::memcpy(&half, &x, sizeof half);
+  return half;
+}
+#else
 // float16 is converted by integer arithmetic, which compilers vectorise in any loop; of _Float16, GCC 12 converts one
 // element at a time, and to double by a function of its library. The exponent's bias is 15 here and 127 in a float. A
 // subnormal x is 2^-14 less than the normal number with its fraction; infinity and NaN keep their exponent of all ones.
@@ -58,6 +68,7 @@ inline float widen(f16 x) {
   const uint32_t subnormal = bits_of(float_of(magnitude + rebias + (1u << 23)) - 0x1p-14f);
   return float_of((exponent ? normal : subnormal) | (x.bits & 0x8000u) << 16);
 }
+#endif
 
 template <class T, class S>
 inline T narrow(S x);
@@ -73,6 +84,15 @@ template <>
 inline float narrow<float>(double x) {
   return static_cast<float>(x);
 }
+#ifdef DNL_NEON
+template <>
+inline f16 narrow<f16>(float x) {
+  const __fp16 half = static_cast<__fp16>(x);
+  f16 result;
+  std::memcpy(&result, &half, sizeof half);
+  return result;
+}
+#else
 // Rounds to nearest even, as all conversions here. Below 2^-14 an addition rounds: 0.5 has its last place where the
 // smallest subnormal is. From 65,520 on the result is infinity, which the carry of a normal number gives up to 65,536.
 template <>
@@ -84,6 +104,7 @@ inline f16 narrow<f16>(float x) {
   const uint32_t result = magnitude < 0x38800000u ? subnormal : magnitude < 0x47800000u ? normal : beyond;
   return f16{static_cast<uint16_t>(result | (bits >> 16 & 0x8000u))};
 }
+#endif
 template <>
 inline bf16 narrow<bf16>(float x) {
   const uint32_t bits = bits_of(x);
@@ -147,6 +168,13 @@ template <class T>
 using Vec = typename VecOf<T>::type;
 template <class T>
 constexpr int kWidth = DNL_VECTOR_BYTES / sizeof(T);
+#ifdef DNL_NEON
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = DNL_VECTOR_BYTES == 64 ? 32 : 16;
+#endif
+
+#define DNL_INLINE __attribute__((always_inline)) inline
 
 template <class T>
 inline Vec<T> load(const T* x) {

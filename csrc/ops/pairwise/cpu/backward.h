@@ -30,6 +30,8 @@ struct PairwiseBackward {
   static constexpr int64_t kUnit = B::kRows;  // ranges of queries are multiples of it
   static constexpr int64_t kTilePanels = 4;
   static_assert(kQueryBlock % kUnit == 0 && kUnit % G == 0, "a block of queries is whole rows and groups");
+  static_assert(kUnit % B::kRowGroup == 0 && L % G == 0, "and whole groups of rows; a panel's rows are whole groups");
+  static_assert(kTilePanels * L <= kDepthSlice<E> || kDepthSlice<E> % L == 0, "no slice ends within a run");
 
   const PairwiseArgs& args;
   const Executor& executor;
@@ -46,10 +48,10 @@ struct PairwiseBackward {
   size_t bytes;
 
   struct Slot {
-    E *key, *key_columns, *value;             // panels: K (depth = channel), K (depth = key), V (depth = channel)
-    A *bias, *column_sum;                     // per lane
-    A *logits, *grad;                         // S then P; dP then dS
-    E *probability, *grad_pairs, *grad_rows;  // P and dS as pairs, dS as rows: with bfloat16 products only
+    E *key, *key_columns, *value;              // panels: K (depth = channel), K (depth = key), V (depth = channel)
+    A *bias, *column_sum;                      // per lane
+    A *logits, *grad;                          // S then P; dP then dS
+    E *probability, *grad_groups, *grad_rows;  // P and dS in groups, dS as rows: with bfloat16 products only
     A *grad_key, *grad_value;
   };
   std::vector<Slot> slots;
@@ -118,12 +120,13 @@ struct PairwiseBackward {
 
     const int64_t queries = query_blocks * kQueryBlock;
     const bool want_query = args.grad_query.data, want_key = args.grad_key.data;
-    query_rows = arena.take<E>(group * args.queries * width_pitch);
-    query_columns = want_key ? arena.take<E>(group * queries * args.width) : nullptr;
+    query_rows = arena.take<E>(group * row_space<E>(args.queries) * width_pitch);
+    query_columns = want_key ? arena.take<E>(group * queries * row_space<E>(args.width)) : nullptr;
     rows_in_place = lies_ready(args.grad_output.channel, args.channels);
     columns_in_place = lies_ready(args.grad_output.position, args.queries);
-    grad_rows = need_logits && !rows_in_place ? arena.take<E>(group * args.queries * channel_pitch) : nullptr;
-    grad_columns = need_value && !columns_in_place ? arena.take<E>(group * queries * args.channels) : nullptr;
+    const bool copy_rows = need_logits && !rows_in_place, copy_columns = need_value && !columns_in_place;
+    grad_rows = copy_rows ? arena.take<E>(group * row_space<E>(args.queries) * channel_pitch) : nullptr;
+    grad_columns = copy_columns ? arena.take<E>(group * queries * row_space<E>(args.channels)) : nullptr;
     shift = arena.take<A>(group * args.queries);
     factor = arena.take<A>(group * args.queries);
     delta = arena.take<A>(group * args.queries);
@@ -142,7 +145,7 @@ struct PairwiseBackward {
       slot.logits = arena.take<A>(panels * kQueryBlock * L);
       slot.grad = need_logits ? arena.take<A>(panels * kQueryBlock * L) : nullptr;
       slot.probability = kRawProducts<E> ? arena.take<E>(panels * kQueryBlock * L) : nullptr;
-      slot.grad_pairs = kRawProducts<E> ? arena.take<E>(panels * kQueryBlock * L) : nullptr;
+      slot.grad_groups = kRawProducts<E> ? arena.take<E>(panels * kQueryBlock * L) : nullptr;
       slot.grad_rows = kRawProducts<E> ? arena.take<E>(panels * kQueryBlock * L) : nullptr;
       slot.grad_key = want_key ? arena.take<A>(panels * args.width * L) : nullptr;
       slot.grad_value = need_value ? arena.take<A>(panels * args.channels * L) : nullptr;
@@ -158,17 +161,19 @@ struct PairwiseBackward {
 
   // Whether rows of `depth` elements `stride` apart can be an operand as they are.
   static bool lies_ready(int64_t stride, int64_t depth) {
-    return std::is_same_v<Src, E> && stride == 1 && depth % G == 0;
+    return std::is_same_v<Src, E> && B::kRowGroup == 1 && stride == 1 && depth % G == 0;
   }
   // dO of queries from `first` on by rows, and by channels.
   RowOperand<E> grad_rows_from(int64_t batch, int64_t place, int64_t first) const {
     if (rows_in_place) return {in_place(batch, first), args.grad_output.position, args.channels, 0};
-    return {grad_rows + (place * args.queries + first) * channel_pitch, channel_pitch, channel_pitch, 0};
+    return {grad_rows + row_of(place, first) * channel_pitch, channel_pitch, channel_pitch, 0};
   }
   RowOperand<E> grad_columns_of(int64_t batch, int64_t place, int64_t block) const {
     if (columns_in_place) return {in_place(batch, first_of(block)), args.grad_output.channel, kQueryBlock, 0};
-    return {grad_columns + column_of(place, block) * args.channels, kQueryBlock, kQueryBlock, 0};
+    return {grad_columns + column_of(place, block) * row_space<E>(args.channels), kQueryBlock, kQueryBlock, 0};
   }
+  // Where a query's row is in a packed copy by rows.
+  int64_t row_of(int64_t place, int64_t query) const { return place * row_space<E>(args.queries) + query; }
   // Where a block begins in a packed copy by channels.
   int64_t column_of(int64_t place, int64_t block) const { return (place * query_blocks + block) * kQueryBlock; }
   const E* in_place(int64_t batch, int64_t first) const {
@@ -204,16 +209,16 @@ struct PairwiseBackward {
     const int64_t row = place * args.queries + first, column = column_of(place, block);
     const A* query_mean = packing_mean(means.query, batch);
     pack_rows(by_position<Src>(args.query, batch, first, query_mean), count, args.width, width_pitch,
-              query_rows + row * width_pitch);
+              query_rows + row_of(place, first) * width_pitch);
     if (query_columns)
       pack_rows(by_channel<Src>(args.query, batch, first, query_mean), args.width, count, kQueryBlock,
-                query_columns + column * args.width);
+                query_columns + column * row_space<E>(args.width));
     if (grad_rows)
       pack_rows(by_position<Src>(args.grad_output, batch, first, nullptr), count, args.channels, channel_pitch,
-                grad_rows + row * channel_pitch);
+                grad_rows + row_of(place, first) * channel_pitch);
     if (grad_columns)
       pack_rows(by_channel<Src>(args.grad_output, batch, first, nullptr), args.channels, count, kQueryBlock,
-                grad_columns + column * args.channels);
+                grad_columns + column * row_space<E>(args.channels));
 
     const A* stats = static_cast<const A*>(args.stats) + (batch * args.queries + first) * 2;
     for (int64_t i = 0; i < count; ++i) shift[row + i] = stats[2 * i], factor[row + i] = stats[2 * i + 1];
@@ -263,7 +268,8 @@ struct PairwiseBackward {
     constexpr int64_t kPanel = kQueryBlock * L;
     // Panel by panel, so that the step finds its logits in L2.
     for (int64_t p = 0; p < panels; ++p) {
-      product<E, Into::store>(rows, 1, width_pitch, {query_rows + row * width_pitch, width_pitch, width_pitch, 0},
+      product<E, Into::store>(rows, 1, width_pitch,
+                              {query_rows + row_of(place, first) * width_pitch, width_pitch, width_pitch, 0},
                               {slot.key + p * width_pitch * L, 0}, {slot.logits + p * kPanel, 0});
       if (need_logits)
         product<E, Into::store>(rows, 1, channel_pitch, grad_rows_from(batch, place, first),
@@ -277,8 +283,8 @@ struct PairwiseBackward {
                     {probability(slot), kPanel}, {slot.grad_value, args.channels * L});
     if (slot.grad_key)
       accumulate<E>(fresh, args.width, panels, depth,
-                    {query_columns + column * args.width, kQueryBlock, kQueryBlock, 0}, {grad_pairs(slot), kPanel},
-                    {slot.grad_key, args.width * L});
+                    {query_columns + column * row_space<E>(args.width), kQueryBlock, kQueryBlock, 0},
+                    {grad_groups(slot), kPanel}, {slot.grad_key, args.width * L});
     if (grad_query)
       product<E, Into::add>(rows, width_panels, round_up(keys, G), {grad_row_operand(slot), L, L, kPanel},
                             {slot.key_columns, round_up(tile, G) * L},
@@ -291,9 +297,9 @@ struct PairwiseBackward {
     else
       return slot.logits;
   }
-  static E* grad_pairs(const Slot& slot) {
+  static E* grad_groups(const Slot& slot) {
     if constexpr (kRawProducts<E>)
-      return slot.grad_pairs;
+      return slot.grad_groups;
     else
       return slot.grad;
   }
@@ -339,23 +345,15 @@ struct PairwiseBackward {
     }
   }
 
-  // P and dS of two query rows, rounded, as pairs; dS as rows too, and its column sums as rounded, which is what makes
-  // the correction by the query mean in write_tile exact.
-  template <int N>
-  void store_half_rows(const Slot& slot, int64_t panel, int64_t r, int v, const Vec<A> (&p)[N], const Vec<A> (&g)[N],
+  // P and dS of a group of query rows, rounded; dS as rows too, and its column sums as rounded, which is what makes the
+  // correction by the query mean in write_tile exact.
+  void store_half_rows(const Slot& slot, int64_t panel, int64_t r, int v, const Vec<A> (&p)[G], const Vec<A> (&g)[G],
                        Vec<A>& column_sum) const {
-#ifdef DNL_BF16_PRODUCTS
-    const int64_t pairs = panel * kQueryBlock * L + r * L + v * W * G;
-    store_pair(slot.probability + pairs, p[0], p[1]);
+    const int64_t group = panel * kQueryBlock * L + r * L + v * W * G;
+    store_group(slot.probability + group, p);
     if (!need_logits) return;
-    store_pair(slot.grad_pairs + pairs, g[0], g[1]);
-    for (int i = 0; i < G; ++i) {
-      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)g[i]);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(slot.grad_rows + (panel * kQueryBlock + r + i) * L + v * W),
-                          rounded);
-      column_sum += (Vec<A>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
-    }
-#endif
+    store_group(slot.grad_groups + group, g);
+    store_rows(slot.grad_rows + panel * kQueryBlock * L + row_place<E>(r, v * W, L), g, column_sum);
   }
 
   void write_tile(int64_t batch, int64_t first, int64_t count, const Slot& slot) const {

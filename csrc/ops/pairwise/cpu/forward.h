@@ -20,6 +20,7 @@ struct PairwiseForward {
   static constexpr int64_t kKeyBlock = 384;
   static constexpr int64_t kTilePanels = 4;
   static_assert(kKeyBlock % B::kRows == 0 && kKeyBlock % G == 0, "a block of keys is whole rows and whole groups");
+  static_assert(kKeyBlock % B::kRowGroup == 0, "and whole groups of rows");
 
   const PairwiseArgs& args;
   const Executor& executor;
@@ -71,8 +72,8 @@ struct PairwiseForward {
     group = std::min(args.batches, ceil_div(4 * executor.threads, tiles));
     workers = std::min<int64_t>(executor.threads, group * tiles);
 
-    key_rows = arena.take<E>(group * args.keys * key_pitch);
-    value_rows = arena.take<E>(group * key_blocks * args.channels * kKeyBlock);
+    key_rows = arena.take<E>(group * row_space<E>(args.keys) * key_pitch);
+    value_rows = arena.take<E>(group * key_blocks * row_space<E>(args.channels) * kKeyBlock);
     bias = kRawProducts<E> && args.whiten ? arena.take<A>(group * args.keys) : nullptr;
     slots.resize(workers);
     for (Slot& slot : slots) {
@@ -94,12 +95,19 @@ struct PairwiseForward {
 
   const A* value_mean(int64_t batch) const { return means.value ? means.value + batch * args.channels : nullptr; }
 
+  E* keys_from(int64_t place, int64_t first) const {
+    return key_rows + (place * row_space<E>(args.keys) + first) * key_pitch;
+  }
+  E* values_of(int64_t place, int64_t block) const {
+    return value_rows + (place * key_blocks + block) * row_space<E>(args.channels) * kKeyBlock;
+  }
+
   void pack_keys(int64_t batch, int64_t place, int64_t block) {
     const int64_t first = block * kKeyBlock, count = std::min(kKeyBlock, args.keys - first);
     pack_rows(by_position<Src>(args.key, batch, first, mean(means.key, batch)), count, args.width, key_pitch,
-              key_rows + (place * args.keys + first) * key_pitch);
+              keys_from(place, first));
     pack_rows(by_channel<Src>(args.value, batch, first, value_mean(batch)), args.channels, count, kKeyBlock,
-              value_rows + (place * key_blocks + block) * args.channels * kKeyBlock);
+              values_of(place, block));
     if (bias)
       key_bias<Src>(args, batch, first, first + count, means.query, means.key, sign, bias + place * args.keys + first);
   }
@@ -117,14 +125,13 @@ struct PairwiseForward {
       const int64_t key = block * kKeyBlock, rows = std::min(kKeyBlock, args.keys - key);
       // Panel by panel, so that the step finds its logits in L2.
       for (int64_t p = 0; p < panels; ++p) {
-        product<E, Into::store>(rows, 1, panel_depth,
-                                {key_rows + (place * args.keys + key) * key_pitch, key_pitch, panel_depth, 0},
+        product<E, Into::store>(rows, 1, panel_depth, {keys_from(place, key), key_pitch, panel_depth, 0},
                                 {slot.query + p * panel_depth * L, 0}, {slot.logits + p * kKeyBlock * L, 0});
         softmax_step(slot, p, rows, bias ? bias + place * args.keys + key : nullptr);
       }
       accumulate<E>(block == 0, args.channels, panels, round_up(rows, G),
-                    {value_rows + (place * key_blocks + block) * args.channels * kKeyBlock, kKeyBlock, kKeyBlock, 0},
-                    {probability(slot), kKeyBlock * L}, {slot.output, args.channels * L}, slot.alpha);
+                    {values_of(place, block), kKeyBlock, kKeyBlock, 0}, {probability(slot), kKeyBlock * L},
+                    {slot.output, args.channels * L}, slot.alpha);
     }
     write(batch, first, count, slot);
   }
@@ -165,15 +172,16 @@ struct PairwiseForward {
       Vec<A> run[V]{}, rounded_run[V]{};
       for (int64_t r = first; r < std::min(rows, first + kRun); r += G) {
         for (int v = 0; v < V; ++v) {
-          const Vec<A> x = exponential(r, v);
-          run[v] += x;
-          if constexpr (G == 1) {
-            store(s + r * L + v * W, x);
-          } else {
-            const Vec<A> y = r + 1 < rows ? exponential(r + 1, v) : Vec<A>{};
-            run[v] += y;
-            rounded_run[v] += store_pair(p + r * L + v * W * G, x, y);
+          Vec<A> x[G];
+#pragma GCC unroll 4
+          for (int i = 0; i < G; ++i) {
+            x[i] = i == 0 || r + i < rows ? exponential(r + i, v) : Vec<A>{};
+            run[v] += x[i];
           }
+          if constexpr (G == 1)
+            store(s + r * L + v * W, x[0]);
+          else
+            rounded_run[v] += store_group(p + r * L + v * W * G, x);
         }
       }
       for (int v = 0; v < V; ++v) {

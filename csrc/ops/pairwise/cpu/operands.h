@@ -95,23 +95,6 @@ inline void key_bias(const PairwiseArgs& args, int64_t batch, int64_t begin, int
   }
 }
 
-// Two rows of accumulators, rounded and interleaved as the depth pairs of a panel: lane l holds (low[l], high[l]).
-// Returns low + high as rounded.
-template <class E>
-inline Vec<float> store_pair(E* out, Vec<float> low, Vec<float> high);
-
-#ifdef DNL_BF16_PRODUCTS
-inline __m512i round_to_bf16(Vec<float> x) {  // in the low half of each lane
-  return _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x));
-}
-template <>
-inline Vec<float> store_pair<bf16>(bf16* out, Vec<float> low, Vec<float> high) {
-  const __m512i a = round_to_bf16(low), b = _mm512_slli_epi32(round_to_bf16(high), 16);
-  _mm512_storeu_si512(out, _mm512_or_si512(a, b));
-  return (Vec<float>)_mm512_slli_epi32(a, 16) + (Vec<float>)b;
-}
-#endif
-
 // Runs f(task, worker) for every task, on at most `workers` workers that take tasks as they come free.
 template <class F>
 inline void share_out(const Executor& executor, int64_t workers, int64_t tasks, const F& f) {
