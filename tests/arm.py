@@ -151,6 +151,17 @@ def checks_of(programs, cases):
     ]
 
 
+def outcome(check):
+    """(title, what it counted or how it failed, seconds) of one of checks_of()."""
+    (title, function), began = check, time.time()
+    try:
+        counted = re.findall(r"\d+ passed(?:, \d+ failed)?", function())
+        result = counted[-1] if counted else "FAILED: it counted nothing"
+    except (Failed, subprocess.TimeoutExpired) as error:
+        result = f"FAILED: {error}"
+    return title, result, time.time() - began
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--compiler", nargs="+", choices=("clang", "gcc"), help="default: gcc, or clang without it")
@@ -182,15 +193,10 @@ def main():
             failed = True
             continue
         print(f"{name}: compiled in {time.time() - began:.0f} s", flush=True)
-        for title, check in checks:
-            began = time.time()
-            try:
-                counted = re.findall(r"\d+ passed(?:, \d+ failed)?", check())
-                result = counted[-1] if counted else "FAILED: it counted nothing"
-            except (Failed, subprocess.TimeoutExpired) as error:
-                result = f"FAILED: {error}"
-            failed |= result.startswith("FAILED")
-            print(f"{name}: {title}: {result}, {time.time() - began:.0f} s", flush=True)
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for title, result, seconds in pool.map(outcome, checks):
+                failed |= result.startswith("FAILED")
+                print(f"{name}: {title}: {result}, {seconds:.0f} s", flush=True)
     print("FAIL" if failed else "PASS")
     return 1 if failed else 0
 
