@@ -202,8 +202,8 @@ def picture():
     if not (DOCS / "images/camvid-maps.png").is_file():
         return ""
     return (
-        "Where the same two pixels of a test image look, in every row (seed 0). The photograph is left out: CamVid's "
-        "terms do not clearly allow copies of it.\n\n![Maps of the same queries for all rows](images/camvid-maps.png)"
+        "Where the same two pixels of a test image look, in every row (seed 0), over grey in place of the "
+        "photograph.\n\n![Maps of the same queries for all rows](images/camvid-maps.png)"
     )
 
 
