@@ -72,7 +72,7 @@ def test_every_kernel_has_launch_bounds(path):
     assert not [kernel for kernel, bounded in functions if not bounded]
 
 
-# Of the GPU, of the one CPU unit without functions that take a parameter, and of products whose registers compilers move.
+# Of the GPU; of the one CPU unit without functions that take a parameter; of products whose sums compilers move.
 ASSEMBLY = re.compile(r"ptx.*|amx\.h|neon\.h")
 
 
