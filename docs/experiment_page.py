@@ -17,6 +17,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from dnl_ext.analysis.tables import markdown_lines
 from dnl_ext.segmentation.experiments import RECIPES, Run, difference, over_seeds
 from dnl_ext.segmentation.experiments.ablation_report import table
 from dnl_ext.segmentation.training import checkpoint
@@ -141,7 +142,7 @@ class Results:
     def lifts(self, names, classes):
         """A table of the unary map's mass on each class, as a multiple of the class's share."""
         head = ["class", *names]
-        lines = [head, ["---"] * len(head)]
+        lines = []
         for number, title in enumerate(classes):
             cells = []
             for name in names:
@@ -156,7 +157,7 @@ class Results:
                     else f"{text(mean, 2)} ± {text(deviation, 2)}"
                 )
             lines.append([title, *cells])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return "\n".join(markdown_lines(head, lines))
 
     def epochs(self, images):
         """Passes over that many training images."""
@@ -179,13 +180,13 @@ def compare(recipes, *lines):
     """
     recipes = {name: results for name, results in recipes.items() if results.done}
     head = ["", *recipes]
-    cells = [head, ["---"] * len(head)]
+    cells = []
     for title, *what in lines:
         cells.append([
             title,
             *(results.value(*what) if len(what) == 2 else results.versus(*what) for results in recipes.values()),
         ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return "\n".join(markdown_lines(head, cells))
 
 
 def figure(name):
@@ -210,14 +211,14 @@ def picture():
 def saturation(runs):
     """The table of short trainings from scratch."""
     head = ["learning rate", "T", "entropy of pairwise rows", "variance of logits", "own class, %", "uniform, %"]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for run in runs:
         lines.append([
             f"{run['lr']:g}", f"{run['temperature']:g}", text(run["pairwise.entropy_share"], 2),
             f"{run['decomposition.variance']:,.1f}", text(100 * run["pairwise.own_class.mass"], 1),
             text(100 * run["pairwise.own_class.uniform"], 1),
         ])  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(markdown_lines(head, lines))
 
 
 def namespace():

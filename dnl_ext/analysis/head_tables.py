@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from .results import Estimate
-from .tables import Section, cell
+from .tables import Figure, Section, cell
 
 if TYPE_CHECKING:
     from .heads import LayerReport, ModelReport
 
-
-class Column(NamedTuple):
-    """A figure of a head: its key in a summary, the text above it, and what to read it against."""
-
-    key: str
-    title: str
-    against: str
-
-
 COLUMNS = (
-    Column("total.jsd", "JSD of rows", "0: one map for all queries; at most log 2 = 0.693"),
-    Column("total.cosine_distance", "cosine distance", "0: one map for all queries"),
-    Column("decomposition.unary_of_map", "unary share", "1: the logits know no query"),
-    Column("decomposition.variance", "variance of logits", "0: uniform attention"),
-    Column("pairwise.jsd", "JSD, pairwise", "0 to 0.693"),
-    Column("total.entropy_share", "entropy", "1: uniform attention; 0: one key"),
-    Column("mask.jsd", "JSD of the mask alone", "what equal logits would have"),
+    Figure("total.jsd", "JSD of rows", "0: one map for all queries; at most log 2 = 0.693"),
+    Figure("total.cosine_distance", "cosine distance", "0: one map for all queries"),
+    Figure("decomposition.unary_of_map", "unary share", "1: the logits know no query"),
+    Figure("decomposition.variance", "variance of logits", "0: uniform attention"),
+    Figure("pairwise.jsd", "JSD, pairwise", "0 to 0.693"),
+    Figure("total.entropy_share", "entropy", "1: uniform attention; 0: one key"),
+    Figure("mask.jsd", "JSD of the mask alone", "what equal logits would have"),
 )
 
 
-def present_columns(summaries: list[Mapping[str, Estimate]]) -> list[Column]:
+def present_columns(summaries: list[Mapping[str, Estimate]]) -> list[Figure]:
     """The columns that any head has."""
     return [column for column in COLUMNS if any(column.key in summary for summary in summaries)]
 
@@ -47,7 +38,7 @@ def span(numbers: Sequence[int]) -> str:
     return str(least) if least == greatest else f"{least}..{greatest}"
 
 
-def layer_row(layer: LayerReport, columns: list[Column]) -> list[str]:
+def layer_row(layer: LayerReport, columns: list[Figure]) -> list[str]:
     """Means over the heads of a layer, and in front the least and largest of the first figure."""
     summaries = [head.summary() for head in layer.heads]
     images = [image for head in layer.heads for image in head.images]
@@ -76,7 +67,7 @@ def head_sections(report: ModelReport, limit: int | None = None) -> list[Section
     """
     ranking = report.ranking()
     columns = present_columns([summary for _, _, summary in report.heads()])
-    titles = [column.title for column in columns]
+    titles = [column.name for column in columns]
     rows = [
         [str(rank), shown_name(layer), str(head), *(cell(summary.get(column.key)) for column in columns)]
         for rank, (layer, head, summary) in enumerate(ranking, 1)
@@ -91,7 +82,7 @@ def head_sections(report: ModelReport, limit: int | None = None) -> list[Section
     if layers:
         head = ["layer", "heads", "queries x keys", titles[0], "of single heads", *titles[1:], "remarks"]
         found.append(Section("Layers: means over their heads", head, layers))
-        found.append(Section("How to read it", ["figure", "compare with"], [[c.title, c.against] for c in columns]))
+        found.append(Section("How to read it", ["figure", "compare with"], [[c.name, c.against] for c in columns]))
     if report.skipped:
         rows = [[shown_name(name), reason] for name, reason in report.skipped.items()]
         found.append(Section("Left out", ["layer", "reason"], rows))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from .results import Estimate
@@ -117,10 +117,14 @@ def cell(estimate: Estimate | None) -> str:
     return text if error != error else f"{text} ± {error:.3f}" if error >= 0.0005 else f"{text} ± <0.001"
 
 
+def markdown_lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table as lines of Markdown."""
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
 def as_markdown(section: Section) -> str:
     """A section as Markdown text."""
-    lines = [section.head, ["---"] * len(section.head), *section.rows]
-    return "\n".join([f"### {section.title}", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    return "\n".join([f"### {section.title}", "", *markdown_lines(section.head, section.rows), ""])
 
 
 def markdown(reports: Iterable[BlockReport]) -> str:

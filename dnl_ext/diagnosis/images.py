@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from ..segmentation.data import read_image
-from ..segmentation.data.layouts import IMAGE_ENDINGS
+from ..segmentation.data.listing import IMAGE_ENDINGS, images_in
 from ..segmentation.data.mosaic import photograph_folder
 from ..segmentation.errors import InputError
 
@@ -70,7 +70,7 @@ class ImageInputs:
         mean: Sequence[float] = MEAN,
         std: Sequence[float] = STD,
     ) -> "ImageInputs":
-        """The first ``limit`` images of a folder by name, or one image file; None: photographs of scikit-image's.
+        """The first ``limit`` images below a folder by name, or one image file; None: photographs of scikit-image's.
 
         Raises:
             InputError: as the class, and where the folder does not exist.
@@ -78,7 +78,7 @@ class ImageInputs:
         if folder is None:
             paths = [Path(photograph_folder(), name) for name in BUILT_IN]
         elif Path(folder).is_dir():
-            paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_ENDINGS)
+            paths = images_in(folder)
             if not paths:
                 raise InputError(f"--images: folder {folder} has no image ({', '.join(IMAGE_ENDINGS)})")
         elif Path(folder).is_file():

@@ -69,6 +69,8 @@ def here(tmp_path, monkeypatch):
     for number, size in enumerate([(40, 64), (70, 50)]):
         Image.effect_noise(size, 60).convert("RGB").save(tmp_path / "photos" / f"{number}.png")
     (tmp_path / "photos" / "notes.txt").write_text("no image")
+    (tmp_path / "photos" / "set.png").mkdir()
+    (tmp_path / "photos" / "._0.png").write_text("what macOS leaves beside an image")
     return name
 
 

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from ...analysis.results import to_dict
+from ...analysis.tables import markdown_lines
 from ..errors import InputError
 from .ablation import Ablation, write_json
 from .comparison import Spread, difference, figures_of, over_seeds
@@ -56,7 +57,7 @@ def ordered(groups: Mapping[Row, dict[str, Spread]]) -> list[Row]:
 def table(groups: Mapping[Row, dict[str, Spread]]) -> list[str]:
     """Lines of the Markdown table."""
     head = ["variant", "T", "seeds", *(title.replace(", r", ", r x 100") for _, title, _, _ in COLUMNS)]
-    lines = [head, ["---"] * len(head)]
+    lines = []
     for key in ordered(groups):
         figures, (variant, temperature) = groups[key], key
         seeds = figures["miou"][2]
@@ -67,7 +68,7 @@ def table(groups: Mapping[Row, dict[str, Spread]]) -> list[str]:
         values = [figures[reference][0] for figures in groups.values() if reference in figures]
         flat = "" if name == "miou" or name.startswith("decomposition") else "1" if "entropy" in name else "0"
         uniform.append(f"{factor * sum(values) / len(values):.1f}" if values else flat)
-    return [f"| {' | '.join(line)} |" for line in [*lines, uniform]]
+    return markdown_lines(head, [*lines, uniform])
 
 
 def row_name(row: Row) -> str:

@@ -1,8 +1,9 @@
 """The demonstration's report: every number in it comes from ``metrics.json``."""
 
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+
+from ...analysis.tables import markdown_lines
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -31,11 +32,6 @@ def shape(entry: dict[str, Any]) -> str:
 def text(paragraph: str) -> str:
     """A paragraph on one line, as Markdown wants it."""
     return " ".join(paragraph.split())
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def kind_of(metrics: dict[str, Any]) -> str:
@@ -82,7 +78,7 @@ def training_section(metrics: dict[str, Any]) -> list[str]:
     return [
         "## Training",
         "",
-        *table(head, rows),
+        *markdown_lines(head, rows),
         "",
         text(f"""mIoU is over {metrics["data"]["validation_images"]} held-out {kind_of(metrics)}s, attention over the
             first {metrics["variants"]["dnl"]["attention"]["images"]} of them. Attention spread evenly would have
@@ -107,7 +103,7 @@ def memory_section(metrics: dict[str, Any]) -> list[str]:
     lines = [
         "## Memory of one training step",
         "",
-        *table(("network", "fused", "plain PyTorch", "fused, time", "plain PyTorch, time"), rows),
+        *markdown_lines(("network", "fused", "plain PyTorch", "fused, time", "plain PyTorch, time"), rows),
         "",
         text(f"""One image of {shape(full)}, fp32. Peak above what the process held before the step, each in a fresh
             process; the encoder's activations are in every figure. Plain PyTorch is `--backend reference`. Times are of
