@@ -33,6 +33,8 @@ PARTS = {
 # Gates of the CPU kernels: a host test, macros, and the instruction set whose kernels it runs, if it runs any.
 CPU = {
     "cpu_conversions": ("test_conversions", (), None),
+    "cpu_exp2_avx2": ("test_exp2_avx2", (), None),
+    "cpu_exp2_avx512": ("test_exp2_avx512", (), None),
     "cpu_products": ("test_products", (), None),
     "cpu_tiles": ("test_amx", (), None),
     "cpu_kernels": ("test_cpu_kernels", (), "generic"),
@@ -60,8 +62,16 @@ def lacks_arm():
     return f"{' and '.join(absent)}: apt-get install g++-aarch64-linux-gnu qemu-user" if absent else None
 
 
+def lacks_set(name):
+    """An instruction set of x86 that this CPU is not known to have; None where it has it."""
+    cpu = pathlib.Path("/proc/cpuinfo")
+    return None if cpu.exists() and f" {name}" in cpu.read_text() else f"a CPU with {name}"
+
+
 def lacking(program):
     """What a program lacks here, and how to get it; None where nothing is missing."""
+    if program.gate.startswith("cpu_exp2_"):
+        return lacks_set(program.gate.removeprefix("cpu_exp2_"))
     return lacks_arm() if program.gate.startswith("arm_") else compilers.missing(MODES[program.mode][0])
 
 

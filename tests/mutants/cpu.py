@@ -29,10 +29,19 @@ MUTANTS = [
         "cpu_conversions"),
     cpu("exponential: a coefficient of the polynomial", VEC, "5.5503272266703021e-2f", "5.5513272266703021e-2f",
         "cpu_conversions"),
-    cpu("exponential: a positive x counts as what it is", VEC, "y = y > most ? most : y;\n  const V t = y + magic;\n"
-        "  const V f = y - (t - magic);\n  V p = broadcast(1.5461444698569129e-4f);",
-        "const V t = y + magic;\n  const V f = y - (t - magic);\n  V p = broadcast(1.5461444698569129e-4f);",
-        "cpu_conversions"),
+    cpu("exponential: a positive x counts as what it is", VEC,
+        "const V y = less(most, greater(least, x)), t = y + magic, f = y - (t - magic);\n#endif\n"
+        "  V p = broadcast(1.5461444698569129e-4f);",
+        "const V y = greater(least, x), t = y + magic, f = y - (t - magic);\n#endif\n"
+        "  V p = broadcast(1.5461444698569129e-4f);", "cpu_conversions"),
+    cpu("exponential, AVX2: NaN is lost in a maximum", VEC, "return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);",
+        "return (Vec<float>)_mm256_max_ps((__m256)b, (__m256)a);", "cpu_exp2_avx2"),
+    cpu("exponential, AVX-512: subnormal below the normal range", VEC,
+        "_mm512_maskz_scalef_ps(_mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ), (__m512)p, (__m512)n)",
+        "_mm512_scalef_ps((__m512)p, (__m512)n)", "cpu_exp2_avx512"),
+    cpu("exponential, AVX-512: NaN counts as below the normal range", VEC,
+        "_mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_NLT_UQ)",
+        "_mm512_cmp_ps_mask((__m512)x, (__m512)least, _CMP_GE_OQ)", "cpu_exp2_avx512"),
     # Packing.
     cpu("transposition: the last row of a block that is not whole", VEC,
         "for (int64_t i = 0; i < height; ++i)\n          std::memcpy",

@@ -26,9 +26,9 @@ struct PairwiseBackward {
   using A = Acc<E>;
   using B = Block<E>;
   static constexpr int L = B::kLanes, G = B::kGroup, W = kWidth<A>;
-  static constexpr int64_t kQueryBlock = 192;
+  static constexpr int64_t kQueryBlock = B::kVectors == 2 ? 126 : 192;
   static constexpr int64_t kUnit = B::kRows;  // ranges of queries are multiples of it
-  static constexpr int64_t kTilePanels = 4;
+  static constexpr int64_t kTilePanels = most_panels<E>();
   static_assert(kQueryBlock % kUnit == 0 && kUnit % G == 0, "a block of queries is whole rows and groups");
   static_assert(kUnit % B::kRowGroup == 0 && L % G == 0, "and whole groups of rows; a panel's rows are whole groups");
   static_assert(kTilePanels * L <= kDepthSlice<E> || kDepthSlice<E> % L == 0, "no slice ends within a run");

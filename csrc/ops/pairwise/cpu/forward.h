@@ -17,8 +17,8 @@ struct PairwiseForward {
   using A = Acc<E>;
   using B = Block<E>;
   static constexpr int L = B::kLanes, G = B::kGroup, W = kWidth<A>;
-  static constexpr int64_t kKeyBlock = 384;
-  static constexpr int64_t kTilePanels = 4;
+  static constexpr int64_t kKeyBlock = B::kVectors == 2 ? 252 : 384;
+  static constexpr int64_t kTilePanels = most_panels<E>();
   static_assert(kKeyBlock % B::kRows == 0 && kKeyBlock % G == 0, "a block of keys is whole rows and whole groups");
   static_assert(kKeyBlock % B::kRowGroup == 0, "and whole groups of rows");
 

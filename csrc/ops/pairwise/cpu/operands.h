@@ -37,6 +37,13 @@ inline Source<Src> by_channel(const View& x, int64_t batch, int64_t first, const
 template <class E>
 constexpr bool kRawProducts = Block<E>::kGroup > 1;
 
+// The most panels of a tile. What is streamed past a tile comes from L3 or memory once for each, so narrow panels are
+// taken more together.
+template <class E>
+constexpr int64_t most_panels() {
+  return Block<E>::kVectors == 2 ? 8 : 4;
+}
+
 // Whether logits are products of centred operands. Those of 16-bit numbers are exact in float, and of centred ones no
 // longer: without whitening, a row whose products cancel would be decided by the rounding of the centred keys.
 template <class Src, class E>

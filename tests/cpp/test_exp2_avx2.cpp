@@ -1,0 +1,29 @@
+// exp2 by AVX2's instructions, where the CPU has them.
+#include <cmath>
+#include <cstdio>
+#include <limits>
+
+#include "check.h"
+
+#if defined(__x86_64__)
+#define DNL_ISA checked
+#define DNL_VECTOR_BYTES 32
+#define DNL_TARGET "avx2,fma,f16c"
+#include "core/cpu/target_begin.h"
+// clang-format off
+#include "exp2_checks.h"
+#include "core/cpu/target_end.h"
+// clang-format on
+
+int main() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    test_exponentials();
+  } else {
+    std::puts("this CPU has no AVX2: nothing was checked");
+  }
+  return report();
+}
+#else
+int main() { return report(); }
+#endif
