@@ -237,10 +237,13 @@ struct Operand {
   }
 };
 
-// torch's thread pool. One thread inside another parallel region, as everywhere in torch.
-inline Executor torch_threads() {
+// torch's thread pool. One thread inside another parallel region, as everywhere in torch, and no more than the work
+// keeps busy: to start a thread takes as long as kWorkOfAThread elements. `work`: how many are read.
+constexpr double kWorkOfAThread = 32768;
+inline Executor torch_threads(double work) {
   Executor executor;
-  executor.threads = static_cast<int>(torch::stable::get_num_threads());
+  const double most = std::max(1.0, work / kWorkOfAThread);
+  executor.threads = static_cast<int>(std::min<double>(torch::stable::get_num_threads(), most));
   executor.run = [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
   };
