@@ -236,7 +236,7 @@ class TestProfiler:
         ("op", "operator"),
         [
             ("disentangled_attention", "pairwise_forward"),
-            ("whiten", "whiten_forward"),
+            ("whiten", "mean_subtract"),
             ("mean_subtract", "mean_subtract"),
             ("unary_softmax", "softmax"),
         ],

@@ -239,5 +239,49 @@ inline void row_sums(const Src* x, const View& view, int64_t begin, int64_t end,
   dispatch_order(sums, view);
 }
 
+// out[i - begin] = sum_c weight_c (x[i][c] - x[0][c]) for positions [begin, end), at most kReduceBlock of them: sums
+// about the first one, in the accumulate type, for what all positions share would cost them their last digits.
+template <class T>
+inline void weighted_row_differences(const T* x, const View& view, int64_t begin, int64_t end, int64_t channels,
+                                     const Acc<T>* weight, double* out) {
+  using A = Acc<T>;
+  dispatch_order(
+      [&](auto order) {
+        using Order = decltype(order);
+        const auto difference = [&](int64_t i, int64_t c) {
+          return widen(x[Order::at(view, i, c)]) - widen(x[Order::at(view, 0, c)]);
+        };
+        if constexpr (Order::kChannelOutside) {
+          const auto by_channel = [&](int64_t c, int64_t i) { return difference(i, c); };
+          int64_t i = begin;
+          for (; i + 64 <= end; i += 64) weighted_sums_of<A, 64>(channels, i, weight, out + i - begin, by_channel);
+          for (; i + 16 <= end; i += 16) weighted_sums_of<A, 16>(channels, i, weight, out + i - begin, by_channel);
+          for (; i < end; ++i) weighted_sums_of<A, 1>(channels, i, weight, out + i - begin, by_channel);
+        } else {
+          // As many rows at a time as a vector has lanes: their lanes are then added up side by side.
+          constexpr int64_t W = kWidth<A>;
+          A lanes[W][W], columns[W][W];
+          for (int64_t first = begin; first < end; first += W) {
+            const int64_t rows = std::min(W, end - first);
+            for (int64_t r = 0; r < rows; ++r) {
+              A sum[W] = {};
+              int64_t c = 0;
+              for (; c + W <= channels; c += W)
+                for (int64_t l = 0; l < W; ++l) sum[l] += weight[c + l] * difference(first + r, c + l);
+              for (int64_t l = 0; l < W; ++l) lanes[r][l] = sum[l];
+              for (int64_t l = 0; c < channels; ++c, ++l) lanes[r][l] += weight[c] * difference(first + r, c);
+            }
+            transpose<sizeof(A)>(lanes, W, W, W, columns, W);
+            for (int64_t r = 0; r < rows; ++r) {
+              double sum = 0;
+              for (int64_t l = 0; l < W; ++l) sum += double(columns[l][r]);
+              out[first + r - begin] = sum;
+            }
+          }
+        }
+      },
+      view);
+}
+
 }  // namespace DNL_ISA
 }  // namespace dnl

@@ -165,8 +165,12 @@ void unary_mask_gradient(const UnaryArgs& args, const Acc<T>* u, const Executor&
     const int64_t b = task / blocks, begin = task % blocks * kReduceBlock;
     const A* g = grad_pooled + b * args.channels;
     const T* v = element<T>(args.value, b);
-    row_sums(v, args.value, begin, std::min(args.keys, begin + kReduceBlock), args.channels,
-             dot.data + b * args.keys + begin, [&](double x, int64_t c) { return double(g[c]) * x; });
+    const int64_t end = std::min(args.keys, begin + kReduceBlock);
+    double* out = dot.data + b * args.keys + begin;
+    if constexpr (std::is_same_v<T, double>)
+      row_sums(v, args.value, begin, end, args.channels, out, [&](double x, int64_t c) { return g[c] * x; });
+    else
+      weighted_row_differences(v, args.value, begin, end, args.channels, g, out);
   });
   executor.parallel(args.batches, [&](int64_t b) {
     const A* map = u + b * args.keys;
@@ -195,6 +199,11 @@ void unary_backward_typed(const UnaryArgs& args, const Executor& executor) {
     const int64_t end = std::min(args.keys, begin + kReduceBlock);
     T* dv = static_cast<T*>(out.data) + out.batch[b];
     const A *map = u.data + b * args.keys + begin, *g = grad_pooled + b * args.channels;
+    if (out.channel == 1) {
+      for (int64_t j = begin; j < end; ++j)
+        for (int64_t c = 0; c < args.channels; ++c) dv[j * out.position + c] = narrow<T>(map[j - begin] * g[c]);
+      return;
+    }
     write_lanes(dv + begin * out.position, out.channel, out.position, args.channels, end - begin,
                 [=](int64_t c) { return [map, factor = g[c]](int64_t j) { return narrow<T>(map[j] * factor); }; });
   });
