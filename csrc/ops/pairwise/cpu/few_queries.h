@@ -66,8 +66,7 @@ struct FewQueries {
   }
 
   void run() {
-    share_out(executor, workers, args.batches,
-              [&](int64_t batch, int64_t worker) { run_batch(batch, slots[worker]); });
+    share_out(executor, workers, args.batches, [&](int64_t batch, int64_t worker) { run_batch(batch, slots[worker]); });
   }
 
  private:
@@ -95,10 +94,9 @@ struct FewQueries {
     std::fill(slot.divisor, slot.divisor + args.queries, 0.0);
     for (int64_t first = 0; first < args.keys; first += kKeyBlock) {
       const int64_t count = std::min(kKeyBlock, args.keys - first);
-      pack_panels(by_channel<Src>(args.key, batch, first, key_mean), args.width, count, slot.key_panels,
-                  key_pitch * L);
-      pack_panels(by_position<Src>(args.value, batch, first, slot.value_mean), count, args.channels,
-                  slot.value_panels, kKeyBlock * L);
+      pack_panels(by_channel<Src>(args.key, batch, first, key_mean), args.width, count, slot.key_panels, key_pitch * L);
+      pack_panels(by_position<Src>(args.value, batch, first, slot.value_mean), count, args.channels, slot.value_panels,
+                  kKeyBlock * L);
       if (slot.bias) {
         // Its means are those of this batch element alone.
         PairwiseArgs one = args;
