@@ -360,12 +360,17 @@ int random_cases(int64_t count, int64_t first) {
     };
     const auto size = [&] { return upto(0, 2) ? upto(1, 40) : upto(1, 150); };
     const auto positions = [&] { return upto(0, 9) ? size() : upto(300, 500); };  // several blocks
-    const Shape shape{upto(1, 4), positions(), positions(), size(), size()};
+    const int64_t queries = upto(0, 3) ? positions() : upto(1, 4);                // few have kernels of their own
+    const Shape shape{upto(1, 4), queries, positions(), size(), size()};
     const DType dtype = kTypes[upto(0, 3)];
     const bool first_channel = upto(0, 1), whiten = upto(0, 1);
     const int thread_count = static_cast<int>(upto(1, 3));
     for (const CpuKernels* kernels : dnl::all_cpu_kernels())
-      if (kernels->supported()) test_pairwise(*kernels, shape, dtype, first_channel, whiten, thread_count);
+      if (kernels->supported()) {
+        test_pairwise(*kernels, shape, dtype, first_channel, whiten, thread_count);
+        test_unary(*kernels, shape, dtype, first_channel, thread_count);
+        test_softmax(*kernels, shape.keys);
+      }
   }
   std::printf("%ld cases\n", static_cast<long>(count));
   return report();
