@@ -21,9 +21,8 @@ Tensor mean_subtract_cpu(const Tensor& x, int64_t dim) {
 
 static void run(const StandardiseCall& call) {
   if (call.empty()) return;
-  const Tensor workspace =
-      dnl::empty(call.output, {cpu_kernels().standardise_workspace(call.args)}, ScalarType::Double);
-  cpu_kernels().standardise(call.args, static_cast<double*>(workspace.data_ptr()), threads_for(call.args));
+  const Workspace workspace(call.output, cpu_kernels().standardise_workspace(call.args) * sizeof(double));
+  cpu_kernels().standardise(call.args, static_cast<double*>(workspace.data()), threads_for(call.args));
 }
 
 std::tuple<Tensor, Tensor> whiten_forward_cpu(const Tensor& x, const std::string& name, int64_t apart, double eps) {
