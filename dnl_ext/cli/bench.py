@@ -75,6 +75,7 @@ def bench(
     check_only: Annotated[bool, typer.Option(help="Check every method's values; time nothing.")] = False,
     small: Annotated[bool, typer.Option(help="Small calls of every operator and block instead, on the CPU.")] = False,
     only: Annotated[str, typer.Option(help="Of --small: rows whose name or sizes contain this.")] = "",
+    markdown: Annotated[bool, typer.Option(help="Of --small: write the table as Markdown.")] = False,
 ) -> None:
     """Check, then time attention forward and backward against what PyTorch offers, as a share of a plain product."""
     import torch
@@ -87,7 +88,7 @@ def bench(
     if not console.is_terminal:
         console.width = WIDTH_OF_A_FILE
     if small:
-        _small(console, dtype, direction, threads, rounds, only, json, load)
+        _small(console, dtype, direction, threads, rounds, only, json, load, markdown)
         return
     if load is not None:
         try:
@@ -144,6 +145,7 @@ def _small(
     only: str,
     json: Path | None,
     load: Path | None,
+    markdown: bool,
 ) -> None:
     """`bench --small`. Where no number of threads is given, one and torch's."""
     import torch
@@ -177,8 +179,11 @@ def _small(
                 bar.update(task, description=row, completed=done, total=total)
 
             document = benchmark.run_small(options, save, progress)
-    for part in benchmark.small_tables(document):
-        console.print(part)
+    if markdown:
+        typer.echo(benchmark.small_markdown(document))
+    else:
+        for part in benchmark.small_tables(document):
+            console.print(part)
     if json is not None:
         console.print(f"wrote {json}")
     if any("dnl_ext" in cell["failures"] for cell in document["cells"]):

@@ -111,7 +111,8 @@ class TestCommand:
         assert document == json.loads(path.read_text()) and len(document["cells"]) == 4
         again = bench("--load", str(path))
         assert again.exit_code == 0 and "4 cells of 1 rows" in again.output
-        assert "| GlobalContext1d | 2x32x100 |" in benchmark.small_markdown(document)
+        text = bench("--load", str(path), "--markdown").output
+        assert text.strip() == benchmark.small_markdown(document) and "| GlobalContext1d | 2x32x100 |" in text
 
     @pytest.mark.parametrize("arguments", [("--only", "nothing"), ("--dtype", "int8"), ("--load", "no_such.json")])
     def test_bad_arguments_exit_2(self, arguments):
