@@ -40,8 +40,44 @@ inline std::string to_string(const Sizes& sizes) {
   return stream.str();
 }
 
+// torch's numbers of the types that the operators take. Tensor::scalar_type asks for the number of one type after the
+// other, each time, by a call into torch: a tensor is asked for its type some ten times in a call of an operator.
+struct TypeCodes {
+  const int32_t code[4] = {aoti_torch_dtype_float64(), aoti_torch_dtype_float32(), aoti_torch_dtype_bfloat16(),
+                           aoti_torch_dtype_float16()};
+  static constexpr ScalarType type[4] = {ScalarType::Double, ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+  static const TypeCodes& all() {
+    static const TypeCodes codes;
+    return codes;
+  }
+};
+inline ScalarType type_of(const Tensor& x) {
+  int32_t code;
+  if (aoti_torch_get_dtype(x.get(), &code)) throw_torch_error("reading the dtype of a tensor");
+  const TypeCodes& codes = TypeCodes::all();
+  for (int i = 0; i < 4; ++i)
+    if (code == codes.code[i]) return codes.type[i];
+  return x.scalar_type();
+}
+inline int32_t code_of(ScalarType type) {
+  const TypeCodes& codes = TypeCodes::all();
+  for (int i = 0; i < 4; ++i)
+    if (type == codes.type[i]) return codes.code[i];
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+}
+
+// Kind and number of a device, as torch counts them.
+struct Place {
+  int32_t kind, index;
+  explicit Place(const Tensor& x) {
+    if (aoti_torch_get_device_type(x.get(), &kind) || aoti_torch_get_device_index(x.get(), &index))
+      throw_torch_error("reading the device of a tensor");
+  }
+  bool operator!=(const Place& other) const { return kind != other.kind || index != other.index; }
+};
+
 inline DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
+  switch (type_of(x)) {
     case ScalarType::Double:
       return DType::f64;
     case ScalarType::Float:
@@ -57,7 +93,7 @@ inline DType dtype_of(const Tensor& x) {
 
 // Type of sums and softmax statistics.
 inline ScalarType accumulate_type(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  return type_of(x) == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 inline int64_t product_of(const Sizes& sizes, size_t begin, size_t end) {
@@ -73,7 +109,7 @@ inline int64_t product_of(const Sizes& sizes, size_t begin, size_t end) {
 inline void check_float(const char* name, const Tensor& x) {
   // None passed to torch.ops arrives as an undefined tensor: every other query of it would be an error of its own.
   if (!x.defined()) throw TypeError(message(name, ": expected a torch.Tensor, got None"));
-  switch (x.scalar_type()) {
+  switch (type_of(x)) {
     case ScalarType::Double:
     case ScalarType::Float:
     case ScalarType::BFloat16:
@@ -85,7 +121,7 @@ inline void check_float(const char* name, const Tensor& x) {
       throw NotImplementedError(message(name, ": expected a real float tensor, got a complex one"));
     default:
       throw ValueError(message(name, ": expected float64, float32, bfloat16 or float16, got ",
-                               torch::headeronly::toString(x.scalar_type())));
+                               torch::headeronly::toString(type_of(x))));
   }
 }
 
@@ -94,7 +130,8 @@ inline void check_dims(const char* name, const Tensor& x, int64_t least, const c
 }
 
 inline void check_sizes(const char* name, const Tensor& x, const Sizes& expected) {
-  if (sizes_of(x) != expected)
+  const auto sizes = x.sizes();
+  if (!std::equal(sizes.begin(), sizes.end(), expected.begin(), expected.end()))
     throw ValueError(message(name, ": expected shape ", to_string(expected), ", got ", to_string(sizes_of(x))));
 }
 
@@ -106,11 +143,11 @@ inline std::string device_name(const Tensor& x) {
 // `x` must share dtype and device with `other`.
 inline void check_alike(const char* name, const Tensor& x, const char* other_name, const Tensor& other) {
   check_float(name, x);
-  if (x.scalar_type() != other.scalar_type())
+  if (type_of(x) != type_of(other))
     throw ValueError(message(name, ": expected the dtype of ", other_name, " (",
-                             torch::headeronly::toString(other.scalar_type()), "), got ",
-                             torch::headeronly::toString(x.scalar_type())));
-  if (x.device() != other.device())
+                             torch::headeronly::toString(type_of(other)), "), got ",
+                             torch::headeronly::toString(type_of(x))));
+  if (Place(x) != Place(other))
     throw ValueError(
         message(name, ": expected the device of ", other_name, " (", device_name(other), "), got ", device_name(x)));
 }
@@ -120,12 +157,12 @@ inline void check_saved(const char* name, const Tensor& x, const char* like_name
                         const Sizes& sizes) {
   check_float(name, x);
   const ScalarType expected = accumulate_type(like);
-  if (x.device() != like.device())
+  if (Place(x) != Place(like))
     throw ValueError(
         message(name, ": expected the device of ", like_name, " (", device_name(like), "), got ", device_name(x)));
-  if (x.scalar_type() != expected)
+  if (type_of(x) != expected)
     throw ValueError(message(name, ": expected ", torch::headeronly::toString(expected),
-                             ", as the forward returns it, got ", torch::headeronly::toString(x.scalar_type())));
+                             ", as the forward returns it, got ", torch::headeronly::toString(type_of(x))));
   check_sizes(name, x, sizes);
 }
 
@@ -146,10 +183,9 @@ inline Sizes operator+(Sizes sizes, std::initializer_list<int64_t> more) {
 
 inline Tensor empty_strided(const Tensor& like, const Sizes& sizes, const Sizes& strides, ScalarType type) {
   AtenTensorHandle result;
-  const auto device = like.device();
-  const AOTITorchError failed = aoti_torch_empty_strided(
-      sizes.size(), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)),
-      torch::stable::detail::to<int32_t>(torch::stable::detail::from(device.type())), device.index(), &result);
+  const Place place(like);
+  const AOTITorchError failed = aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), code_of(type),
+                                                         place.kind, place.index, &result);
   if (failed) {
     const std::string tried = message("allocating a tensor of shape ", to_string(sizes), " and dtype ",
                                       torch::headeronly::toString(type), " on ", device_name(like));
@@ -171,7 +207,7 @@ inline Tensor empty(const Tensor& like, const Sizes& sizes, ScalarType type) {
 // `x`, or a contiguous copy. Not torch::stable::contiguous, whose errors have no text.
 inline Tensor made_contiguous(const Tensor& x) {
   if (x.is_contiguous()) return x;
-  Tensor copy = empty(x, sizes_of(x), x.scalar_type());
+  Tensor copy = empty(x, sizes_of(x), type_of(x));
   torch::stable::copy_(copy, x);
   return copy;
 }
@@ -196,8 +232,35 @@ inline Tensor empty_like_layout(const Tensor& x, const Sizes& sizes) {
     strides[order[i]] = step;
     step *= std::max<int64_t>(sizes[order[i]], 1);
   }
-  return empty_strided(x, sizes, strides, x.scalar_type());
+  return empty_strided(x, sizes, strides, type_of(x));
 }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Memory for the kernels
+// ---------------------------------------------------------------------------------------------------------------------
+
+// A call's memory: a thread keeps kKept bytes, for torch to allocate some costs as much as a small call does.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, size_t bytes) {
+    if (bytes <= kKept) {
+      static thread_local struct Kept {
+        alignas(64) char bytes[kKept];
+      } kept;
+      data_ = kept.bytes;
+    } else {
+      tensor_.emplace(empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte));
+      data_ = tensor_->data_ptr();
+    }
+  }
+  Workspace(const Workspace&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  static constexpr size_t kKept = 65536;
+  std::optional<Tensor> tensor_;
+  void* data_;
+};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Views for the kernels
@@ -237,10 +300,13 @@ struct Operand {
   }
 };
 
-// torch's thread pool. One thread inside another parallel region, as everywhere in torch.
-inline Executor torch_threads() {
+// torch's thread pool. One thread inside another parallel region, as everywhere in torch, and no more than the work
+// keeps busy: to start a thread takes as long as kWorkOfAThread elements. `work`: how many are read.
+constexpr double kWorkOfAThread = 32768;
+inline Executor torch_threads(double work) {
   Executor executor;
-  executor.threads = static_cast<int>(torch::stable::get_num_threads());
+  const double most = std::max(1.0, work / kWorkOfAThread);
+  executor.threads = static_cast<int>(std::min<double>(torch::stable::get_num_threads(), most));
   executor.run = [](int64_t tasks, void (*body)(int64_t, int64_t, void*), void* context) {
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(begin, end, context); });
   };

@@ -7,6 +7,7 @@
     memory.py   peak memory beyond inputs, outputs and gradients
     runner.py   all of it in order, into one JSON document
     report.py   the document as a table and as a chart
+    small.py    another benchmark: small calls of every operator and block
 
 `python -m dnl_ext bench` is its command line; benchmarks/README.md explains the figures.
 """
@@ -15,22 +16,30 @@ from .case import DIRECTIONS, DTYPES, Case, forward_flops, training_flops
 from .methods import METHODS, Method, Unavailable
 from .report import chart, load, tables
 from .runner import SCHEMA, Options, passed, run, save_json
+from .small import SMALL_SCHEMA, SmallOptions, is_small, load_small, run_small, small_markdown, small_tables
 
 __all__ = [
     "DIRECTIONS",
     "DTYPES",
     "METHODS",
     "SCHEMA",
+    "SMALL_SCHEMA",
     "Case",
     "Method",
     "Options",
+    "SmallOptions",
     "Unavailable",
     "chart",
     "forward_flops",
+    "is_small",
     "load",
+    "load_small",
     "passed",
     "run",
+    "run_small",
     "save_json",
+    "small_markdown",
+    "small_tables",
     "tables",
     "training_flops",
 ]

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 FULL, QUICK, QUICK_CUDA = (1024, 2048, 4096, 8192, 16384, 32768), (1024, 2048, 4096), (4096, 16384)
 #: Columns of the tables where they are not written to a terminal.
 WIDTH_OF_A_FILE = 140
+WIDTH_OF_SMALL = 200
+#: Least rounds of --small.
+LEAST_ROUNDS_OF_SMALL = 15
 
 
 def _shapes(text: str) -> tuple[tuple[int, int], ...]:
@@ -70,6 +73,9 @@ def bench(
     png: Annotated[Path | None, typer.Option(help="Draw them here.")] = None,
     load: Annotated[Path | None, typer.Option(help="Show or draw the figures of this JSON; run nothing.")] = None,
     check_only: Annotated[bool, typer.Option(help="Check every method's values; time nothing.")] = False,
+    small: Annotated[bool, typer.Option(help="Small calls of every operator and block instead, on the CPU.")] = False,
+    only: Annotated[str, typer.Option(help="Of --small: rows whose name or sizes contain this.")] = "",
+    markdown: Annotated[bool, typer.Option(help="Of --small: write the table as Markdown.")] = False,
 ) -> None:
     """Check, then time attention forward and backward against what PyTorch offers, as a share of a plain product."""
     import torch
@@ -81,6 +87,9 @@ def bench(
     console = Console()
     if not console.is_terminal:
         console.width = WIDTH_OF_A_FILE
+    if small:
+        _small(console, dtype, direction, threads, rounds, only, json, load, markdown)
+        return
     if load is not None:
         try:
             document = benchmark.load(load)
@@ -123,6 +132,61 @@ def bench(
     if json is not None:
         console.print(f"wrote {json}")
     if not benchmark.passed(document):
+        typer.echo("bench: dnl_ext failed its own check", err=True)
+        raise typer.Exit(1)
+
+
+def _small(
+    console: "Console",
+    dtype: str,
+    direction: str,
+    threads: int,
+    rounds: int,
+    only: str,
+    json: Path | None,
+    load: Path | None,
+    markdown: bool,
+) -> None:
+    """`bench --small`. Where no number of threads is given, one and torch's."""
+    import torch
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from dnl_ext import benchmark
+
+    if not console.is_terminal:
+        console.width = WIDTH_OF_SMALL
+    if load is not None:
+        try:
+            document = benchmark.load_small(load)
+        except (OSError, ValueError) as error:
+            fail(f"--load: {error}")
+    else:
+        options = benchmark.SmallOptions(
+            dtypes=_names("--dtype", dtype, benchmark.DTYPES),
+            directions=_names("--direction", direction, benchmark.DIRECTIONS),
+            threads=(threads,) if threads else tuple(sorted({1, torch.get_num_threads()})),
+            rounds=max(rounds, LEAST_ROUNDS_OF_SMALL),
+            only=only,
+        )
+        if not options.selected():
+            fail(f"--only: no row contains {only!r}")
+        save = benchmark.save_json(json) if json is not None else None
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("starting")
+
+            def progress(row, done, total):
+                bar.update(task, description=row, completed=done, total=total)
+
+            document = benchmark.run_small(options, save, progress)
+    if markdown:
+        typer.echo(benchmark.small_markdown(document))
+    else:
+        for part in benchmark.small_tables(document):
+            console.print(part)
+    if json is not None:
+        console.print(f"wrote {json}")
+    if any("dnl_ext" in cell["failures"] for cell in document["cells"]):
         typer.echo("bench: dnl_ext failed its own check", err=True)
         raise typer.Exit(1)
 

@@ -29,6 +29,9 @@ def _untraced(check: Callable[..., None]) -> Callable[..., None]:
 
 def check_tensor(name: str, x: torch.Tensor, shape: str) -> None:
     """`x` is a dense float tensor with the dimensions that `shape`, such as "(..., N, C)", names."""
+    plain = type(x) is torch.Tensor and x.layout == torch.strided and not x.is_nested
+    if plain and x.dtype in FLOAT_TYPES and x.dim() >= shape.count(","):
+        return
     if not isinstance(x, torch.Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
     handler_of(x)  # loaded, it knows how the operators act on `x`

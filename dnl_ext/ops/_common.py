@@ -68,13 +68,46 @@ def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 def save(ctx: Any, *tensors: torch.Tensor | None) -> None:
     """Keep `tensors` for both modes of differentiation. (vmap wants one list; torch.compile knows no forward mode.)"""
     ctx.save_for_backward(*tensors)
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and in_transform():
         ctx.save_for_forward(*tensors)
 
 
 def in_transform() -> bool:
     """Whether a transform of torch.func or forward mode is at work."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def gradient_by(name: str, function: type[Function]) -> Callable[..., Any]:
+    """What a backward calls for its gradient: operator `name`, or `function` around it if it may be differentiated.
+
+    In a backward, grad mode is create_graph. Of a graph of torch.compile nobody takes a second derivative.
+    """
+    operator = getattr(ops, name).default
+
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return operator(*args)
+        if torch.is_grad_enabled() or in_transform():
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    return run
+
+
+#: Types of arguments that have no say in what becomes of a call.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
+
+
+def at_once(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call may take the short way to its operator, which checks its arguments itself.
+
+    Not where it is traced or transformed, nor for tensors of a type that wants a word in it. Whoever calls an operator
+    so makes the checks of `_checks` after all where it raises: they know better what is wrong.
+    """
+    return not (torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing()) and _PLAIN.issuperset(
+        map(type, tensors)
+    )
 
 
 def mark_constant(ctx: Any, *outputs: torch.Tensor) -> None:
@@ -105,6 +138,8 @@ class Product(Function):
 
     @staticmethod
     def forward(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if at_once(a, b) and a.is_cpu and not torch.is_autocast_enabled("cpu"):
+            return a @ b
         with without_autocast(a):
             return a @ b
 
@@ -127,11 +162,27 @@ class Product(Function):
 TracedProduct = traceable(Product)
 
 
+class DirectProduct(Function):
+    """Product in the old style, which costs half, for arguments that are :func:`at_once`."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(a, b)
+        return Product.forward(a, b)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return Product.backward(ctx, grad)
+
+
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b of one dtype and the same leading dimensions; autocast changes neither it nor its derivatives.
 
     A context alone would not do for these: they run under the autocast of whoever calls backward.
     """
+    if at_once(a, b):
+        differentiated = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+        return DirectProduct.apply(a, b) if differentiated else Product.forward(a, b)
     if torch.jit.is_tracing():  # a trace holds operators alone
         return Product.forward(a, b)
     return (TracedProduct if torch.compiler.is_compiling() else Product).apply(a, b)
@@ -167,25 +218,47 @@ def last_derivative(function: Callable[..., Any], what: str) -> Callable[..., An
     return LastDerivative.apply
 
 
-def differentiable(name: str, function: type[Function]) -> Callable[..., Any]:
-    """The function that runs operator `name` and is differentiated as `function`, an autograd Function around it.
+class Differentiable:
+    """Operator `name`, differentiated as `function`, an autograd Function around it.
 
-    The derivative is registered with the operator, for exported programs and traced graphs hold operators alone, and it
-    costs half a Function. torch.func's transforms and torch.compile differentiate Functions only, and forward mode
-    passes a registered derivative by without a word; all three get `function`.
+    The derivative is registered with the operator, for exported programs and traced graphs hold operators alone.
+    torch.func's transforms and torch.compile differentiate Functions only, and forward mode passes a registered
+    derivative by without a word; all three get `function`. A call :func:`at_once` gets a Function of the old style,
+    which costs half of what the dispatcher makes of a registered one.
     """
-    operator = getattr(ops, name).default
-    torch.library.register_autograd(f"dnl_ext::{name}", function.backward, setup_context=function.setup_context)
-    traced = traceable(function)
 
-    def run(*args: Any) -> Any:
+    def __init__(self, name: str, function: type[Function], *, constants: bool = False) -> None:
+        """`constants`: all outputs of the Function but the first are constants; :meth:`direct` leaves them out."""
+        operator = getattr(ops, name).default
+        torch.library.register_autograd(f"dnl_ext::{name}", function.backward, setup_context=function.setup_context)
+        self._operator = operator
+        self._function = function
+        self._traced = traceable(function)
+
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = operator(*args)
+            function.setup_context(ctx, args, output)
+            return output[0] if constants else output
+
+        parts = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+        self._direct: Any = type(f"dnl_ext_{name}", (Function,), parts).apply
+        self._constants = constants
+
+    def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
-            return traced.apply(*args)
+            return self._traced.apply(*args)
         if in_transform():
-            return function.apply(*args)
-        return operator(*args)
+            return self._function.apply(*args)
+        return self._operator(*args)
 
-    return run
+    def direct(self, differentiated: bool, *args: Any) -> Any:
+        """The same for arguments that are :func:`at_once`; of operators with constants the first output alone."""
+        if differentiated:
+            return self._direct(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            output = self._operator(*args)
+        return output[0] if self._constants else output
 
 
 def register_batching(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -16,10 +16,11 @@ from ._checks import (
     parse_scale,
 )
 from ._common import (
+    Differentiable,
     accumulate_type,
-    differentiable,
+    at_once,
     empty_like_layout,
-    in_transform,
+    gradient_by,
     mark_constant,
     ops,
     product,
@@ -66,10 +67,7 @@ class DisentangledAttention(Function):
         needs = ctx.needs_input_grad[:4]
         if grad_output is None or not any(needs):
             return (None,) * 7
-        # In a backward, grad mode is create_graph. Without it the gradient needs no Function around its operator.
-        once = torch.compiler.is_compiling() or not (torch.is_grad_enabled() or in_transform())
-        gradient = ops.pairwise_backward if once else AttentionGradient.apply
-        grads = gradient(grad_output, *ctx.saved_tensors, ctx.scale, ctx.whiten, *needs)
+        grads = _gradient(grad_output, *ctx.saved_tensors, ctx.scale, ctx.whiten, *needs)
         grads = [grad if need else None for grad, need in zip(grads, needs, strict=True)]
         return *grads, None, None, None  # scale, whiten, save_residual
 
@@ -79,7 +77,8 @@ class DisentangledAttention(Function):
         return tangent, *(torch.zeros_like(x) for x in ctx.saved_tensors[5:])
 
 
-_attend = differentiable("pairwise_forward", DisentangledAttention)
+_gradient = gradient_by("pairwise_backward", AttentionGradient)
+_attend = Differentiable("pairwise_forward", DisentangledAttention, constants=True)
 
 
 @torch.library.register_fake("dnl_ext::pairwise_forward")
@@ -209,6 +208,20 @@ def disentangled_attention(
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 10.
     """
+    if at_once(query, key, value, mask_logits):
+        try:
+            number, (query_in, key_in, operator_whiten) = parse_scale(query, scale), _whitened(query, key, whiten)
+            differentiated = torch.is_grad_enabled() and (
+                query.requires_grad
+                or key.requires_grad
+                or value.requires_grad
+                or (mask_logits is not None and mask_logits.requires_grad)
+            )
+            return _attend.direct(
+                differentiated, query_in, key_in, value, mask_logits, number, operator_whiten, differentiated
+            )
+        except Exception:
+            pass  # the checks below say what is wrong; where they find nothing, the operator raises again
     check_tensor("query", query, "(..., Nq, Dqk)")
     scale = parse_scale(query, scale)
     check_pairwise(query, key, value, mask_logits, scale, whiten)
@@ -296,4 +309,7 @@ def pairwise_softmax(
     wide = accumulate_type(query.dtype)
     wide_query, wide_key = _whiten(query.to(wide), whiten), _whiten(key.to(wide), whiten)
     logits = product(wide_query * scale, wide_key.mT)
+    if at_once(logits):
+        weights = softmax.direct(torch.is_grad_enabled() and logits.requires_grad, logits)
+        return weights if weights.dtype == query.dtype else weights.to(query.dtype)
     return softmax(logits).to(query.dtype)

@@ -1,6 +1,6 @@
 """Unary softmax and pooling: the term of the attention that does not depend on the query."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,12 @@ from torch.autograd import Function
 
 from ._checks import check_alike, check_saved, check_softmax, check_unary
 from ._common import (
+    Differentiable,
     accumulate_type,
     add,
-    differentiable,
+    at_once,
     empty_like_layout,
+    gradient_by,
     mark_constant,
     ops,
     register_batching,
@@ -36,8 +38,7 @@ class Softmax(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> torch.Tensor:
         (output,) = ctx.saved_tensors
-        gradient = ops.softmax_backward if torch.compiler.is_compiling() else SoftmaxGradient.apply
-        return gradient(grad_output, output)
+        return _softmax_gradient(grad_output, output)
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor) -> torch.Tensor:
@@ -77,7 +78,8 @@ class SoftmaxGradient(Function):
         return SoftmaxGradient.apply(tangent_grad, output) + by_output.to(output.dtype)
 
 
-softmax: Callable[..., torch.Tensor] = differentiable("softmax", Softmax)
+_softmax_gradient = gradient_by("softmax_backward", SoftmaxGradient)
+softmax = Differentiable("softmax", Softmax)
 
 
 class UnaryAttention(Function):
@@ -97,13 +99,12 @@ class UnaryAttention(Function):
 
     @staticmethod
     def backward(
-        ctx: Any, grad_pooled: torch.Tensor | None, _grad_lse: torch.Tensor | None
+        ctx: Any, grad_pooled: torch.Tensor | None, _grad_lse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if grad_pooled is None:
             return None, None
-        gradient = ops.unary_backward if torch.compiler.is_compiling() else UnaryGradient.apply
         need_mask, need_value = ctx.needs_input_grad
-        grad_mask, grad_value = gradient(grad_pooled, *ctx.saved_tensors, need_mask, need_value)
+        grad_mask, grad_value = _gradient(grad_pooled, *ctx.saved_tensors, need_mask, need_value)
         return grad_mask if need_mask else None, grad_value if need_value else None
 
     @staticmethod
@@ -173,7 +174,8 @@ class UnaryGradient(Function):
         return add(first, second)
 
 
-_pool = differentiable("unary_forward", UnaryAttention)
+_gradient = gradient_by("unary_backward", UnaryGradient)
+_pool = Differentiable("unary_forward", UnaryAttention, constants=True)
 
 
 @torch.library.register_fake("dnl_ext::softmax")
@@ -246,6 +248,11 @@ def unary_softmax(mask_logits: torch.Tensor) -> torch.Tensor:
 
     Source: Yin et al., ECCV 2020, equation 10 (second term).
     """
+    if at_once(mask_logits):
+        try:
+            return softmax.direct(torch.is_grad_enabled() and mask_logits.requires_grad, mask_logits)
+        except Exception:
+            pass  # as in disentangled_attention
     check_softmax("mask_logits", mask_logits)
     return softmax(mask_logits)
 
@@ -277,5 +284,12 @@ def unary_attention(mask_logits: torch.Tensor, value: torch.Tensor) -> torch.Ten
 
     Source: Yin et al., ECCV 2020, equation 10; the same pooling is GCNet's global context (Cao et al., 2019).
     """
+    if at_once(mask_logits, value):
+        try:
+            differentiated = torch.is_grad_enabled() and (mask_logits.requires_grad or value.requires_grad)
+            pooled = _pool.direct(differentiated, mask_logits, value)
+            return pooled if pooled.dtype == value.dtype else pooled.to(value.dtype)
+        except Exception:
+            pass  # as in disentangled_attention
     check_unary(mask_logits, value)
     return _pool(mask_logits, value)[0].to(value.dtype)

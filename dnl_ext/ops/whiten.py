@@ -11,9 +11,11 @@ from ..reference import check_whiten_name
 from ..types import Whitening
 from ._checks import check_alike, check_mean, check_saved, check_tensor
 from ._common import (
+    Differentiable,
     accumulate_type,
-    differentiable,
+    at_once,
     empty_like_layout,
+    gradient_by,
     ops,
     register_batching,
     save,
@@ -21,6 +23,8 @@ from ._common import (
 
 #: Names whose result is divided by a deviation.
 DEVIATION = ("in", "ln", "fln")
+#: Names that are a mean_subtract, which is one pass less, and over which dimension.
+_MEAN_OVER = {"channel": -2, "in_nostd": -2, "spatial": -1}
 
 
 class MeanSubtract(Function):
@@ -38,15 +42,15 @@ class MeanSubtract(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor, None]:
-        function = ops.mean_subtract if torch.compiler.is_compiling() else MeanSubtract.apply
-        return function(grad_output, ctx.dim), None  # dim
+        return _centre_gradient(grad_output, ctx.dim), None  # dim
 
     @staticmethod
     def jvp(ctx: Any, tangent: torch.Tensor, _: Any) -> torch.Tensor:
         return MeanSubtract.apply(tangent, ctx.dim)
 
 
-_centre = differentiable("mean_subtract", MeanSubtract)
+_centre_gradient = gradient_by("mean_subtract", MeanSubtract)
+_centre = Differentiable("mean_subtract", MeanSubtract)
 
 
 class Whiten(Function):
@@ -74,8 +78,7 @@ class Whiten(Function):
         output, rstd = ctx.saved_tensors
         grad = None
         if grad_output is not None:
-            gradient = ops.whiten_backward if torch.compiler.is_compiling() else WhitenGradient.apply
-            grad = gradient(grad_output, output, rstd, *ctx.options)
+            grad = _gradient(grad_output, output, rstd, *ctx.options)
         if grad_rstd is not None and ctx.options[0] in DEVIATION and not torch.compiler.is_compiling():
             group = Group(output, *ctx.options[:2])
             through = (-output * group.expand(grad_rstd * rstd**2) / (group.count - 1)).to(output.dtype)
@@ -174,7 +177,8 @@ class Group:
         return self.sum(self.wide(x) * self.wide(y)) / (self.count - 1)
 
 
-_standardise = differentiable("whiten_forward", Whiten)
+_gradient = gradient_by("whiten_backward", WhitenGradient)
+_standardise = Differentiable("whiten_forward", Whiten)
 
 
 def _check_whiten(x: torch.Tensor, name: str | None, apart: int, eps: float) -> None:
@@ -256,6 +260,11 @@ def mean_subtract(x: torch.Tensor, dim: int = -2) -> torch.Tensor:
 
     Source: Yin et al., "Disentangled Non-Local Neural Networks", ECCV 2020, equation 8 (whitened pairwise term).
     """
+    if type(dim) is int and at_once(x):
+        try:
+            return _centre.direct(torch.is_grad_enabled() and x.requires_grad, x, dim)
+        except Exception:
+            pass  # as in disentangled_attention
     check_mean(x, dim)
     return _centre(x, dim)
 
@@ -304,6 +313,14 @@ def whiten(x: torch.Tensor, name: Whitening | None = "channel", *, eps: float = 
 
     Source: the names and formulae of the paper's segmentation code (NonLocal2d_bn and NonLocal2d_nowd).
     """
+    if type(eps) is float and eps >= 0 and type(name) is str and at_once(x):
+        try:
+            differentiated = torch.is_grad_enabled() and x.requires_grad
+            if name in _MEAN_OVER and x.dim() > 1:
+                return _centre.direct(differentiated, x, _MEAN_OVER[name])
+            return _standardise.direct(differentiated, x, name, 0, eps)[0]
+        except Exception:
+            pass  # as in disentangled_attention
     check_tensor("x", x, "(..., N, C)")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):
         raise TypeError(f"eps: expected a float, got {type(eps).__name__}")

@@ -304,6 +304,53 @@ void test_softmax(const CpuKernels& kernels, int64_t columns) {
   CHECK(columns == 1 || error(values(dx), gradient) < 1e-5, "%s softmax backward of %ld", kernels.name, (long)columns);
 }
 
+void test_unary(const CpuKernels& kernels, const Shape& shape, DType dtype, bool channel_first, int thread_count) {
+  const int64_t B = shape.batches, K = shape.keys, C = shape.channels;
+  Matrix m(B, K, 1, dtype, false), v(B, K, C, dtype, channel_first, 3), dm = m, dv = v;
+  const bool wide = dtype == DType::f64;
+  std::vector<double> pooled(B * C), lse(B), grad(B * C);  // of float, for all but float64
+  const auto number = [&](std::vector<double>& of, int64_t i) {
+    return wide ? of[i] : double(reinterpret_cast<float*>(of.data())[i]);
+  };
+  std::normal_distribution<double> normal;
+  for (int64_t i = 0; i < B * C; ++i) {
+    const double x = normal(generator);
+    if (wide)
+      grad[i] = x;
+    else
+      reinterpret_cast<float*>(grad.data())[i] = static_cast<float>(x);
+  }
+  dnl::UnaryArgs args{m.view(), v.view(), pooled.data(), lse.data(), dtype, B, K, C, nullptr, {}, {}};
+  kernels.unary_forward(args, host_threads(thread_count));
+  args.grad_pooled = grad.data(), args.grad_mask = dm.view(), args.grad_value = dv.view();
+  kernels.unary_backward(args, host_threads(thread_count));
+
+  std::vector<double> y, got, truth_dm, truth_dv;
+  for (int64_t b = 0; b < B; ++b) {
+    std::vector<double> u(K), x(K);
+    double sum = 0, mean = 0;
+    for (int64_t j = 0; j < K; ++j) sum += u[j] = std::exp(m(b, j, 0));
+    for (int64_t j = 0; j < K; ++j) u[j] /= sum;
+    for (int64_t c = 0; c < C; ++c) {
+      double total = 0;
+      for (int64_t j = 0; j < K; ++j) total += u[j] * v(b, j, c);
+      y.push_back(total), got.push_back(number(pooled, b * C + c));
+    }
+    for (int64_t j = 0; j < K; ++j) {
+      for (int64_t c = 0; c < C; ++c) x[j] += number(grad, b * C + c) * v(b, j, c);
+      mean += u[j] * x[j];
+    }
+    for (int64_t j = 0; j < K; ++j) truth_dm.push_back(u[j] * (x[j] - mean));
+    for (int64_t j = 0; j < K; ++j)
+      for (int64_t c = 0; c < C; ++c) truth_dv.push_back(u[j] * number(grad, b * C + c));
+  }
+  const double rounding = dtype == DType::bf16 ? 4e-3 : dtype == DType::f16 ? 1e-3 : wide ? 1e-13 : 2e-6;
+  const double of_y = error(got, y), of_dm = error(values(dm), truth_dm), of_dv = error(values(dv), truth_dv);
+  CHECK(of_y < (wide ? 1e-13 : 1e-6) && (K == 1 || of_dm < rounding) && of_dv < rounding,
+        "%s unary (%ld %ld %ld) dtype %d first %d threads %d: errors %g %g %g", kernels.name, (long)B, (long)K, (long)C,
+        int(dtype), channel_first, thread_count, of_y, of_dm, of_dv);
+}
+
 // Random cases FIRST .. FIRST + COUNT - 1: a case is drawn from its number alone.
 int random_cases(int64_t count, int64_t first) {
   for (int64_t number = first; number < first + count; ++number) {
@@ -313,12 +360,17 @@ int random_cases(int64_t count, int64_t first) {
     };
     const auto size = [&] { return upto(0, 2) ? upto(1, 40) : upto(1, 150); };
     const auto positions = [&] { return upto(0, 9) ? size() : upto(300, 500); };  // several blocks
-    const Shape shape{upto(1, 4), positions(), positions(), size(), size()};
+    const int64_t queries = upto(0, 3) ? positions() : upto(1, 4);                // few have kernels of their own
+    const Shape shape{upto(1, 4), queries, positions(), size(), size()};
     const DType dtype = kTypes[upto(0, 3)];
     const bool first_channel = upto(0, 1), whiten = upto(0, 1);
     const int thread_count = static_cast<int>(upto(1, 3));
     for (const CpuKernels* kernels : dnl::all_cpu_kernels())
-      if (kernels->supported()) test_pairwise(*kernels, shape, dtype, first_channel, whiten, thread_count);
+      if (kernels->supported()) {
+        test_pairwise(*kernels, shape, dtype, first_channel, whiten, thread_count);
+        test_unary(*kernels, shape, dtype, first_channel, thread_count);
+        test_softmax(*kernels, shape.keys);
+      }
   }
   std::printf("%ld cases\n", static_cast<long>(count));
   return report();
@@ -343,9 +395,9 @@ int name_sets() {
 int main(int argc, char** argv) {
   if (argc > 1 && !std::strcmp(argv[1], "sets")) return name_sets();
   if (argc > 1) return random_cases(std::atoll(argv[1]), argc > 2 ? std::atoll(argv[2]) : 0);
-  const Shape shapes[] = {{1, 1, 1, 1, 1},     {2, 65, 63, 5, 7},     {1, 200, 390, 33, 17},
-                          {3, 7, 500, 16, 70}, {1, 400, 129, 130, 9}, {5, 20, 20, 3, 129},
-                          {1, 5, 1, 2, 3},     {1, 1, 9, 4, 4},       {2, 13, 30, 603, 6}};
+  const Shape shapes[] = {{1, 1, 1, 1, 1},       {2, 65, 63, 5, 7},   {1, 200, 390, 33, 17}, {3, 7, 500, 16, 70},
+                          {1, 400, 129, 130, 9}, {5, 20, 20, 3, 129}, {1, 5, 1, 2, 3},       {1, 1, 9, 4, 4},
+                          {2, 13, 30, 603, 6},   {2, 3, 900, 20, 70}, {3, 8, 400, 7, 33},    {1, 32, 65, 70, 5}};
   for (const CpuKernels* kernels : dnl::all_cpu_kernels()) {
     if (!kernels->supported()) continue;
     for (const Shape& shape : shapes)
@@ -360,7 +412,12 @@ int main(int argc, char** argv) {
     test_whiten(*kernels, true);
     for (int64_t group : {1, 19, 57})
       for (int options = 0; options < 4; ++options) test_standardise(*kernels, group, options & 1, options & 2);
-    for (int64_t columns : {1, 5, 256, 1000}) test_softmax(*kernels, columns);
+    for (int64_t columns : {1, 5, 256, 1000, 1100}) test_softmax(*kernels, columns);
+    for (const Shape& shape :
+         {Shape{1, 1, 1, 1, 1}, {3, 1, 5, 1, 3}, {2, 1, 200, 1, 70}, {1, 1, 77, 1, 85}, {2, 1, 1040, 1, 21}})
+      for (DType dtype : kTypes)
+        for (bool channel_first : {false, true})
+          for (int thread_count : {1, 3}) test_unary(*kernels, shape, dtype, channel_first, thread_count);
   }
   return report();
 }

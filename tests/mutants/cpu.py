@@ -8,7 +8,8 @@ from mutant import Mutant
 VEC, PACK, PRODUCT = "core/cpu/vec.h", "core/cpu/pack.h", "core/cpu/product.h"
 TILES, NEON, REDUCE = "core/cpu/amx.h", "core/cpu/neon.h", "core/cpu/reduce.h"
 FORWARD, BACKWARD = "ops/pairwise/cpu/forward.h", "ops/pairwise/cpu/backward.h"
-OPERANDS = "ops/pairwise/cpu/operands.h"
+OPERANDS, FEW = "ops/pairwise/cpu/operands.h", "ops/pairwise/cpu/few_queries.h"
+UNARY = "ops/unary/unary_cpu.h"
 
 
 def cpu(name, file, old, new, gate, mode="plain", cases=60):
@@ -88,6 +89,32 @@ MUTANTS = [
     cpu("backward: queries begin at the first block", BACKWARD,
         "return std::min(block / range_blocks * range_rows + within,", "return std::min(within,", "cpu_kernels"),
     cpu("means: positions in place of channels", REDUCE, "return i * x.position + c;", "return i + c;",
+        "cpu_kernels"),
+    # Few queries.
+    cpu("few queries: lanes without a key count", FEW, "last[j - (whole - W)] = -infinity;",
+        "last[j - (whole - W)] = 0;", "cpu_kernels", cases=200),
+    cpu("few queries: earlier blocks' sums are not rescaled", FEW, "slot.divisor[r] * double(alpha) + divisor",
+        "slot.divisor[r] + divisor", "cpu_kernels", cases=200),
+    cpu("few queries: earlier blocks' output is not rescaled", FEW, "out[l] *= alpha;", "out[l] *= 1;", "cpu_kernels",
+        cases=200),
+    cpu("few queries: the means of the first batch element for all", FEW, "      x.batch += batch;\n", "",
+        "cpu_kernels", cases=200),
+    cpu("few queries: the mean of the values is left out", FEW, "(centre ? centre[lane] : A(0))", "A(0)",
+        "cpu_kernels", cases=200),
+    # Sums.
+    cpu("lanes: what fills no round is left out", REDUCE,
+        "for (int64_t l = 0; i < count; ++i, ++l) add_to<T>(lane[l], rest[l], f(i));", "", "cpu_kernels"),
+    cpu("rows in lanes: the lanes of a row in place of the rows of a lane", REDUCE, "double(columns[l][r])",
+        "double(columns[r][l])", "cpu_kernels", cases=200),
+    cpu("weighted sums: a run is counted again in the next", REDUCE, "sum[l] += double(run[l]), run[l] = 0;",
+        "sum[l] += double(run[l]);", "cpu_kernels", cases=200),
+    cpu("weighted sums: the last position", REDUCE, "for (int64_t l = 0; i < positions; ++i, ++l)",
+        "for (int64_t l = 0; i + 1 < positions; ++i, ++l)", "cpu_kernels", cases=200),
+    # Softmax and pooling.
+    cpu("softmax: what fills up a vector counts", UNARY, "out[i] = fill;", "out[i] = 0;", "cpu_kernels"),
+    cpu("softmax: one row of a block", UNARY, "row < std::min(args.rows, (block + 1) * kRows)",
+        "row < std::min(args.rows, block * kRows + 1)", "cpu_kernels"),
+    cpu("pooling: the first weight of a block for all", UNARY, "map[j - begin] * g[c]", "map[0] * g[c]",
         "cpu_kernels"),
     # NEON.
     cpu("NEON: every product by lane 0, float32", NEON, "%2.s[%3]", "%2.s[0]", "arm_products"),

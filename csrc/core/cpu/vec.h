@@ -190,6 +190,16 @@ template <class T>
 inline Vec<T> broadcast(T x) {
   return x - Vec<T>{};
 }
+// Lane i of the result is lane i + S, in a circle.
+template <class T, int S, size_t... I>
+inline Vec<T> turned(Vec<T> x, std::index_sequence<I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(x, x, ((I + S) % kWidth<T>)...);
+#else
+  using U = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(x, typename VecOf<T>::integer{static_cast<U>((I + S) % kWidth<T>)...});
+#endif
+}
 // Transposes a square block of W x W elements of Bytes bytes: element j of row i becomes element i of row j. In
 // round S = 1, 2, 4, ... rows S apart exchange every other run of S elements.
 template <int Bytes>
@@ -283,6 +293,15 @@ inline V less(V a, V b) {
 template <class V>
 inline V vmax(V a, V b) {
   return greater(b, a);
+}
+// The largest of all lanes.
+template <class T, int S = kWidth<T> / 2>
+inline T largest_lane(Vec<T> x) {
+  x = vmax(x, turned<T, S>(x, std::make_index_sequence<kWidth<T>>()));
+  if constexpr (S > 1)
+    return largest_lane<T, S / 2>(x);
+  else
+    return x[0];
 }
 
 // 2^x of an x that is not positive, with relative error under 2e-7 (float) and 3e-16 (double). Below the normal range

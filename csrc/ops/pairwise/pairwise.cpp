@@ -9,22 +9,23 @@ using PairwiseBackwardResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 std::tuple<Tensor, Tensor> unary_forward_cpu(const Tensor& mask_logits, const Tensor& value);
 
-static Tensor workspace_of(const Tensor& like, size_t bytes) {
-  return empty(like, {static_cast<int64_t>(bytes)}, ScalarType::Byte);
+// Sixteen multiply-adds take as long as reading an element.
+static Executor threads_for(const PairwiseArgs& args) {
+  return torch_threads(double(args.batches) * args.keys * (args.width + args.channels) * (1 + args.queries / 16.0));
 }
 
 static void run_forward(const PairwiseCall& call, const Tensor& query) {
   if (call.empty()) return;
-  const Executor executor = torch_threads();
-  const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_forward_workspace(call.args, executor));
-  cpu_kernels().pairwise_forward(call.args, workspace.data_ptr(), executor);
+  const Executor executor = threads_for(call.args);
+  const Workspace workspace(query, cpu_kernels().pairwise_forward_workspace(call.args, executor));
+  cpu_kernels().pairwise_forward(call.args, workspace.data(), executor);
 }
 
 static void run_backward(PairwiseCall& call, const Tensor& query) {
   if (call.empty()) return call.clear_gradients();
-  const Executor executor = torch_threads();
-  const Tensor workspace = workspace_of(query, cpu_kernels().pairwise_backward_workspace(call.args, executor));
-  cpu_kernels().pairwise_backward(call.args, workspace.data_ptr(), executor);
+  const Executor executor = threads_for(call.args);
+  const Workspace workspace(query, cpu_kernels().pairwise_backward_workspace(call.args, executor));
+  cpu_kernels().pairwise_backward(call.args, workspace.data(), executor);
 }
 
 PairwiseForwardResult pairwise_forward_cpu(const Tensor& query, const Tensor& key, const Tensor& value,

@@ -71,7 +71,7 @@ struct PairwiseCall {
     output = empty_like_layout(query, leading(query, 1) + std::initializer_list<int64_t>{value.size(-1)});
     stats = dnl::empty(query, leading(query, 1) + std::initializer_list<int64_t>{2}, accumulate_type(query));
     residual = save_residual && query.element_size() == 2 ? empty_like_layout(query, sizes_of(output))
-                                                          : absent(query, query.scalar_type());
+                                                          : absent(query, type_of(query));
     if (!mask_logits) {
       pooled = absent(query, accumulate_type(query));
       mask_lse = absent(query, accumulate_type(query));
@@ -120,12 +120,11 @@ struct PairwiseCall {
       pooled = made_contiguous(pooled);
       mask_lse = made_contiguous(mask_lse);
     }
-    grad_query = need_query ? empty_like_layout(query, sizes_of(query)) : absent(query, query.scalar_type());
-    grad_key = need_key ? empty_like_layout(key, sizes_of(key)) : absent(query, query.scalar_type());
-    grad_value = need_value ? empty_like_layout(value, sizes_of(value)) : absent(query, query.scalar_type());
+    grad_query = need_query ? empty_like_layout(query, sizes_of(query)) : absent(query, type_of(query));
+    grad_key = need_key ? empty_like_layout(key, sizes_of(key)) : absent(query, type_of(query));
+    grad_value = need_value ? empty_like_layout(value, sizes_of(value)) : absent(query, type_of(query));
     need_mask = need_mask && mask_logits.has_value();
-    grad_mask =
-        need_mask ? empty_like_layout(*mask_logits, sizes_of(*mask_logits)) : absent(query, query.scalar_type());
+    grad_mask = need_mask ? empty_like_layout(*mask_logits, sizes_of(*mask_logits)) : absent(query, type_of(query));
     set(query, key, value, scale);
     grad_output_.set(grad_output);
     args.grad_output = grad_output_.view;
@@ -152,8 +151,8 @@ struct PairwiseCall {
                const Tensor& row_stats, const Tensor& delta, double scale, bool need_query, bool need_key,
                bool need_value)
       : PairwiseCall(grad_output, query, key, value, std::nullopt, grad_output, row_stats,
-                     absent(query, query.scalar_type()), row_stats, row_stats, scale, std::nullopt, need_query,
-                     need_key, need_value, false) {
+                     absent(query, type_of(query)), row_stats, row_stats, scale, std::nullopt, need_query, need_key,
+                     need_value, false) {
     check_saved("delta", delta, "query", query, leading(query, 1));
     delta_ = made_contiguous(delta);
     args.part = true;

@@ -1,7 +1,6 @@
 // Row softmax, and unary attention, on the CPU.
 //
-// Softmax: a task owns a row and reads it in blocks through a small buffer of accumulators, whatever its stride: once
-// for the maximum and the sum together (rescaling the sum when the maximum grows), once to write.
+// Softmax: a row is read once, whatever its stride, into a buffer of accumulators, where it becomes exponentials.
 // Pooling: the map u is one row; it is held in full (Nk accumulators) and the values stream past it once.
 #pragma once
 
@@ -23,30 +22,37 @@ struct Buffer {
   Buffer& operator=(const Buffer&) = delete;
 };
 
-constexpr int64_t kRowBlock = 256;
-static_assert(kRowBlock % kWidth<float> == 0 && kRowBlock % kWidth<double> == 0, "blocks hold whole vectors");
-
+// x, `stride` apart, widened into `out`, which has room for whole vectors: filled up with `fill`.
 template <class T>
-inline int64_t gather(const T* x, int64_t stride, int64_t begin, int64_t count, Acc<T> fill, Acc<T>* buffer) {
-  const int64_t n = std::min(kRowBlock, count - begin);
+inline void gather(const T* x, int64_t stride, int64_t count, Acc<T> fill, Acc<T>* out) {
   if (stride == 1) {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = widen(x[begin + i]);
+    for (int64_t i = 0; i < count; ++i) out[i] = widen(x[i]);
   } else {
-    for (int64_t i = 0; i < n; ++i) buffer[i] = widen(x[(begin + i) * stride]);
+    for (int64_t i = 0; i < count; ++i) out[i] = widen(x[i * stride]);
   }
-  for (int64_t i = n; i < kRowBlock; ++i) buffer[i] = fill;
-  return n;
+  for (int64_t i = count; i < round_up(count, kWidth<Acc<T>>); ++i) out[i] = fill;
 }
 
-// e^(block - offset), in place. The offset is taken off first: a shift that all logits share then costs no digits.
+// e^(row - offset) in place, and their sum. The offset is taken off first: a shift that all logits share then costs no
+// digits. Sums of short runs first: in one running sum small ones would be rounded away.
 template <class A>
-inline void exponentials(A* block, A offset) {
-  for (int64_t i = 0; i < kRowBlock; i += kWidth<A>)
-    store(block + i, exp2((load(block + i) - broadcast(offset)) * kLog2e<A>));
+inline double exponentials(A* row, int64_t count, A offset) {
+  constexpr int64_t W = kWidth<A>, kRun = 16 * W;
+  double sum[W] = {};
+  for (int64_t first = 0; first < count; first += kRun) {
+    Vec<A> run{};
+    for (int64_t i = first; i < std::min(count, first + kRun); i += W) {
+      const Vec<A> e = exp2((load(row + i) - broadcast(offset)) * kLog2e<A>);
+      store(row + i, e);
+      run += e;
+    }
+    for (int64_t l = 0; l < W; ++l) sum[l] += double(run[l]);
+  }
+  return sum_of_lanes<W>(sum);
 }
 
-// Maximum of a row and the sum of e^(x_i - most). NaN in the row, or a row of -inf, makes the sum NaN.
-// Probabilities are divided by this sum rather than shifted by the lse, whose rounding all of them would share.
+// Maximum of a row and the sum of e^(x_i - most), which `row` holds. NaN in the row, or a row of -inf, makes the sum
+// NaN.
 template <class A>
 struct RowStatistics {
   A most;
@@ -56,43 +62,40 @@ struct RowStatistics {
 };
 
 template <class T>
-inline RowStatistics<Acc<T>> row_statistics(const T* x, int64_t stride, int64_t count) {
+inline RowStatistics<Acc<T>> row_exponentials(const T* x, int64_t stride, int64_t count, Acc<T>* row) {
   using A = Acc<T>;
   const A infinity = std::numeric_limits<A>::infinity();
-  alignas(64) A block[kRowBlock];
-  A most = -infinity;
-  double sum = 0;
-  for (int64_t begin = 0; begin < count; begin += kRowBlock) {
-    gather(x, stride, begin, count, -infinity, block);
-    Vec<A> largest = broadcast(-infinity);
-    for (int64_t i = 0; i < kRowBlock; i += kWidth<A>) largest = vmax(largest, load(block + i));
-    A grown = most;
-    for (int i = 0; i < kWidth<A>; ++i) grown = std::max(grown, A(largest[i]));
-    if (grown > most) {
-      sum *= std::exp(double(most) - double(grown));
-      most = grown;
-    }
-    exponentials(block, most == -infinity ? A(0) : most);
-    Vec<A> total{};
-    for (int64_t i = 0; i < kRowBlock; i += kWidth<A>) total += load(block + i);
-    for (int i = 0; i < kWidth<A>; ++i) sum += double(total[i]);
+  gather(x, stride, count, -infinity, row);
+  Vec<A> largest = broadcast(-infinity);
+  for (int64_t i = 0; i < count; i += kWidth<A>) largest = vmax(largest, load(row + i));
+  const A most = largest_lane<A>(largest);
+  if (most == -infinity) {
+    const A nan = std::numeric_limits<A>::quiet_NaN();
+    std::fill(row, row + count, nan);
+    return {A(0), nan};
   }
-  if (most == -infinity) return {A(0), std::numeric_limits<double>::quiet_NaN()};
-  return {most, sum};
+  return {most, exponentials(row, count, most)};
 }
 
 template <class T>
 void softmax_typed(const SoftmaxArgs& args, const Executor& executor) {
-  executor.parallel(args.rows, [&](int64_t row) {
-    const T* x = element<T>(args.input, row);
-    T* out = static_cast<T*>(args.output.data) + args.output.batch[row];
-    const auto statistics = row_statistics(x, args.input.position, args.columns);
-    const Acc<T> factor = static_cast<Acc<T>>(1 / statistics.sum);
-    alignas(64) Acc<T> block[kRowBlock];
-    for (int64_t begin = 0; begin < args.columns; begin += kRowBlock) {
-      const int64_t n = gather(x, args.input.position, begin, args.columns, Acc<T>(0), block);
-      exponentials(block, statistics.most);
-      for (int64_t i = 0; i < n; ++i) out[(begin + i) * args.output.position] = narrow<T>(block[i] * factor);
+  using A = Acc<T>;
+  // Rows of a block share a buffer, which is memory only where rows are long.
+  constexpr int64_t kShort = 1024, kRows = 8;
+  const int64_t room = round_up(args.columns, kWidth<A>);
+  executor.parallel(ceil_div(args.rows, kRows), [&](int64_t block) {
+    alignas(64) A small[kShort];
+    const Buffer<A> large(room > kShort ? room : 0);
+    A* const values = room > kShort ? large.data : small;
+    for (int64_t row = block * kRows; row < std::min(args.rows, (block + 1) * kRows); ++row) {
+      T* out = static_cast<T*>(args.output.data) + args.output.batch[row];
+      const auto statistics = row_exponentials(element<T>(args.input, row), args.input.position, args.columns, values);
+      const A factor = static_cast<A>(1 / statistics.sum);
+      if (args.output.position == 1) {
+        for (int64_t i = 0; i < args.columns; ++i) out[i] = narrow<T>(values[i] * factor);
+      } else {
+        for (int64_t i = 0; i < args.columns; ++i) out[i * args.output.position] = narrow<T>(values[i] * factor);
+      }
     }
   });
 }
@@ -105,15 +108,17 @@ void softmax_backward_typed(const SoftmaxArgs& args, const Executor& executor) {
     const T* p = element<T>(args.probability, row);
     T* out = static_cast<T*>(args.output.data) + args.output.batch[row];
     const int64_t gs = args.input.position, ps = args.probability.position, os = args.output.position;
-    double lane[kReduceLanes] = {}, dot = 0;
-    int64_t i = 0;
-    if (gs == 1 && ps == 1)
-      for (; i + kReduceLanes <= args.columns; i += kReduceLanes)
-        for (int64_t l = 0; l < kReduceLanes; ++l) lane[l] += double(widen(grad[i + l])) * double(widen(p[i + l]));
-    for (; i < args.columns; ++i) dot += double(widen(grad[i * gs])) * double(widen(p[i * ps]));
-    for (double value : lane) dot += value;
+    const auto product = [&](int64_t i) { return double(widen(grad[i * gs])) * double(widen(p[i * ps])); };
+    const auto adjacent = [&](int64_t i) { return double(widen(grad[i])) * double(widen(p[i])); };
+    const bool together = gs == 1 && ps == 1;
+    const double dot = together ? lane_sum<T>(args.columns, adjacent) : lane_sum<T>(args.columns, product);
     const Acc<T> mean = static_cast<Acc<T>>(dot);
-    for (i = 0; i < args.columns; ++i) out[i * os] = narrow<T>(widen(p[i * ps]) * (widen(grad[i * gs]) - mean));
+    if (together && os == 1) {
+      for (int64_t i = 0; i < args.columns; ++i) out[i] = narrow<T>(widen(p[i]) * (widen(grad[i]) - mean));
+    } else {
+      for (int64_t i = 0; i < args.columns; ++i)
+        out[i * os] = narrow<T>(widen(p[i * ps]) * (widen(grad[i * gs]) - mean));
+    }
   });
 }
 
@@ -122,31 +127,29 @@ void softmax_backward_typed(const SoftmaxArgs& args, const Executor& executor) {
 template <class T>
 void unary_map(const View& mask, const Acc<T>* lse, int64_t batches, int64_t keys, Acc<T>* u,
                const Executor& executor) {
+  using A = Acc<T>;
+  const int64_t room = round_up(keys, kWidth<A>);
   executor.parallel(batches, [&](int64_t b) {
-    alignas(64) Acc<T> block[kRowBlock];
-    Acc<T>* map = u + b * keys;
-    double sum = 0;
-    for (int64_t begin = 0; begin < keys; begin += kRowBlock) {
-      const int64_t n = gather(element<T>(mask, b), mask.position, begin, keys, Acc<T>(0), block);
-      exponentials(block, lse[b]);
-      std::copy(block, block + n, map + begin);
-      sum += lane_sum<T>(n, [&](int64_t j) { return double(map[begin + j]); });
-    }
-    const Acc<T> factor = static_cast<Acc<T>>(1 / sum);
-    for (int64_t j = 0; j < keys; ++j) map[j] *= factor;
+    const Buffer<A> row(room);
+    gather(element<T>(mask, b), mask.position, keys, -std::numeric_limits<A>::infinity(), row.data);
+    const A factor = static_cast<A>(1 / exponentials(row.data, keys, lse[b]));
+    for (int64_t j = 0; j < keys; ++j) u[b * keys + j] = row.data[j] * factor;
   });
 }
 
 template <class T>
 void unary_forward_typed(const UnaryArgs& args, const Executor& executor) {
   using A = Acc<T>;
-  A* lse = static_cast<A*>(args.lse);
+  const int64_t room = round_up(args.keys, kWidth<A>);
+  const Buffer<A> u(args.batches * room);
   executor.parallel(args.batches, [&](int64_t b) {
-    lse[b] = row_statistics(element<T>(args.mask, b), args.mask.position, args.keys).lse();
+    A* row = u.data + b * room;
+    const auto statistics = row_exponentials(element<T>(args.mask, b), args.mask.position, args.keys, row);
+    static_cast<A*>(args.lse)[b] = statistics.lse();
+    const A factor = static_cast<A>(1 / statistics.sum);
+    for (int64_t j = 0; j < args.keys; ++j) row[j] *= factor;
   });
-  const Buffer<A> u(args.batches * args.keys);
-  unary_map<T>(args.mask, lse, args.batches, args.keys, u.data, executor);
-  all_column_sums<T>(args.value, args.batches, args.keys, args.channels, u.data, args.keys, 1.0,
+  all_column_sums<T>(args.value, args.batches, args.keys, args.channels, u.data, room, 1.0,
                      static_cast<A*>(args.pooled), executor);
 }
 
@@ -162,8 +165,12 @@ void unary_mask_gradient(const UnaryArgs& args, const Acc<T>* u, const Executor&
     const int64_t b = task / blocks, begin = task % blocks * kReduceBlock;
     const A* g = grad_pooled + b * args.channels;
     const T* v = element<T>(args.value, b);
-    row_sums(v, args.value, begin, std::min(args.keys, begin + kReduceBlock), args.channels,
-             dot.data + b * args.keys + begin, [&](double x, int64_t c) { return double(g[c]) * x; });
+    const int64_t end = std::min(args.keys, begin + kReduceBlock);
+    double* out = dot.data + b * args.keys + begin;
+    if constexpr (std::is_same_v<T, double>)
+      row_sums(v, args.value, begin, end, args.channels, out, [&](double x, int64_t c) { return g[c] * x; });
+    else
+      weighted_row_differences(v, args.value, begin, end, args.channels, g, out);
   });
   executor.parallel(args.batches, [&](int64_t b) {
     const A* map = u + b * args.keys;
@@ -192,6 +199,11 @@ void unary_backward_typed(const UnaryArgs& args, const Executor& executor) {
     const int64_t end = std::min(args.keys, begin + kReduceBlock);
     T* dv = static_cast<T*>(out.data) + out.batch[b];
     const A *map = u.data + b * args.keys + begin, *g = grad_pooled + b * args.channels;
+    if (out.channel == 1) {
+      for (int64_t j = begin; j < end; ++j)
+        for (int64_t c = 0; c < args.channels; ++c) dv[j * out.position + c] = narrow<T>(map[j - begin] * g[c]);
+      return;
+    }
     write_lanes(dv + begin * out.position, out.channel, out.position, args.channels, end - begin,
                 [=](int64_t c) { return [map, factor = g[c]](int64_t j) { return narrow<T>(map[j] * factor); }; });
   });

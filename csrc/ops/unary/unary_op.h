@@ -76,10 +76,9 @@ struct UnaryCall {
     pooled = made_contiguous(pooled);
     lse = made_contiguous(lse);
     const Sizes absent = lead + std::initializer_list<int64_t>{0};
-    grad_mask = need_mask ? empty_like_layout(mask_logits, sizes_of(mask_logits))
-                          : dnl::empty(value, absent, value.scalar_type());
-    grad_value =
-        need_value ? empty_like_layout(value, sizes_of(value)) : dnl::empty(value, absent, value.scalar_type());
+    grad_mask =
+        need_mask ? empty_like_layout(mask_logits, sizes_of(mask_logits)) : dnl::empty(value, absent, type_of(value));
+    grad_value = need_value ? empty_like_layout(value, sizes_of(value)) : dnl::empty(value, absent, type_of(value));
     set(mask_logits, value);
     args.grad_pooled = grad_pooled_->data_ptr();
     if (need_mask) {

@@ -83,18 +83,27 @@ void standardise_ordered(const StandardiseArgs& args, double* workspace, const E
       factors[c - begin] = args.rstd ? static_cast<const A*>(args.rstd)[column / args.group] : A(1);
       slopes[c - begin] = y ? static_cast<A>(second[column]) : A(0);
     }
-    const auto write = [&](int64_t i, int64_t c) {
-      A value = input(x, i, c) - means[c - begin];
-      if (y) value -= slopes[c - begin] * result(y, i, c);
-      out[Order::at(args.output, i, c)] = narrow<T>(value * factors[c - begin]);
+    // One loop for each of the formulas: a compiler vectorises none that chooses between them.
+    const auto write = [&](const auto& value) {
+      const auto at = [&](int64_t i, int64_t c) {
+        out[Order::at(args.output, i, c)] = narrow<T>(value(i, c, means[c - begin], factors[c - begin]));
+      };
+      if constexpr (Order::kChannelOutside) {
+        for (int64_t c = begin; c < end; ++c)
+          for (int64_t i = 0; i < args.positions; ++i) at(i, c);
+      } else {
+        for (int64_t i = 0; i < args.positions; ++i)
+          for (int64_t c = begin; c < end; ++c) at(i, c);
+      }
     };
-    if constexpr (Order::kChannelOutside) {
-      for (int64_t c = begin; c < end; ++c)
-        for (int64_t i = 0; i < args.positions; ++i) write(i, c);
-    } else {
-      for (int64_t i = 0; i < args.positions; ++i)
-        for (int64_t c = begin; c < end; ++c) write(i, c);
-    }
+    if (!args.rstd)
+      write([&](int64_t i, int64_t c, A mean, A) { return input(x, i, c) - mean; });
+    else if (!y)
+      write([&](int64_t i, int64_t c, A mean, A factor) { return (input(x, i, c) - mean) * factor; });
+    else
+      write([&](int64_t i, int64_t c, A mean, A factor) {
+        return (input(x, i, c) - mean - slopes[c - begin] * result(y, i, c)) * factor;
+      });
   });
 }
 

@@ -7,18 +7,22 @@
 
 namespace dnl {
 
+template <class Args>
+static Executor threads_for(const Args& args) {
+  return torch_threads(double(args.batches) * args.positions * args.channels);
+}
+
 Tensor mean_subtract_cpu(const Tensor& x, int64_t dim) {
   WhitenCall call(x, dim);
   if (call.empty()) return call.output;
-  cpu_kernels().whiten(call.args, torch_threads());
+  cpu_kernels().whiten(call.args, threads_for(call.args));
   return call.output;
 }
 
 static void run(const StandardiseCall& call) {
   if (call.empty()) return;
-  const Tensor workspace =
-      dnl::empty(call.output, {cpu_kernels().standardise_workspace(call.args)}, ScalarType::Double);
-  cpu_kernels().standardise(call.args, static_cast<double*>(workspace.data_ptr()), torch_threads());
+  const Workspace workspace(call.output, cpu_kernels().standardise_workspace(call.args) * sizeof(double));
+  cpu_kernels().standardise(call.args, static_cast<double*>(workspace.data()), threads_for(call.args));
 }
 
 std::tuple<Tensor, Tensor> whiten_forward_cpu(const Tensor& x, const std::string& name, int64_t apart, double eps) {
