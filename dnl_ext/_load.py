@@ -61,4 +61,20 @@ else:
         without = "or set DNL_EXT_KERNELS=off to run it as plain PyTorch"
         raise ImportError(f"{reason}; {REBUILD}, {without} ({error})") from error
 
+
+def _route_errors() -> None:
+    """Choose how errors of operators get to Python with their types: the first route that this torch knows."""
+    for route in ("registered", "pybind", "torch"):
+        _C.route_errors(route)
+        try:
+            torch.ops.dnl_ext.softmax(torch.empty(0, dtype=torch.complex64))
+        except NotImplementedError:
+            return
+        except RuntimeError:
+            continue
+
+
+if not LEFT_OUT:
+    _route_errors()
+
 __all__ = ["LEFT_OUT", "_C"]

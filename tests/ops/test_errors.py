@@ -9,9 +9,10 @@ Wrong shapes are in test_errors_of_shape.py, wrong options in test_errors_of_opt
 import pytest
 import torch
 from calls import CALLS, EVERY_CALL, call, expect, says, several, tensors, with_fault
-from toolchain import TORCH
+from toolchain import TORCH, needs_kernels
 
 import dnl_ext
+from dnl_ext import _load
 from dnl_ext._load import LEFT_OUT
 
 
@@ -122,3 +123,32 @@ def test_memory_that_there_is_not_is_refused_with_torch_s_own_words():
     with pytest.raises(RuntimeError) as torchs:
         torch.empty(2**40, 2**10)
     assert type(ours.value) is type(torchs.value)
+
+
+@needs_kernels
+class TestRoutesToPython:
+    """How errors get from the kernels to Python (csrc/core/python_errors.h), whichever this torch takes."""
+
+    WRONG = ((torch.int64, ValueError), (torch.complex64, NotImplementedError))
+
+    @pytest.fixture(autouse=True)
+    def chosen(self):
+        yield
+        _load._route_errors()
+
+    @pytest.mark.parametrize("route", ["registered", "pybind", "torch"])
+    def test_one_keeps_types_and_all_keep_texts(self, route):
+        _load._C.route_errors(route)
+        keeps = route == "torch" if TORCH >= (2, 15) else route == "pybind"
+        for dtype, error in self.WRONG:
+            with pytest.raises((error, RuntimeError), match=r"^x: expected") as raised:
+                torch.ops.dnl_ext.softmax(torch.zeros(3, dtype=dtype))
+            assert not keeps or raised.type is error
+
+    def test_the_chosen_one_keeps_types(self):
+        _load._C.route_errors("torch" if TORCH < (2, 15) else "pybind")  # which does not
+        _load._route_errors()
+        for dtype, error in self.WRONG:
+            with pytest.raises(error, match=r"^x: expected") as raised:
+                torch.ops.dnl_ext.softmax(torch.zeros(3, dtype=dtype))
+            assert raised.type is error
