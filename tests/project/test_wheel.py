@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 
 import pytest
 import toolchain
@@ -167,6 +168,20 @@ def test_a_wheel_names_the_pythons_that_it_has_a_module_for(others, tmp_path):
     taken = packaging_tags.parse_tag(f"{python}-{abi}-{platform}")
     for minor, takes in ((9, True), (10, True), (14, True), (sys.version_info[1], True), (15, False)):
         assert any(tag in taken for tag in packaging_tags.cpython_tags((3, minor), platforms=[platform])) is takes
+
+
+def test_a_python_that_a_wheel_has_no_module_for_is_told_so(tmp_path):
+    shutil.copytree(
+        PACKAGE, tmp_path / "dnl_ext", ignore=shutil.ignore_patterns("*.so", "_left_out.txt", "__pycache__")
+    )
+    (tmp_path / "dnl_ext/_C.cpython-39-x86_64-linux-gnu.so").touch()
+    paths = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
+    environment = {**os.environ, "PYTHONPATH": paths, "DNL_EXT_KERNELS": "on"}
+    command = [sys.executable, "-S", "-c", "import dnl_ext"]  # without what an editable installation adds
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    own = importlib.machinery.EXTENSION_SUFFIXES[0].split(".")[1]
+    words = f"ImportError: dnl_ext._C was built for cpython-39-x86_64-linux-gnu, and this Python is {own}; rebuild it"
+    assert done.returncode == 1 and words in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------------------
