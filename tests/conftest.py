@@ -19,7 +19,7 @@ def pytest_addoption(parser):
 def is_emulated(item):
     """Whether a test builds the emulated operators."""
     device = item.callspec.params.get("device") if hasattr(item, "callspec") else None
-    return "emulated_library" in item.fixturenames or device == "emulated"
+    return not {"emulated_library", "emulated"}.isdisjoint(item.fixturenames) or device == "emulated"
 
 
 def pytest_collection_modifyitems(config, items):

@@ -12,8 +12,12 @@ import compilers
 import cuda_model.sass
 import pytest
 import routes
+import torch
 
 from dnl_ext._load import LEFT_OUT
+
+#: The release of torch, as (2, 13). Where a limit of torch ends or begins, tests and docs/platforms.md name it.
+TORCH = tuple(int(part) for part in re.findall(r"\d+", torch.__version__)[:2])
 
 DEV = 'pip install -e ".[dev]"'
 WITHOUT_KERNELS = f"is about kernels, which are left out: {LEFT_OUT}"

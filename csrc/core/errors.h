@@ -1,4 +1,4 @@
-// Errors an operator may raise; csrc/bindings.cpp maps each to the Python exception of its name.
+// Errors an operator may raise; core/python_errors.h maps each to the Python exception of its name.
 // ValueError is std::invalid_argument, which pybind11 maps without our help. OutOfMemoryError is torch's: of a GPU.
 #pragma once
 

@@ -15,6 +15,7 @@
 #include <tuple>
 #include <vector>
 
+#include "core/boxed.h"
 #include "core/errors.h"
 #include "core/torch_errors.h"
 #include "core/types.h"

@@ -1,4 +1,4 @@
-"""The command line, ``python -m dnl_ext``. Its packages come with the extra ``dnl_ext[cli]``.
+"""The command line, ``python -m dnl_ext``. Its packages come with the extra ``dnl_ext[cli]``; ``doctor`` needs none.
 
 One file per command; `app` finds them by name and imports a command's file when the command is used.
 """
@@ -30,6 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: 2
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    words = sys.argv[1:] if arguments is None else arguments
+    if missing and list(words[:1]) == ["doctor"]:
+        from . import health
+
+        sys.exit(health.main(words[1:]))
     if missing:
         print(f'dnl_ext: {", ".join(missing)} not found; pip install "dnl_ext[cli]"', file=sys.stderr)
         sys.exit(2)

@@ -12,7 +12,7 @@ import torch
 from blocks import BLOCKS, dimensions, make_input, run, scramble
 from cases import ARGUMENTS, ATTENTION
 from inputs import function, make
-from toolchain import CMAKE, needs_aot, needs_binutils, needs_cmake, needs_compiler
+from toolchain import CMAKE, TORCH, needs_aot, needs_binutils, needs_cmake, needs_compiler
 from torch.export import Dim
 
 import dnl_ext
@@ -49,7 +49,9 @@ class Call(torch.nn.Module):
 def export_block(block, dims, dtype=torch.float64):
     """A block for any batch and any spatial size."""
     x = make_input(dims, batch=2, spatial=SPATIAL[dims][0], dtype=dtype).detach()
-    sizes = {axis: Dim(AXES[axis]) for axis in (0, *range(2, dims + 2))}
+    # Torch 2.10 wants to know that the length times the channels of a Conv1d is below 2^31.
+    bound = {"max": 2**28 - 1} if dims == 1 and TORCH == (2, 10) else {}
+    sizes = {0: Dim(AXES[0])} | {axis: Dim(AXES[axis], **bound) for axis in range(2, dims + 2)}
     return torch.export.export(block, (x,), dynamic_shapes=(sizes,))
 
 

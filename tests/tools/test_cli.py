@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from test_train import assert_same
 from typer.testing import CliRunner
 
 from dnl_ext import cli
+from dnl_ext.cli import health
 from dnl_ext.cli.app import COMMANDS, app
 from dnl_ext.segmentation.training import checkpoint
 
@@ -87,6 +89,30 @@ class TestApp:
             cli.main()
         assert stopped.value.code == 2
         assert capsys.readouterr().err == 'dnl_ext: no_such_package not found; pip install "dnl_ext[cli]"\n'
+
+    def test_doctor_needs_torch_alone(self, monkeypatch, capsys):
+        """As right after `pip install` of a wheel."""
+        monkeypatch.setattr(cli, "PACKAGES", ("no_such_package",))
+        for arguments, code in ((["--json", "--device", "cpu"], 0), (["--dtype", "int8"], 2), (["--fly"], 2)):
+            with pytest.raises(SystemExit) as stopped:
+                cli.main(["doctor", *arguments])
+            assert stopped.value.code == code
+        out, err = capsys.readouterr()
+        assert json.loads(out)["ok"] and "error: dtype: expected one of" in err
+
+    def test_doctor_imports_torch_alone(self):
+        code = "import sys; from dnl_ext.cli import health; health.self_check(); "
+        code += "print([name for name in ('typer', 'rich', 'PIL', 'matplotlib', 'skimage') if name in sys.modules])"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout == "[]\n"
+
+    def test_options_of_doctor_are_the_same_without_typer(self, capsys):
+        command = typer.main.get_command(app).get_command(None, "doctor")
+        with pytest.raises(SystemExit):
+            health.main(["--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert set(re.findall(r"--\w+", text)) == {"--help"} | {option for p in command.params for option in p.opts}
+        assert all(" ".join(parameter.help.split()) in text for parameter in command.params)
 
     def test_library_needs_no_command_line_packages(self):
         code = "import sys, dnl_ext; sys.exit(any(name in sys.modules for name in ('typer', 'matplotlib', 'skimage')))"

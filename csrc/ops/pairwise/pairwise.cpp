@@ -71,8 +71,8 @@ PairwiseCall::PartBackward pairwise_part_backward_cpu(const Tensor& grad_output,
 }  // namespace dnl
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
-  m.impl("pairwise_forward", TORCH_BOX(&dnl::pairwise_forward_cpu));
-  m.impl("pairwise_backward", TORCH_BOX(&dnl::pairwise_backward_cpu));
-  m.impl("pairwise_part_forward", TORCH_BOX(&dnl::pairwise_part_forward_cpu));
-  m.impl("pairwise_part_backward", TORCH_BOX(&dnl::pairwise_part_backward_cpu));
+  m.impl("pairwise_forward", DNL_BOX(&dnl::pairwise_forward_cpu));
+  m.impl("pairwise_backward", DNL_BOX(&dnl::pairwise_backward_cpu));
+  m.impl("pairwise_part_forward", DNL_BOX(&dnl::pairwise_part_forward_cpu));
+  m.impl("pairwise_part_backward", DNL_BOX(&dnl::pairwise_part_backward_cpu));
 }

@@ -93,8 +93,8 @@ PairwiseCall::PartBackward pairwise_part_backward_on_cuda(const Tensor& grad_out
 }  // namespace dnl
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CUDA, m) {
-  m.impl("pairwise_forward", TORCH_BOX(&dnl::pairwise_forward_on_cuda));
-  m.impl("pairwise_backward", TORCH_BOX(&dnl::pairwise_backward_on_cuda));
-  m.impl("pairwise_part_forward", TORCH_BOX(&dnl::pairwise_part_forward_on_cuda));
-  m.impl("pairwise_part_backward", TORCH_BOX(&dnl::pairwise_part_backward_on_cuda));
+  m.impl("pairwise_forward", DNL_BOX(&dnl::pairwise_forward_on_cuda));
+  m.impl("pairwise_backward", DNL_BOX(&dnl::pairwise_backward_on_cuda));
+  m.impl("pairwise_part_forward", DNL_BOX(&dnl::pairwise_part_forward_on_cuda));
+  m.impl("pairwise_part_backward", DNL_BOX(&dnl::pairwise_part_backward_on_cuda));
 }

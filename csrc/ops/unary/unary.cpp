@@ -39,8 +39,8 @@ std::tuple<Tensor, Tensor> unary_backward_cpu(const Tensor& grad_pooled, const T
 }  // namespace dnl
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
-  m.impl("softmax", TORCH_BOX(&dnl::softmax_cpu));
-  m.impl("softmax_backward", TORCH_BOX(&dnl::softmax_backward_cpu));
-  m.impl("unary_forward", TORCH_BOX(&dnl::unary_forward_cpu));
-  m.impl("unary_backward", TORCH_BOX(&dnl::unary_backward_cpu));
+  m.impl("softmax", DNL_BOX(&dnl::softmax_cpu));
+  m.impl("softmax_backward", DNL_BOX(&dnl::softmax_backward_cpu));
+  m.impl("unary_forward", DNL_BOX(&dnl::unary_forward_cpu));
+  m.impl("unary_backward", DNL_BOX(&dnl::unary_backward_cpu));
 }

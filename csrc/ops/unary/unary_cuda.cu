@@ -48,8 +48,8 @@ std::tuple<Tensor, Tensor> unary_backward_on_cuda(const Tensor& grad_pooled, con
 }  // namespace dnl
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CUDA, m) {
-  m.impl("softmax", TORCH_BOX(&dnl::softmax_on_cuda));
-  m.impl("softmax_backward", TORCH_BOX(&dnl::softmax_backward_on_cuda));
-  m.impl("unary_forward", TORCH_BOX(&dnl::unary_forward_on_cuda));
-  m.impl("unary_backward", TORCH_BOX(&dnl::unary_backward_on_cuda));
+  m.impl("softmax", DNL_BOX(&dnl::softmax_on_cuda));
+  m.impl("softmax_backward", DNL_BOX(&dnl::softmax_backward_on_cuda));
+  m.impl("unary_forward", DNL_BOX(&dnl::unary_forward_on_cuda));
+  m.impl("unary_backward", DNL_BOX(&dnl::unary_backward_on_cuda));
 }

@@ -41,7 +41,7 @@ Tensor whiten_backward_cpu(const Tensor& grad_output, const Tensor& output, cons
 }  // namespace dnl
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CPU, m) {
-  m.impl("mean_subtract", TORCH_BOX(&dnl::mean_subtract_cpu));
-  m.impl("whiten_forward", TORCH_BOX(&dnl::whiten_forward_cpu));
-  m.impl("whiten_backward", TORCH_BOX(&dnl::whiten_backward_cpu));
+  m.impl("mean_subtract", DNL_BOX(&dnl::mean_subtract_cpu));
+  m.impl("whiten_forward", DNL_BOX(&dnl::whiten_forward_cpu));
+  m.impl("whiten_backward", DNL_BOX(&dnl::whiten_backward_cpu));
 }

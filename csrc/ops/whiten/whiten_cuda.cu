@@ -40,7 +40,7 @@ Tensor whiten_backward_on_cuda(const Tensor& grad_output, const Tensor& output, 
 }  // namespace dnl
 
 STABLE_TORCH_LIBRARY_IMPL(dnl_ext, CUDA, m) {
-  m.impl("mean_subtract", TORCH_BOX(&dnl::mean_subtract_cuda));
-  m.impl("whiten_forward", TORCH_BOX(&dnl::whiten_forward_on_cuda));
-  m.impl("whiten_backward", TORCH_BOX(&dnl::whiten_backward_on_cuda));
+  m.impl("mean_subtract", DNL_BOX(&dnl::mean_subtract_cuda));
+  m.impl("whiten_forward", DNL_BOX(&dnl::whiten_forward_on_cuda));
+  m.impl("whiten_backward", DNL_BOX(&dnl::whiten_backward_on_cuda));
 }
