@@ -241,6 +241,12 @@ class TestTrainErrors:
         (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
         assert_one_line(run("train", "--resume", "--out", tmp_path), "cannot read checkpoint")
 
+    def test_something_else_in_place_of_a_checkpoint(self, tmp_path):
+        """Unpickling text raises KeyError: 101, of which the number alone would say nothing."""
+        (tmp_path / "checkpoint.pt").write_text("hello")
+        result = run("train", "--resume", "--out", tmp_path)
+        assert_one_line(result, f"cannot read checkpoint {tmp_path / 'checkpoint.pt'}: ", "Error: ")
+
     @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
     def test_out_of_memory(self, error, tmp_path, monkeypatch):
         def fail(*_):

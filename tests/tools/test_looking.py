@@ -192,6 +192,10 @@ class TestAblate:
         assert_one_line(self.ablate(tmp_path, "--variants", "nl,fly"), "--variants must be among", "got fly")
         assert_one_line(self.ablate(tmp_path, "--temperatures", "a"), "--temperatures: expected values", "'a'")
         assert_one_line(self.ablate(tmp_path, "--seeds", "0,0"), "--seeds: expected each value once")
+        for wrong in ("0.05,0", "0.05,nan", "0.05,inf"):  # said before the first run, not when its turn comes
+            assert_one_line(self.ablate(tmp_path, "--temperatures", wrong), "--temperatures must be numbers above 0")
+        assert_one_line(self.ablate(tmp_path, "--seeds", "0,-1"), "--seeds must not be negative, got -1")
+        assert not [path for path in tmp_path.iterdir() if path.is_dir()]
         assert_one_line(self.ablate(tmp_path, "--recipe", "coco"), "--recipe must be one of", "got coco")
         assert_one_line(self.ablate(tmp_path, "--recipe", "cityscapes"), "needs --data DIR")
         assert_one_line(self.ablate(tmp_path, "--data", tmp_path), "needs a --recipe of its own")
