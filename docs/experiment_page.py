@@ -54,7 +54,8 @@ FIGURES = {
 }
 #: Significant digits that are kept of a figure.
 DIGITS = 5
-#: Above this p a difference is called none that these seeds show.
+#: Above this p a difference is called none that these seeds show. Divided by the number of the verdicts, it is what a
+#: difference has to keep below to be called more than weak (Bonferroni).
 LEVEL = 0.05
 NONE_YET = "-"
 #: Pixels along the longer side of the picture of maps.
@@ -81,7 +82,9 @@ def text(value, digits):
 class Results:
     """The results of one recipe, for the template."""
 
-    def __init__(self, path):
+    def __init__(self, path, tests=1):
+        #: How many verdicts the page has.
+        self.tests = tests
         #: What was trained, of these results or, before there are any, of the recipe of that name.
         recipe = RECIPES.get(path.stem)
         content = json.loads(path.read_text()) if path.is_file() else {"planned": 0, "runs": []}
@@ -148,7 +151,8 @@ class Results:
             return f"too few seeds ({found.seeds})"
         if math.isnan(found.p) or found.p >= LEVEL:
             return "not shown"
-        return "yes" if found.mean > 0 else "the opposite"
+        weakly = "" if found.p < LEVEL / self.tests else "weakly"
+        return (weakly or "yes") if found.mean > 0 else f"{weakly} the opposite".strip()
 
     def lifts(self, names, classes):
         """A table of the unary map's mass on each class, as a multiple of the class's share."""
@@ -236,10 +240,12 @@ def namespace():
     """What the template's expressions can use."""
     from dnl_ext.segmentation.data.layouts import CAMVID_CLASSES
 
-    frozen, trained = (Results(DOCS / f"results/{name}.json") for name in ("camvid", "camvid_trained"))
+    tests = TEMPLATE.read_text(encoding="utf-8").count(".verdict(")
+    frozen, trained = (Results(DOCS / f"results/{name}.json", tests) for name in ("camvid", "camvid_trained"))
     return {
         "frozen": frozen,
         "trained": trained,
+        "tests": tests,
         "mosaics": Results(DOCS / "results/ablation-context.json"),
         "compare": functools.partial(compare, {"frozen features": frozen, "trained backbone": trained}),
         "classes": CAMVID_CLASSES,

@@ -43,6 +43,9 @@ def test_experiment_s_figures_and_verdicts(page, tmp_path):
     assert results.versus("dnl@0.05", "nl@1", "miou") == "+2.7 ± 0.6 (p = 0.015, 3 seeds)"
     assert results.verdict("dnl@0.05", "nl@1", "miou") == "yes"
     assert results.verdict("nl@1", "dnl@0.05", "miou") == "the opposite"
+    strict = page.Results(tmp_path / "x.json", tests=10)
+    assert strict.verdict("dnl@0.05", "nl@1", "miou") == "weakly"
+    assert strict.verdict("nl@1", "dnl@0.05", "miou") == "weakly the opposite"
     assert results.verdict("unary", "nl@1", "miou") == "too few seeds (2)"
     assert results.mean("own_uniform") == "25.0"
     nothing = page.Results(tmp_path / "none.json")

@@ -13,12 +13,15 @@ from test_cli import assert_one_line, run, start, train
 from test_data import MAKERS
 
 from dnl_ext.analysis import AttentionProbe
+from dnl_ext.segmentation.data import read_image
 from dnl_ext.segmentation.errors import InputError
 from dnl_ext.segmentation.experiments.ablation import Ablation, quiet
 from dnl_ext.segmentation.experiments.comparison import over_seeds
 from dnl_ext.segmentation.experiments.recipes import VARIANTS, rows
 from dnl_ext.segmentation.experiments.runs import Run, plan
+from dnl_ext.segmentation.looking import maps
 from dnl_ext.segmentation.looking.diagnosis import Samples
+from dnl_ext.segmentation.looking.overlay import outlines
 from dnl_ext.segmentation.training.trained import restore
 from dnl_ext.segmentation.training.trainer import open_data
 
@@ -56,6 +59,21 @@ class TestMaps:
         out = tmp_path / "maps.pdf"
         assert run("maps", photograph, "--checkpoint", checkpoints["dnl"], "--out", out).exit_code == 0
         assert out.read_bytes().startswith(b"%PDF")
+
+    def test_outlines(self):
+        label = torch.tensor([[3, 3, 1], [3, 3, 1], [3, 2, 2]])
+        expected = torch.tensor([[0, 0, 1], [0, 0, 1], [0, 1, 1]]).bool()
+        assert torch.equal(outlines(label) == 1, expected.expand(3, -1, -1))
+
+    def test_without_the_photograph(self, checkpoints, photograph, tmp_path, monkeypatch):
+        """Nothing of it is drawn: only outlines of what is predicted."""
+        shown = []
+        monkeypatch.setattr(maps, "draw_maps", lambda path, image, queries, rows, *_: shown.append((image, rows)))
+        options = ("--checkpoint", checkpoints["dnl"], "--out", tmp_path / "x.png")
+        assert run("maps", photograph, *options, "--no-photograph").exit_code == 0
+        assert run("maps", photograph, *options).exit_code == 0
+        (drawn, rows), (seen, _) = shown
+        assert torch.equal(drawn, outlines(rows[0].prediction)) and torch.equal(seen, read_image(photograph))
 
     def test_bad_input(self, checkpoints, photograph, tmp_path):
         good = ("--checkpoint", checkpoints["dnl"], "--out", tmp_path / "x.png")
