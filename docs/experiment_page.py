@@ -183,9 +183,9 @@ class Results:
         return " x ".join(str(side // stride) for side in self.settings["crop"])
 
     def hours(self):
-        """Hours of training steps alone, median seconds of a step times the steps."""
-        seconds = sum(entry["steps"] * entry["seconds_per_step"] for entry in self.runs.values())
-        return f"{seconds / 3600:.1f}"
+        """Hours of training steps alone: median seconds of a step, else the others' mean, times the steps."""
+        known = [e["steps"] * e["seconds_per_step"] for e in self.runs.values() if e["seconds_per_step"] is not None]
+        return f"{len(self.runs) * sum(known) / max(1, len(known)) / 3600:.1f}"
 
 
 def compare(recipes, *lines):
@@ -337,7 +337,9 @@ class Kept:
             check_settings(path, self.head["settings"], settings_of(entry))
             line = {
                 **entry["run"], "miou": round(entry["miou"], 5), "steps": entry["settings"]["steps"],
-                "seconds_per_step": round(entry["seconds_per_step"], 3), "attention": rounded(entry["attention"]),
+                # None of a run that was stopped between its last step and its measurement.
+                "seconds_per_step": entry["seconds_per_step"] and round(entry["seconds_per_step"], 3),
+                "attention": rounded(entry["attention"]),
             }  # fmt: skip
             if entry["versions"] != self.head["versions"]:
                 line["versions"] = entry["versions"]

@@ -105,6 +105,15 @@ def test_results_accumulate(page, docs, tmp_path):
     assert (docs / "results/x.json").read_text() == whole
 
 
+def test_a_run_without_a_timed_step(page, docs, tmp_path):
+    """Such as one that was stopped after its last step: its figures count, its time is taken for that of the others."""
+    timed = outcome("nl", 1.0, 0, 0.4) | {"seconds_per_step": 3600.0}
+    untimed = outcome("dnl", 0.05, 0, 0.5) | {"seconds_per_step": None}
+    page.take({"x": [folder(tmp_path / "a", timed, untimed)]}, docs)
+    results = page.Results(docs / "results/x.json")
+    assert results.value("dnl@0.05", "miou") == "50.0" and results.hours() == "18.0"
+
+
 def test_maps_are_of_the_first_seed(page, docs, tmp_path):
     for name, seed in (("later", 1), ("first", 0)):
         out = folder(tmp_path / name, outcome("dnl", 0.05, seed, 0.5))
