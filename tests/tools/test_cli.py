@@ -158,6 +158,7 @@ class TestTrainErrors:
             (("--data", "no/such/folder"), "no/such/folder does not exist"),
             (("--crop", "512"), "--crop must be HEIGHTxWIDTH, such as 512x1024, got 512"),
             (("--crop", "8x8"), "--crop must be"),
+            (("--crop", "0x0", "--label-stride", "4"), "--crop must be"),
             (("--lr", "-1"), "--lr must be above 0, got -1"),
             (("--lr", "nan"), "--lr must be above 0, got nan"),
             (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),

@@ -86,7 +86,7 @@ class TestSplits:
         make_ade20k(tmp_path)
         with pytest.raises(InputError, match=r"--split must be one of val, test, got train"):
             FolderData(tmp_path, split="train")
-        with pytest.raises(InputError, match=r"--split test: .* \(ade20k layout\) has no test images with labels"):
+        with pytest.raises(InputError, match=r"data folder .* \(ade20k layout\) has no test images with labels"):
             FolderData(tmp_path, split="test")
 
 

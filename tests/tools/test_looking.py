@@ -217,6 +217,9 @@ class TestAblate:
         assert_one_line(self.ablate(tmp_path, "--recipe", "coco"), "--recipe must be one of", "got coco")
         assert_one_line(self.ablate(tmp_path, "--recipe", "cityscapes"), "needs --data DIR")
         assert_one_line(self.ablate(tmp_path, "--data", tmp_path), "needs a --recipe of its own")
+        MAKERS["plain"](tmp_path / "no_test_part")
+        camvid = run("ablate", "--recipe", "camvid", "--data", tmp_path / "no_test_part", "--out", tmp_path / "camvid")
+        assert_one_line(camvid, "no_test_part (camvid layout) has no test images with labels")
         assert self.ablate(tmp_path, "--variants", "unary", "--seeds", "0").exit_code == 0
         changed = run("ablate", *("5" if x == "3" else x for x in TINY), "--out", tmp_path, "--variants", "unary",
                       "--seeds", "0")  # fmt: skip
