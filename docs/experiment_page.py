@@ -4,23 +4,28 @@
     python docs/experiment_page.py --write                             # write it
     python docs/experiment_page.py --take camvid=OUT --write           # with the results of dnl-ext ablate --out OUT
 
+``--take`` adds to what docs/results has: more seeds, from as many folders as there are (``--take camvid=A camvid=B``).
+They must be of one recipe and have the same settings but for variant, temperature and seed. A run that is kept stays as
+it is; to measure one anew, remove its line first.
+
 ``{{ expression }}`` in the template is Python on the names of ``namespace``: every number of the page comes from there.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import math
 import re
-import shutil
+import sys
 from pathlib import Path
 
 from PIL import Image
 
 from dnl_ext.analysis.tables import markdown_lines
 from dnl_ext.segmentation.experiments import RECIPES, Run, difference, over_seeds
-from dnl_ext.segmentation.experiments.ablation_report import table
-from dnl_ext.segmentation.training import checkpoint
+from dnl_ext.segmentation.experiments.ablation_report import draw, table
+from dnl_ext.segmentation.training import TrainConfig, checkpoint
 
 DOCS = Path(__file__).parent
 TEMPLATE, PAGE = DOCS / "experiment.md.in", DOCS / "experiment.md"
@@ -49,11 +54,18 @@ FIGURES = {
 }
 #: Significant digits that are kept of a figure.
 DIGITS = 5
-#: Above this p a difference is called none that these seeds show.
+#: Above this p a difference is called none that these seeds show. Divided by the number of the verdicts, it is what a
+#: difference has to keep below to be called more than weak (Bonferroni).
 LEVEL = 0.05
 NONE_YET = "-"
 #: Pixels along the longer side of the picture of maps.
 WIDTH = 1600
+#: What tells the runs of an ablation apart. All other settings are the same in all of them.
+OF_A_RUN = ("variant", "temperature", "seed")
+
+
+class Refused(Exception):
+    """Results that cannot be kept; says why in one line."""
 
 
 def row(name):
@@ -70,7 +82,9 @@ def text(value, digits):
 class Results:
     """The results of one recipe, for the template."""
 
-    def __init__(self, path):
+    def __init__(self, path, tests=1):
+        #: How many verdicts the page has.
+        self.tests = tests
         #: What was trained, of these results or, before there are any, of the recipe of that name.
         recipe = RECIPES.get(path.stem)
         content = json.loads(path.read_text()) if path.is_file() else {"planned": 0, "runs": []}
@@ -137,7 +151,8 @@ class Results:
             return f"too few seeds ({found.seeds})"
         if math.isnan(found.p) or found.p >= LEVEL:
             return "not shown"
-        return "yes" if found.mean > 0 else "the opposite"
+        weakly = "" if found.p < LEVEL / self.tests else "weakly"
+        return (weakly or "yes") if found.mean > 0 else f"{weakly} the opposite".strip()
 
     def lifts(self, names, classes):
         """A table of the unary map's mass on each class, as a multiple of the class's share."""
@@ -168,9 +183,9 @@ class Results:
         return " x ".join(str(side // stride) for side in self.settings["crop"])
 
     def hours(self):
-        """Hours of training steps alone, median seconds of a step times the steps."""
-        seconds = sum(entry["steps"] * entry["seconds_per_step"] for entry in self.runs.values())
-        return f"{seconds / 3600:.1f}"
+        """Hours of training steps alone: median seconds of a step, else the others' mean, times the steps."""
+        known = [e["steps"] * e["seconds_per_step"] for e in self.runs.values() if e["seconds_per_step"] is not None]
+        return f"{len(self.runs) * sum(known) / max(1, len(known)) / 3600:.1f}"
 
 
 def compare(recipes, *lines):
@@ -225,10 +240,12 @@ def namespace():
     """What the template's expressions can use."""
     from dnl_ext.segmentation.data.layouts import CAMVID_CLASSES
 
-    frozen, trained = (Results(DOCS / f"results/{name}.json") for name in ("camvid", "camvid_trained"))
+    tests = TEMPLATE.read_text(encoding="utf-8").count(".verdict(")
+    frozen, trained = (Results(DOCS / f"results/{name}.json", tests) for name in ("camvid", "camvid_trained"))
     return {
         "frozen": frozen,
         "trained": trained,
+        "tests": tests,
         "mosaics": Results(DOCS / "results/ablation-context.json"),
         "compare": functools.partial(compare, {"frozen features": frozen, "trained backbone": trained}),
         "classes": CAMVID_CLASSES,
@@ -251,31 +268,134 @@ def rounded(figures):
     return {name: float(f"{value:.{DIGITS}g}") for name, value in figures.items() if value is not None}
 
 
-def take(name, out):
-    """Keep the results of an ablation's folder as docs/results/NAME.json, and its figure as docs/images/NAME.png."""
-    content = json.loads((out / "results.json").read_text())
-    runs = sorted(content["runs"], key=lambda entry: (entry["run"]["seed"], str(entry["run"])))
-    lines = [
-        json.dumps({
-            **entry["run"], "miou": round(entry["miou"], 5), "steps": entry["settings"]["steps"],
-            "seconds_per_step": round(entry["seconds_per_step"], 3), "attention": rounded(entry["attention"]),
-        })
-        for entry in runs
-    ]  # fmt: skip
-    settings = {
-        key: value for key, value in runs[0]["settings"].items() if key not in ("variant", "temperature", "seed")
-    }
-    head = {"recipe": content["recipe"], "source": content["source"], "planned": content["runs_planned"],
-            "settings": settings, "versions": runs[0]["versions"]}  # fmt: skip
-    body = json.dumps(head, indent=1)[:-2] + ',\n "runs": [\n  ' + ",\n  ".join(lines) + "\n ]\n}\n"
-    json.loads(body)
-    (DOCS / f"results/{name}.json").write_text(body, encoding="utf-8")
-    shutil.copy(out / "ablation.png", DOCS / f"images/{name}.png")
-    if (out / "maps-0.png").is_file():
-        with Image.open(out / "maps-0.png") as picture:
-            small = picture.convert("RGB")
-            small.thumbnail((WIDTH, WIDTH))
-            small.quantize(128).save(DOCS / f"images/{name}-maps.png", optimize=True)
+def load(path):
+    """The content of a JSON file of results. Raises Refused."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Refused(f"cannot read {path}: {error.strerror}") from None
+    except ValueError:
+        content = None
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), list):
+        raise Refused(f"{path} holds no results of dnl-ext ablate")
+    return content
+
+
+def settings_of(entry):
+    """Settings of a run of dnl-ext ablate that all runs of its recipe share."""
+    return {key: value for key, value in entry["settings"].items() if key not in OF_A_RUN}
+
+
+def check_settings(path, kept, new):
+    """Raise Refused where settings differ. A setting that only one of them names has its default in the other."""
+    defaults = dataclasses.asdict(TrainConfig())
+    for key in sorted(kept.keys() | new.keys()):
+        ours, theirs = (settings.get(key, defaults.get(key)) for settings in (kept, new))
+        if ours != theirs:
+            raise Refused(f"{path} was made with {key} {theirs}, what is kept with {ours}")
+
+
+class Kept:
+    """The results of one recipe as docs/results keeps them, to which those of further folders are added.
+
+    Args:
+        path: of the JSON file, which need not exist.
+
+    Raises:
+        Refused: the file is there and holds something else.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        content = load(path) if path.is_file() else {"runs": []}
+        if path.is_file() and "settings" not in content:
+            raise Refused(f"{path} is not in the form that can be added to")
+        #: Line of the file by run.
+        self.runs = {Run(*(run[key] for key in OF_A_RUN)): run for run in content.pop("runs")}
+        #: All else that the file says.
+        self.head = content
+
+    def add(self, path):
+        """Add the runs of a results.json that are new. Returns how many there are. Raises Refused."""
+        content = load(path)
+        try:
+            return self.add_runs(path, content)
+        except (KeyError, TypeError, AttributeError):
+            raise Refused(f"{path} holds no results of dnl-ext ablate") from None
+
+    def add_runs(self, path, content):
+        entries = content["runs"]
+        if not self.head and entries:
+            self.head = {
+                "recipe": content["recipe"], "source": content["source"], "planned": 0,
+                "settings": settings_of(entries[0]), "versions": entries[0]["versions"],
+            }  # fmt: skip
+        lines = {}
+        for entry in entries:
+            if content["recipe"] != self.head["recipe"]:
+                raise Refused(f"{path} is of the recipe {content['recipe']}, what is kept of {self.head['recipe']}")
+            check_settings(path, self.head["settings"], settings_of(entry))
+            line = {
+                **entry["run"], "miou": round(entry["miou"], 5), "steps": entry["settings"]["steps"],
+                # None of a run that was stopped between its last step and its measurement.
+                "seconds_per_step": entry["seconds_per_step"] and round(entry["seconds_per_step"], 3),
+                "attention": rounded(entry["attention"]),
+            }  # fmt: skip
+            if entry["versions"] != self.head["versions"]:
+                line["versions"] = entry["versions"]
+            lines[Run(**entry["run"])] = line
+        new = {run: line for run, line in lines.items() if run not in self.runs}
+        self.runs |= new
+        if self.head:
+            self.head["planned"] = max(self.head["planned"], content["runs_planned"], len(self.runs))
+        return len(new)
+
+    def write(self):
+        """Write the file, a line for each run, by seed."""
+        runs = sorted(self.runs.items(), key=lambda item: (item[0].seed, item[0].name))
+        lines = ",\n  ".join(json.dumps(line) for _, line in runs)
+        body = json.dumps(self.head, indent=1)[:-2] + ',\n "runs": [\n  ' + lines + "\n ]\n}\n"
+        self.path.write_text(body, encoding="utf-8")
+
+
+def take(folders, docs=DOCS):
+    """Add the results of ablations' folders to docs/results/NAME.json, and draw docs/images/NAME.png of all of them.
+
+    Args:
+        folders: {NAME: [folder of dnl-ext ablate --out, ...]}.
+        docs: the folder that has results and images.
+
+    Returns:
+        A line for each folder, of what it added.
+
+    Raises:
+        Refused: results that cannot be read, or are of other settings than those that are kept. Nothing is written.
+    """
+    said, all_kept = [], {}
+    for name, outs in folders.items():
+        kept = all_kept[name] = Kept(docs / f"results/{name}.json")
+        for out in outs:
+            added = kept.add(out / "results.json")
+            said.append(f"{name}: {len(kept.runs)} runs, {added} of them new from {out}")
+    for name, kept in all_kept.items():
+        if not kept.runs:
+            continue
+        kept.write()
+        draw(docs / f"images/{name}.png", kept.runs, over_seeds(kept.runs))
+        first = min(run.seed for run in kept.runs)
+        for out in folders[name]:
+            seeds = {entry["run"]["seed"] for entry in load(out / "results.json")["runs"]}
+            if first in seeds and (out / "maps-0.png").is_file():  # the maps are of the folder's first seed
+                keep_maps(out / "maps-0.png", docs / f"images/{name}-maps.png")
+    return said
+
+
+def keep_maps(path, target):
+    """A picture of maps at modest size."""
+    with Image.open(path) as picture:
+        small = picture.convert("RGB")
+        small.thumbnail((WIDTH, WIDTH))
+        small.quantize(128).save(target, optimize=True)
 
 
 def take_saturation(folder):
@@ -297,15 +417,23 @@ def take_saturation(folder):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--take", nargs="+", default=[], metavar="NAME=OUT", help="keep results of dnl-ext ablate")
+    parser.add_argument("--take", nargs="+", default=[], metavar="NAME=OUT", help="add results of dnl-ext ablate")
     parser.add_argument("--write", action="store_true", help="write docs/experiment.md")
     parser.add_argument("--take-saturation", type=Path, metavar="DIR", help="keep DIR/*/report of dnl-ext diagnose")
     arguments = parser.parse_args()
     if arguments.take_saturation:
         take_saturation(arguments.take_saturation)
+    folders = {}
     for entry in arguments.take:
-        name, _, out = entry.partition("=")
-        take(name, Path(out))
+        name, equals, out = entry.partition("=")
+        if not (name and equals and out):
+            parser.exit(2, f"--take: expected NAME=OUT, got {entry}\n")
+        folders.setdefault(name, []).append(Path(out))
+    try:
+        for line in take(folders):
+            print(line, file=sys.stderr)
+    except Refused as error:
+        parser.exit(2, f"{error}\n")
     page = render(TEMPLATE.read_text(encoding="utf-8"))
     if arguments.write:
         PAGE.write_text(page, encoding="utf-8")

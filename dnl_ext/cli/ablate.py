@@ -52,7 +52,9 @@ def ablate(
     images: Annotated[int | None, typer.Option(min=1, help="Images to measure attention on (the recipe's).")] = None,
     backbone_weights: Annotated[str | None, typer.Option(help="File of the backbone's weights (timm's).")] = None,
     feature_cache: Annotated[str | None, typer.Option(help="Folder of a frozen backbone's features.")] = None,
-    photographs: Annotated[bool, typer.Option(help="Draw the maps over the photographs, or over grey.")] = True,
+    photographs: Annotated[
+        bool, typer.Option(help="Draw maps over photographs, or over outlines of predictions.")
+    ] = True,
     threads: Annotated[int | None, typer.Option(help="CPU threads of PyTorch (its own choice).")] = None,
     workers: Annotated[int | None, typer.Option(help="Threads that prepare images ahead (1).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N (auto).")] = None,

@@ -26,6 +26,9 @@ def maps(
         list[str] | None,
         typer.Option(help="Pixel X,Y to look from, up to 6 of them (a quarter in from each side)."),
     ] = None,
+    photograph: Annotated[
+        bool, typer.Option(help="Draw over the photograph, or over outlines of the first network's classes.")
+    ] = True,
     out: Annotated[str, typer.Option(help="Picture to write: png, pdf or svg.")] = "maps.png",
 ) -> None:
     """Draw where query pixels look: pairwise, unary and total attention of trained networks, side by side."""
@@ -34,6 +37,7 @@ def maps(
     from ..segmentation.data.files import read_image
     from ..segmentation.errors import InputError
     from ..segmentation.looking.maps import LARGEST, check_queries, draw_maps, look, row_titles
+    from ..segmentation.looking.overlay import outlines
     from ..segmentation.training.trained import restore
 
     if not checkpoint:
@@ -59,5 +63,6 @@ def maps(
         Path(out).parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write to {Path(out).parent}: {error.strerror}") from None
-    draw_maps(out, pixels, queries, rows, networks[0].classes, networks[0].data)
+    shown = pixels if photograph else outlines(rows[0].prediction)
+    draw_maps(out, shown, queries, rows, networks[0].classes, networks[0].data)
     typer.echo(f"{out}: {len(rows)} networks, {len(queries)} queries, {width} x {height} pixels")

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from ..segmentation.errors import InputError
+from ..segmentation.errors import InputError, described
 
 #: Where checkpoints of common training tools keep the weights.
 NESTED = ("state_dict", "model_state_dict", "model")
@@ -82,11 +82,6 @@ def parse_argument(text: str) -> tuple[str, Any]:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):
         return name, value
-
-
-def described(error: BaseException) -> str:
-    """An exception on one line, with its kind."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

@@ -12,9 +12,8 @@ from ..analysis import ModelReport, measure_model
 from ..analysis.head_tables import head_sections
 from ..analysis.pages import Page
 from ..integrations import convert
-from ..segmentation.errors import InputError
+from ..segmentation.errors import InputError, described
 from .images import ImageInputs
-from .model import described
 from .pictures import draw_heads, draw_maps
 
 #: Heads in the table of a page; report.json has all.
@@ -88,6 +87,8 @@ def diagnose_model(
     if not report.layers:
         left_out = "; ".join(f"{name or '(the model)'}: {reason}" for name, reason in report.skipped.items())
         raise InputError(f"{title} " + (f"has no attention to measure: {left_out}" if left_out else NO_ATTENTION))
+    if not any(summary for _, _, summary in report.heads()):
+        raise InputError(f"{title}: its attention is not finite in any head: look at its weights, --mean and --std")
     drawn = {"heads.png": "Heads by layer"}
     draw_heads(out / "heads.png", report, title)
     for number in range(min(pictures, len(images))):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from typing_extensions import Self
 
-from .errors import InputError
+from .errors import InputError, described
 
 #: What stands in front of the name of a network of timm.
 PREFIX = "timm:"
@@ -31,11 +31,6 @@ def import_timm() -> Any:
         return importlib.import_module("timm")
     except ImportError:
         raise InputError(f"--backbone {PREFIX}NAME needs timm: pip install dnl_ext[timm]") from None
-
-
-def one_line(error: Exception) -> str:
-    """What an exception of timm says, on one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 class TimmBackbone(nn.Module):
@@ -118,10 +113,10 @@ def create(timm: Any, name: str, pretrained: bool = False) -> nn.Module:
     except Exception as error:  # timm's networks raise many kinds for options that they do not have
         if pretrained:
             raise InputError(
-                f"--backbone {PREFIX}{name}: timm cannot load its weights ({one_line(error)}); "
+                f"--backbone {PREFIX}{name}: timm cannot load its weights ({described(error)}); "
                 "give them with --backbone-weights FILE"
             ) from None
-        raise InputError(f"--backbone {PREFIX}{name}: no features of stride {STRIDE} ({one_line(error)})") from None
+        raise InputError(f"--backbone {PREFIX}{name}: no features of stride {STRIDE} ({described(error)})") from None
     found = body.feature_info.reduction()[-1]
     if found != STRIDE:
         raise InputError(f"--backbone {PREFIX}{name}: expected features of stride {STRIDE}, its last have {found}")
@@ -136,7 +131,7 @@ def load_file(timm: Any, body: nn.Module, path: str | Path, name: str) -> None:
     try:
         found = timm.models.load_state_dict(str(path))
     except Exception as error:  # torch, pickle and safetensors raise many kinds for a damaged file
-        raise InputError(f"--backbone-weights: cannot read {path}: {one_line(error)}") from None
+        raise InputError(f"--backbone-weights: cannot read {path}: {described(error)}") from None
     own = body.state_dict()
     for key in sorted(own.keys() & found.keys()):
         if found[key].shape != own[key].shape:

@@ -14,6 +14,17 @@ class InputError(Exception):
     """
 
 
+def described(error: BaseException) -> str:
+    """An exception of other code on one line, with its kind: some say hardly more than a number.
+
+    Example:
+        >>> from dnl_ext.segmentation.errors import described
+        >>> described(KeyError(101))
+        'KeyError: 101'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
 class InputWarning(UserWarning):
     """A file is read in another way than its user may expect, such as with fewer bits than it stores.
 

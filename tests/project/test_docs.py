@@ -5,7 +5,6 @@
 
 import importlib
 import importlib.util
-import json
 import re
 from pathlib import Path
 
@@ -185,45 +184,3 @@ def test_versions_are_one():
     pins = set(re.findall(r"[\w-]+==[\w.]+", (ROOT / ".pre-commit-config.yaml").read_text()))
     assert {pin.split("==")[0] for pin in pins} == {"ruff", "clang-format", "check-jsonschema"}
     assert pins <= set(re.findall(r'"([\w-]+==[\w.]+)"', dev))
-
-
-def experiment_page():
-    pytest.importorskip("scipy", reason="needs scipy: pip install dnl_ext[cli]")
-    spec = importlib.util.spec_from_file_location("experiment_page", ROOT / "docs/experiment_page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_experiment_is_made_from_its_results():
-    """Every number of it: the page is what its template and docs/results give."""
-    module = experiment_page()
-    page = (ROOT / "docs/experiment.md").read_text(encoding="utf-8")
-    assert module.render(module.TEMPLATE.read_text(encoding="utf-8")) == page, "python docs/experiment_page.py --write"
-    assert "{{" not in page
-
-
-def test_experiment_s_figures_and_verdicts(tmp_path):
-    module = experiment_page()
-    scores = {("dnl", 0.05): (0.53, 0.62, 0.71), ("nl", 1.0): (0.50, 0.60, 0.68), ("unary", None): (0.5, 0.6)}
-    runs = [
-        {"variant": variant, "temperature": temperature, "seed": seed, "miou": miou, "steps": 10,
-         "seconds_per_step": 36, "attention": {"pairwise.own_class.uniform": 0.25}}
-        for (variant, temperature), values in scores.items() for seed, miou in enumerate(values)
-    ]  # fmt: skip
-    (tmp_path / "x.json").write_text(json.dumps({"planned": 9, "runs": runs}))
-    results = module.Results(tmp_path / "x.json")
-    assert (results.done, results.planned, results.seeds, results.hours()) == (8, 9, "2 to 3", "0.8")
-    assert results.progress == "8 of 9 trainings"
-    assert results.value("dnl@0.05", "miou") == "62.0 ± 9.0" and results.value("pairwise@1", "miou") == "-"
-    assert results.versus("dnl@0.05", "nl@1", "miou") == "+2.7 ± 0.6 (p = 0.015, 3 seeds)"
-    assert results.verdict("dnl@0.05", "nl@1", "miou") == "yes"
-    assert results.verdict("nl@1", "dnl@0.05", "miou") == "the opposite"
-    assert results.verdict("unary", "nl@1", "miou") == "too few seeds (2)"
-    assert results.mean("own_uniform") == "25.0"
-    nothing = module.Results(tmp_path / "none.json")
-    assert (
-        nothing.seeds == "none"
-        and nothing.progress == "no training"
-        and nothing.verdict("dnl@0.05", "nl@1", "miou") == "-"
-    )

@@ -184,6 +184,7 @@ class TestTrainErrors:
             (("--data", "no/such/folder"), "no/such/folder does not exist"),
             (("--crop", "512"), "--crop must be HEIGHTxWIDTH, such as 512x1024, got 512"),
             (("--crop", "8x8"), "--crop must be"),
+            (("--crop", "0x0", "--label-stride", "4"), "--crop must be"),
             (("--lr", "-1"), "--lr must be above 0, got -1"),
             (("--lr", "nan"), "--lr must be above 0, got nan"),
             (("--batch-size", "0"), "--batch-size must be at least 1, got 0"),
@@ -266,6 +267,12 @@ class TestTrainErrors:
         content = (trained / "checkpoint.pt").read_bytes()
         (tmp_path / "checkpoint.pt").write_bytes(content[: len(content) // 2])
         assert_one_line(run("train", "--resume", "--out", tmp_path), "cannot read checkpoint")
+
+    def test_something_else_in_place_of_a_checkpoint(self, tmp_path):
+        """Unpickling text raises KeyError: 101, of which the number alone would say nothing."""
+        (tmp_path / "checkpoint.pt").write_text("hello")
+        result = run("train", "--resume", "--out", tmp_path)
+        assert_one_line(result, f"cannot read checkpoint {tmp_path / 'checkpoint.pt'}: ", "Error: ")
 
     @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
     def test_out_of_memory(self, error, tmp_path, monkeypatch):

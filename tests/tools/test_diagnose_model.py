@@ -50,6 +50,12 @@ class OneQuery(nn.Module):
         return nn.functional.scaled_dot_product_attention(x, x, x)
 
 
+def diverged():
+    model = made()
+    model.patches.weight.data.fill_(float("nan"))
+    return model
+
+
 convolution = nn.Conv2d(3, 4, 3)
 number = 7
 
@@ -194,6 +200,7 @@ class TestBadInput:
             ("fails", "fails() fails: RuntimeError: no such network"),
             ("torch.Generator", "expected an nn.Module, torch.Generator made a Generator"),
             ("convolution", "makes no call of F.scaled_dot_product_attention"),
+            ("diverged", "its attention is not finite in any head"),
             ("OneQuery", "has no attention to measure: (the model): fewer than two queries"),
         ],
     )

@@ -86,7 +86,7 @@ class TestSplits:
         make_ade20k(tmp_path)
         with pytest.raises(InputError, match=r"--split must be one of val, test, got train"):
             FolderData(tmp_path, split="train")
-        with pytest.raises(InputError, match=r"--split test: .* \(ade20k layout\) has no test images with labels"):
+        with pytest.raises(InputError, match=r"data folder .* \(ade20k layout\) has no test images with labels"):
             FolderData(tmp_path, split="test")
 
 
@@ -220,6 +220,7 @@ class TestEvaluate:
         assert_one_line(run("evaluate", path, "--layout", "camvid"), "belong to --data")
         assert_one_line(run("evaluate", path, "--scales", "1,x"), "--scales: expected numbers", "got 1,x")
         assert_one_line(run("evaluate", path, "--scales", "1,0"), "--scales must be numbers above 0, got 1, 0")
+        assert_one_line(run("evaluate", path, "--scales", "1,1e9"), "--scales must be at most 100, got 1, 1e+09")
         assert_one_line(run("evaluate", path, "--json", tmp_path), "--json: cannot write", tmp_path)
         make_plain(tmp_path / "data")
         other = run("evaluate", path, "--data", tmp_path / "data", "--layout", "plain")

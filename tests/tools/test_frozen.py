@@ -15,7 +15,7 @@ from test_train import assert_same
 from dnl_ext.segmentation import IGNORE, SegmentationNetwork
 from dnl_ext.segmentation.data import FolderData, MosaicData, read_sample
 from dnl_ext.segmentation.errors import InputError
-from dnl_ext.segmentation.training import TrainConfig, Trainer, checkpoint, evaluate, restore
+from dnl_ext.segmentation.training import TrainConfig, Trainer, checkpoint, evaluate, feature_cache, restore
 from dnl_ext.segmentation.training.feature_cache import FeatureCache, crop_features
 from dnl_ext.segmentation.training.trainer import segmentation_loss
 
@@ -114,6 +114,23 @@ class TestCache:
         done = []
         cache.fill(lambda *progress: done.append(progress), lambda: len(done) == 2)
         assert done == [(1, 9), (2, 9)] and len(list(cache.folder.iterdir())) == 2
+
+    @pytest.mark.parametrize("processes", [1, 2])
+    def test_runs_at_once_begin_elsewhere(self, data, tmp_path, monkeypatch, processes):
+        """Else two that fill one folder would compute every file in step. Processes of one run have a share each."""
+        orders, network = [], self.network()
+        monkeypatch.setattr(feature_cache.distributed, "world_size", lambda: processes)
+        monkeypatch.setattr(FeatureCache, "compute", lambda self, sample, mirrored, path: orders[-1].append(path))
+        for pid in (100, 101):
+            shares = []
+            monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+            for rank in range(processes):
+                orders.append([])
+                monkeypatch.setattr(feature_cache.distributed, "rank", lambda rank=rank: rank)
+                FeatureCache(network, data, tmp_path).fill(lambda done, total: None, lambda: False)
+                shares += orders[-1]
+            assert len(shares) == len(set(shares)) == 9
+        assert orders[0][0] != orders[processes][0] and set(orders[0]) == set(orders[processes])
 
     def test_features_beyond_float16(self, data, tmp_path):
         network = self.network()

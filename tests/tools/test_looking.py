@@ -13,12 +13,15 @@ from test_cli import assert_one_line, run, start, train
 from test_data import MAKERS
 
 from dnl_ext.analysis import AttentionProbe
+from dnl_ext.segmentation.data import read_image
 from dnl_ext.segmentation.errors import InputError
 from dnl_ext.segmentation.experiments.ablation import Ablation, quiet
 from dnl_ext.segmentation.experiments.comparison import over_seeds
 from dnl_ext.segmentation.experiments.recipes import VARIANTS, rows
 from dnl_ext.segmentation.experiments.runs import Run, plan
+from dnl_ext.segmentation.looking import maps
 from dnl_ext.segmentation.looking.diagnosis import Samples
+from dnl_ext.segmentation.looking.overlay import outlines
 from dnl_ext.segmentation.training.trained import restore
 from dnl_ext.segmentation.training.trainer import open_data
 
@@ -56,6 +59,21 @@ class TestMaps:
         out = tmp_path / "maps.pdf"
         assert run("maps", photograph, "--checkpoint", checkpoints["dnl"], "--out", out).exit_code == 0
         assert out.read_bytes().startswith(b"%PDF")
+
+    def test_outlines(self):
+        label = torch.tensor([[3, 3, 1], [3, 3, 1], [3, 2, 2]])
+        expected = torch.tensor([[0, 0, 1], [0, 0, 1], [0, 1, 1]]).bool()
+        assert torch.equal(outlines(label) == 1, expected.expand(3, -1, -1))
+
+    def test_without_the_photograph(self, checkpoints, photograph, tmp_path, monkeypatch):
+        """Nothing of it is drawn: only outlines of what is predicted."""
+        shown = []
+        monkeypatch.setattr(maps, "draw_maps", lambda path, image, queries, rows, *_: shown.append((image, rows)))
+        options = ("--checkpoint", checkpoints["dnl"], "--out", tmp_path / "x.png")
+        assert run("maps", photograph, *options, "--no-photograph").exit_code == 0
+        assert run("maps", photograph, *options).exit_code == 0
+        (drawn, rows), (seen, _) = shown
+        assert torch.equal(drawn, outlines(rows[0].prediction)) and torch.equal(seen, read_image(photograph))
 
     def test_bad_input(self, checkpoints, photograph, tmp_path):
         good = ("--checkpoint", checkpoints["dnl"], "--out", tmp_path / "x.png")
@@ -192,9 +210,16 @@ class TestAblate:
         assert_one_line(self.ablate(tmp_path, "--variants", "nl,fly"), "--variants must be among", "got fly")
         assert_one_line(self.ablate(tmp_path, "--temperatures", "a"), "--temperatures: expected values", "'a'")
         assert_one_line(self.ablate(tmp_path, "--seeds", "0,0"), "--seeds: expected each value once")
+        for wrong in ("0.05,0", "0.05,nan", "0.05,inf"):  # said before the first run, not when its turn comes
+            assert_one_line(self.ablate(tmp_path, "--temperatures", wrong), "--temperatures must be numbers above 0")
+        assert_one_line(self.ablate(tmp_path, "--seeds", "0,-1"), "--seeds must not be negative, got -1")
+        assert not [path for path in tmp_path.iterdir() if path.is_dir()]
         assert_one_line(self.ablate(tmp_path, "--recipe", "coco"), "--recipe must be one of", "got coco")
         assert_one_line(self.ablate(tmp_path, "--recipe", "cityscapes"), "needs --data DIR")
         assert_one_line(self.ablate(tmp_path, "--data", tmp_path), "needs a --recipe of its own")
+        MAKERS["plain"](tmp_path / "no_test_part")
+        camvid = run("ablate", "--recipe", "camvid", "--data", tmp_path / "no_test_part", "--out", tmp_path / "camvid")
+        assert_one_line(camvid, "no_test_part (camvid layout) has no test images with labels")
         assert self.ablate(tmp_path, "--variants", "unary", "--seeds", "0").exit_code == 0
         changed = run("ablate", *("5" if x == "3" else x for x in TINY), "--out", tmp_path, "--variants", "unary",
                       "--seeds", "0")  # fmt: skip

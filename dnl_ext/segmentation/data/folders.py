@@ -147,7 +147,7 @@ class FolderData:
         self.train: list[Sample] = found.train
         self.val: list[Sample] = found.val if split == "val" else found.test
         if not self.val:
-            raise InputError(f"--split {split}: {root} ({found.name} layout) has no test images with labels")
+            raise InputError(f"data folder {root} ({found.name} layout) has no test images with labels")
         self.epoch: int = len(self.train)
         left_out, kind = found.left_out, SPLITS[split]
         if validation_size is not None and validation_size < len(self.val):

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -96,6 +97,12 @@ class Ablation:
         for variant in variants or ():
             if variant not in VARIANT_NAMES:
                 raise InputError(f"--variants must be among {', '.join(VARIANT_NAMES)}, got {variant}")
+        for temperature in temperatures or ():
+            if not 0 < temperature < math.inf:
+                raise InputError(f"--temperatures must be numbers above 0, got {temperature:g}")
+        for seed in seeds:
+            if seed < 0:
+                raise InputError(f"--seeds must not be negative, got {seed}")
         self.runs: list[Run] = plan(self.recipe.choose(variants, temperatures), seeds)
         if not self.runs:
             raise InputError("--seeds: expected at least one")

@@ -15,7 +15,7 @@ def draw_pictures(ablation: Ablation, count: int = 2, photographs: bool = True) 
     Args:
         ablation: an :class:`Ablation`.
         count: validation images, evenly spread; a picture each.
-        photographs: draw the maps over the photograph, otherwise over grey.
+        photographs: draw the maps over the photograph, otherwise over the outlines of what the first row predicts.
 
     Returns:
         Paths of the pictures in the ablation's folder, ``maps-0.png``, ``maps-1.png``, ...; none where nothing is

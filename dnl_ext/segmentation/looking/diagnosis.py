@@ -20,6 +20,7 @@ from ..training.trained import Trained, check_classes
 from ..training.trainer import Data
 from .figure import choose_queries, place_of
 from .maps import draw_maps, look
+from .overlay import outlines
 
 
 @dataclasses.dataclass
@@ -156,14 +157,18 @@ def draw(
     name: str | None = None,
     photograph: bool = True,
 ) -> str:
-    """Draw a validation image with all networks, or their maps over grey; returns the file's name."""
+    """Draw a validation image with all networks; returns the file's name.
+
+    Without the photograph the maps lie over the outlines of what the first network predicts.
+    """
     image, label = data.validation_sample(number)
     queries = [tuple(int(x) for x in place_of(query)) for query in choose_queries(label)]
     height, width = label.shape
     queries = [(min(x, width - 1), min(y, height - 1)) for x, y in queries]
     rows = [look(trained, title, image, queries) for title, trained in networks.items()]
     name = name or f"maps-{number}.png"
-    draw_maps(out / name, image if photograph else torch.full_like(image, 0.5), queries, rows, data.classes, data.name)
+    shown = image if photograph else outlines(rows[0].prediction)
+    draw_maps(out / name, shown, queries, rows, data.classes, data.name)
     return name
 
 

@@ -85,6 +85,21 @@ def tinted(
     return ((1 - opacity) * grey + opacity / 255 * colorize(label.numpy(), colors)).astype(np.float32)
 
 
+def outlines(label: torch.Tensor) -> torch.Tensor:
+    """Borders between classes, light on grey: what stands in for a photograph that is not to be shown.
+
+    Args:
+        label: int64 tensor (H, W).
+
+    Returns:
+        float tensor (3, H, W) in 0 .. 1.
+    """
+    border = torch.zeros_like(label, dtype=torch.bool)
+    border[:, 1:] |= label[:, 1:] != label[:, :-1]
+    border[1:] |= label[1:] != label[:-1]
+    return torch.where(border, 1.0, 0.45).expand(3, -1, -1)
+
+
 def class_handles(
     labels: Iterable[torch.Tensor], classes: Sequence[str], colors: np.ndarray[Any, Any], most: int = LEGEND
 ) -> list[Patch]:

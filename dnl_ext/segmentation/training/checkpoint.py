@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import InputError
+from ..errors import InputError, described
 
 __all__ = ["load", "load_weights", "save"]
 
@@ -63,7 +63,7 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise many kinds for a damaged file
-        raise InputError(f"cannot read checkpoint {path}: {' '.join(str(error).split())[:120]}") from None
+        raise InputError(f"cannot read checkpoint {path}: {described(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of dnl_ext train (format {FORMAT})")
     return state

@@ -129,6 +129,8 @@ class TrainConfig:
             raise InputError(f"--channels must be at least 2, got {self.channels}")
         if self.backbone_weights is not None and self.backbone == SMALL:
             raise InputError("--backbone-weights FILE belongs to --backbone timm:NAME")
+        if len(self.crop) != 2 or min(self.crop) < 4 * STRIDE:
+            raise InputError(f"--crop must be HEIGHTxWIDTH, each at least {4 * STRIDE}, got {show(self.crop)}")
         if self.label_stride > min(self.crop):
             raise InputError(f"--label-stride must be at most the crop's sides, got {self.label_stride}")
         if self.freeze_backbone and any(side % STRIDE for side in self.crop):
@@ -139,8 +141,6 @@ class TrainConfig:
             )
         if self.amp != "none" and self.dtype != "float32":
             raise InputError(f"--amp {self.amp} needs --dtype float32, got {self.dtype}")
-        if len(self.crop) != 2 or min(self.crop) < 4 * STRIDE:
-            raise InputError(f"--crop must be HEIGHTxWIDTH, each at least {4 * STRIDE}, got {show(self.crop)}")
 
 
 def option(name: str) -> str:

@@ -126,14 +126,16 @@ class FeatureCache:
         wanted = [(sample, mirrored) for sample in self.data.train for mirrored in (False, True)]
         wanted += [(sample, False) for sample in self.data.val]
         missing = [(sample, mirrored) for sample, mirrored in wanted if not self.path(sample, mirrored).is_file()]
-        for number in range(distributed.rank(), len(missing), distributed.world_size()):
+        share = missing[distributed.rank() :: distributed.world_size()]
+        # Another run may fill the same folder: each begins elsewhere, or both would compute every file in step.
+        first = os.getpid() * 7919 % max(1, len(share))
+        for done, (sample, mirrored) in enumerate(share[first:] + share[:first], 1):
             if stopped():
                 return
-            sample, mirrored = missing[number]
             path = self.path(sample, mirrored)
-            if not path.is_file():  # another run may fill the same folder
+            if not path.is_file():
                 self.compute(sample, mirrored, path)
-            progress(min(number + distributed.world_size(), len(missing)), len(missing))
+            progress(min(done * distributed.world_size(), len(missing)), len(missing))
 
     def load(self, sample: Sample, mirrored: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Features (C, h, w) and label (H, W) of an image, or of its mirror image."""

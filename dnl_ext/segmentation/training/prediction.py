@@ -15,6 +15,8 @@ __all__ = ["predict"]
 
 #: Each image at its own size alone.
 SINGLE_SCALE = (1.0,)
+#: Largest factor on an image's sides.
+MAX_SCALE = 100
 
 
 def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
@@ -23,11 +25,12 @@ def autocast(amp: str, device: torch.device) -> AbstractContextManager[Any]:
 
 
 def check_scales(scales: Sequence[float]) -> None:
-    """Raise InputError unless there are some scales, and all are above 0 and finite."""
+    """Raise InputError unless there are some scales, all above 0 and at most MAX_SCALE."""
+    given = ", ".join(f"{scale:g}" for scale in scales) or "none"
     if not scales or not all(0 < scale < float("inf") for scale in scales):
-        raise InputError(
-            f"--scales must be numbers above 0, got {', '.join(f'{scale:g}' for scale in scales) or 'none'}"
-        )
+        raise InputError(f"--scales must be numbers above 0, got {given}")
+    if max(scales) > MAX_SCALE:
+        raise InputError(f"--scales must be at most {MAX_SCALE}, got {given}")
 
 
 @torch.inference_mode()
@@ -56,7 +59,7 @@ def predict(
         int64 tensor (H, W), on the CPU.
 
     Raises:
-        InputError: a scale is not above 0.
+        InputError: a scale is not above 0, or beyond 100.
 
     Example:
         >>> import torch
