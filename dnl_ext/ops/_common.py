@@ -58,6 +58,8 @@ def empty_like_layout(x: torch.Tensor, sizes: Sequence[int], dtype: torch.dtype 
 def without_autocast(x: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
     """A context in which torch's products on the device of `x` keep the types they are given."""
     kind = x.device.type
+    if kind in ("cpu", "cuda"):  # not asked of torch, since Dynamo of 2.10 cannot trace the question
+        return torch.autocast(kind, enabled=False)
     if not torch.amp.is_autocast_available(kind):
         kind = "cpu"
     elif kind == torch._C._get_privateuse1_backend_name() and not torch.is_autocast_enabled(kind):
