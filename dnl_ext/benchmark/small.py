@@ -9,11 +9,12 @@ import copy
 import datetime
 import functools
 import json
+import math
 import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,7 +106,7 @@ def whiten(x: torch.Tensor, name: str | None = "channel", *, eps: float = 1e-5) 
 def _operands(
     query: torch.Tensor, key: torch.Tensor, scale: float | None, name: str | None
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     if name in ("channel", "in_nostd"):  # the mean of the keys changes no weight
         return query - query.mean(-2, keepdim=True), key, scale
     return whiten(query, name), whiten(key, name), scale
@@ -407,7 +408,7 @@ def _error(results: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> fl
     )
 
 
-def _checked(job: Job, training: bool) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+def _checked(job: Job, training: bool) -> tuple[dict[str, Callable[[], tuple[torch.Tensor, ...]]], dict[str, str]]:
     """Calls of the methods that give what plain PyTorch gives in float64, and why others do not."""
     calls, failures = {}, {}
     truth = _bound(job.double(), "eager", training)()
@@ -426,7 +427,9 @@ def _checked(job: Job, training: bool) -> tuple[dict[str, Callable[[], object]],
     return calls, failures
 
 
-def _times(calls: dict[str, Callable[[], object]], clock: Callable[[], float], rounds: int) -> dict[str, list[float]]:
+def _times(
+    calls: Mapping[str, Callable[[], object]], clock: Callable[[], float], rounds: int
+) -> dict[str, list[float]]:
     """Seconds of one call of each method, once a round, in shuffled order. A sample is many calls."""
 
     def sample(call: Callable[[], object], count: int) -> float:
