@@ -97,6 +97,10 @@ def gradient_by(name: str, function: type[Function]) -> Callable[..., Any]:
     return run
 
 
+#: What operators, and torch on the way to them, raise of arguments that they do not take. No other error may be caught:
+#: hooks of saved tensors end a call by one, as torch.utils.checkpoint's do once they have what they need.
+REFUSED = (AttributeError, IndexError, NotImplementedError, TypeError, ValueError)
+
 #: Types of arguments that have no say in what becomes of a call.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))
 
@@ -107,9 +111,9 @@ def at_once(*tensors: torch.Tensor | None) -> bool:
     Not where it is traced or transformed, nor for tensors of a type that wants a word in it. Whoever calls an operator
     so makes the checks of `_checks` after all where it raises: they know better what is wrong.
     """
-    return not (torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing()) and _PLAIN.issuperset(
-        map(type, tensors)
-    )
+    if torch.compiler.is_compiling() or in_transform() or torch.jit.is_tracing():
+        return False
+    return _PLAIN.issuperset(map(type, tensors)) and not any(x is not None and x.is_nested for x in tensors)
 
 
 def mark_constant(ctx: Any, *outputs: torch.Tensor) -> None:

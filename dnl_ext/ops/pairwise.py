@@ -16,6 +16,7 @@ from ._checks import (
     parse_scale,
 )
 from ._common import (
+    REFUSED,
     Differentiable,
     accumulate_type,
     at_once,
@@ -220,7 +221,7 @@ def disentangled_attention(
             return _attend.direct(
                 differentiated, query_in, key_in, value, mask_logits, number, operator_whiten, differentiated
             )
-        except Exception:
+        except REFUSED:
             pass  # the checks below say what is wrong; where they find nothing, the operator raises again
     check_tensor("query", query, "(..., Nq, Dqk)")
     scale = parse_scale(query, scale)

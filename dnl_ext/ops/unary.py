@@ -8,6 +8,7 @@ from torch.autograd import Function
 
 from ._checks import check_alike, check_saved, check_softmax, check_unary
 from ._common import (
+    REFUSED,
     Differentiable,
     accumulate_type,
     add,
@@ -251,7 +252,7 @@ def unary_softmax(mask_logits: torch.Tensor) -> torch.Tensor:
     if at_once(mask_logits):
         try:
             return softmax.direct(torch.is_grad_enabled() and mask_logits.requires_grad, mask_logits)
-        except Exception:
+        except REFUSED:
             pass  # as in disentangled_attention
     check_softmax("mask_logits", mask_logits)
     return softmax(mask_logits)
@@ -289,7 +290,7 @@ def unary_attention(mask_logits: torch.Tensor, value: torch.Tensor) -> torch.Ten
             differentiated = torch.is_grad_enabled() and (mask_logits.requires_grad or value.requires_grad)
             pooled = _pool.direct(differentiated, mask_logits, value)
             return pooled if pooled.dtype == value.dtype else pooled.to(value.dtype)
-        except Exception:
+        except REFUSED:
             pass  # as in disentangled_attention
     check_unary(mask_logits, value)
     return _pool(mask_logits, value)[0].to(value.dtype)

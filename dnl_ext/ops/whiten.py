@@ -11,6 +11,7 @@ from ..reference import check_whiten_name
 from ..types import Whitening
 from ._checks import check_alike, check_mean, check_saved, check_tensor
 from ._common import (
+    REFUSED,
     Differentiable,
     accumulate_type,
     at_once,
@@ -23,8 +24,6 @@ from ._common import (
 
 #: Names whose result is divided by a deviation.
 DEVIATION = ("in", "ln", "fln")
-#: Names that are a mean_subtract, which is one pass less, and over which dimension.
-_MEAN_OVER = {"channel": -2, "in_nostd": -2, "spatial": -1}
 
 
 class MeanSubtract(Function):
@@ -263,7 +262,7 @@ def mean_subtract(x: torch.Tensor, dim: int = -2) -> torch.Tensor:
     if type(dim) is int and at_once(x):
         try:
             return _centre.direct(torch.is_grad_enabled() and x.requires_grad, x, dim)
-        except Exception:
+        except REFUSED:
             pass  # as in disentangled_attention
     check_mean(x, dim)
     return _centre(x, dim)
@@ -316,10 +315,8 @@ def whiten(x: torch.Tensor, name: Whitening | None = "channel", *, eps: float = 
     if type(eps) is float and eps >= 0 and type(name) is str and at_once(x):
         try:
             differentiated = torch.is_grad_enabled() and x.requires_grad
-            if name in _MEAN_OVER and x.dim() > 1:
-                return _centre.direct(differentiated, x, _MEAN_OVER[name])
             return _standardise.direct(differentiated, x, name, 0, eps)[0]
-        except Exception:
+        except REFUSED:
             pass  # as in disentangled_attention
     check_tensor("x", x, "(..., N, C)")
     if isinstance(eps, bool) or not isinstance(eps, (int, float)):

@@ -236,7 +236,7 @@ class TestProfiler:
         ("op", "operator"),
         [
             ("disentangled_attention", "pairwise_forward"),
-            ("whiten", "mean_subtract"),
+            ("whiten", "whiten_forward"),
             ("mean_subtract", "mean_subtract"),
             ("unary_softmax", "softmax"),
         ],
