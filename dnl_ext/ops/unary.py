@@ -80,7 +80,7 @@ class SoftmaxGradient(Function):
 
 
 _softmax_gradient = gradient_by("softmax_backward", SoftmaxGradient)
-softmax = Differentiable("softmax", Softmax)
+softmax: Differentiable = Differentiable("softmax", Softmax)
 
 
 class UnaryAttention(Function):
