@@ -359,9 +359,10 @@ int random_cases(int64_t count, int64_t first) {
       return std::uniform_int_distribution<int64_t>(least, most)(generator);
     };
     const auto size = [&] { return upto(0, 2) ? upto(1, 40) : upto(1, 150); };
-    const auto positions = [&] { return upto(0, 9) ? size() : upto(300, 500); };  // several blocks
-    const int64_t queries = upto(0, 3) ? positions() : upto(1, 4);                // few have kernels of their own
-    const Shape shape{upto(1, 4), queries, positions(), size(), size()};
+    const auto positions = [&] { return upto(0, 9) ? size() : upto(300, 500); };     // several blocks
+    const int64_t queries = upto(0, 3) ? positions() : upto(1, 4);                   // few have kernels of their own
+    const int64_t keys = queries < 5 && !upto(0, 2) ? upto(385, 900) : positions();  // several blocks of theirs
+    const Shape shape{upto(1, 4), queries, keys, size(), size()};
     const DType dtype = kTypes[upto(0, 3)];
     const bool first_channel = upto(0, 1), whiten = upto(0, 1);
     const int thread_count = static_cast<int>(upto(1, 3));
