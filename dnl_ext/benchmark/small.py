@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dnl_ext import modules, ops, reference
+from dnl_ext.analysis.tables import markdown_lines
 from dnl_ext.config import show_config
 from dnl_ext.modules._block import BACKENDS
 
@@ -618,6 +619,19 @@ def _figure(cell: dict[str, Any] | None, mark: str) -> str:
     return f"{mark}{text}{mark} {cell['best_peer']}" if cell["ratio"] < 1 else text
 
 
+def _head(columns: Sequence[tuple[str, str]]) -> list[str]:
+    titles = [f"{dtype} {'forward' if direction == 'forward' else '+ backward'}" for dtype, direction in columns]
+    return ["operator or block", "sizes", *titles]
+
+
+def _figures(
+    columns: Sequence[tuple[str, str]], table: Mapping[tuple[str, str], Any], mark: str
+) -> Iterator[list[str]]:
+    """The lines of a table: a row's name, its sizes, and the figures of its cells."""
+    for (what, sizes), cells in table.items():
+        yield [what, sizes, *(_figure(cells.get(column), mark) for column in columns)]
+
+
 def _threads(document: dict[str, Any]) -> list[int]:
     return list(dict.fromkeys(cell["threads"] for cell in document["cells"]))
 
@@ -654,12 +668,10 @@ def small_tables(document: dict[str, Any]) -> "Iterator[Table | Text]":
             title_justify="left",
             header_style="bold",
         )
-        shown.add_column("operator or block")
-        shown.add_column("sizes")
-        for dtype, direction in columns:
-            shown.add_column(f"{dtype} {'forward' if direction == 'forward' else '+ backward'}")
-        for (what, sizes), cells in table.items():
-            shown.add_row(what, sizes, *(_figure(cells.get(column), "*") for column in columns))
+        for title in _head(columns):
+            shown.add_column(title)
+        for figures in _figures(columns, table, "*"):
+            shown.add_row(*figures)
         yield shown
         yield Text(_count(document, threads), style="bold")
     for cell in document["cells"]:
@@ -679,12 +691,6 @@ def small_markdown(document: dict[str, Any]) -> str:
     lines: list[str] = []
     for threads in _threads(document):
         columns, table = _grid(document, threads)
-        heads = [f"{dtype} {'forward' if direction == 'forward' else '+ backward'}" for dtype, direction in columns]
         lines += [f"{_count(document, threads)}.", ""]
-        lines += ["| " + " | ".join(["operator or block", "sizes", *heads]) + " |"]
-        lines += ["|" + "---|" * (len(columns) + 2)]
-        for (what, sizes), cells in table.items():
-            figures = [_figure(cells.get(column), "**") for column in columns]
-            lines += ["| " + " | ".join([what, sizes, *figures]) + " |"]
-        lines += [""]
+        lines += [*markdown_lines(_head(columns), _figures(columns, table, "**")), ""]
     return "\n".join(lines).rstrip()
