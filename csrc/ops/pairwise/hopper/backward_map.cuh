@@ -97,6 +97,7 @@ template <class T>
 struct MapConsumer {
   static constexpr int kGroups = kMapTile / 8;
   static constexpr int kLines = kMapTile / kLineElements<T>;  // 16 bytes each, of a row of P' or dS'
+  static constexpr int kTogether = 4;                         // groups, and lines, whose loads are ahead of their stores
   const HopperMap<T>& op;
   const SoftmaxBackwardStep<T>& step;
   unsigned char* memory;
@@ -116,18 +117,39 @@ struct MapConsumer {
 
   DNL_DEVICE int column(int group) const { return group * 8 + lane % 4 * 2; }
 
-  // Of the tile's queries: what makes P, and Delta.
-  DNL_DEVICE void load_statistics(const MapPlace& at) const {
-    named_barrier(kConsumerBarrier, kConsumers);  // those of the last tile are done with
+  // What a tile asks of memory beside its operands. It is loaded while the tile before is made.
+  struct Statistics {
+    // Of the query threadIdx.x. Beyond the last one P is exp2(-inf) = 0.
+    float shift = std::numeric_limits<float>::infinity(), factor = 0, delta = 0;
+    float bias[2] = {};  // of this thread's keys
+    float grad_scale = 1;
+  };
+  DNL_DEVICE Statistics load_statistics(int64_t tile) const {
+    Statistics found;
+    if (tile >= op.tiles) return found;
+    const MapPlace at(op, tile);
     const int64_t i = at.first_column + threadIdx.x;
-    if (threadIdx.x < kMapTile) {
-      const bool inside = i < step.columns;
-      // Beyond the last query P is exp2(-inf) = 0.
-      shift[threadIdx.x] = inside ? step.shift.element(at.b)[i] : std::numeric_limits<float>::infinity();
-      factor[threadIdx.x] = inside ? step.row_factor.element(at.b)[i] : 0.0f;
-      delta[threadIdx.x] = inside && step.grad_logits ? step.delta.element(at.b)[i] : 0.0f;
+    if (threadIdx.x < kMapTile && i < step.columns) {
+      found.shift = step.shift.element(at.b)[i];
+      found.factor = step.row_factor.element(at.b)[i];
+      if (step.grad_logits) found.delta = step.delta.element(at.b)[i];
     }
+    for (int h = 0; h < 2; ++h) {
+      const int64_t j = at.first_row + row + 8 * h;
+      if (step.bias.data && j < step.rows) found.bias[h] = step.bias.element(at.b)[j];
+    }
+    if (step.grad_scale) found.grad_scale = step.grad_scale[at.b];
+    return found;
+  }
+  DNL_DEVICE void share(const Statistics& own) const {
+    named_barrier(kConsumerBarrier, kConsumers);  // those of the last tile are done with
+    if (threadIdx.x < kMapTile)
+      shift[threadIdx.x] = own.shift, factor[threadIdx.x] = own.factor, delta[threadIdx.x] = own.delta;
     named_barrier(kConsumerBarrier, kConsumers);
+  }
+  // Of the two columns of this thread in a group.
+  DNL_DEVICE Neighbours<float> both(const float* of_queries, int group) const {
+    return *reinterpret_cast<const Neighbours<float>*>(of_queries + column(group));
   }
 
   // The 32 bits at (r, c) and (r, c + 1) of P' or dS' in shared memory, where c is even: 16-byte lines of a row change
@@ -137,41 +159,49 @@ struct MapConsumer {
     return memory + result + r * kRowBytes + (c / kLineElements<T> ^ r % 8) * kLine + c % kLineElements<T> * sizeof(T);
   }
 
-  // Probabilities in place of S', and P' as rounded to shared memory.
-  DNL_DEVICE void make_probability(const MapPlace& at, float (&s)[kMapTile / 2]) const {
+  // Probabilities in place of S', and P' as rounded to shared memory. Groups are taken several at a time: what is read
+  // after a store to shared memory waits for it, and a thread has nothing else to do.
+  DNL_DEVICE void make_probability(float (&s)[kMapTile / 2], const Statistics& own) const {
     constexpr float kStored = 1 << kProbabilityExponent<T>;
-    float bias[2];
-    for (int h = 0; h < 2; ++h) {
-      const int64_t j = at.first_row + row + 8 * h;
-      bias[h] = step.bias.data && j < step.rows ? step.bias.element(at.b)[j] : 0.0f;
-    }
 #pragma unroll  // or `s` is indexed, and leaves the registers
-    for (int n = 0; n < kGroups; ++n)
-      for (int h = 0; h < 2; ++h) {
-        float* p = s + 4 * n + 2 * h;
-        for (int u = 0; u < 2; ++u) {
-          const int i = column(n) + u;
-          const float exponent = (p[u] * step.sign + bias[h] - shift[i]) * step.magnitude;
-          p[u] = factor[i] * exp2_approx(not_positive(exponent));
+    for (int first = 0; first < kGroups; first += kTogether) {
+      Neighbours<float> off[kTogether], by[kTogether];
+      for (int k = 0; k < kTogether; ++k) off[k] = both(shift, first + k), by[k] = both(factor, first + k);
+      for (int k = 0; k < kTogether; ++k)
+        for (int e = 0; e < 4; ++e) {
+          float& p = s[4 * (first + k) + e];
+          const float exponent = (p * step.sign + own.bias[e / 2] - (e % 2 ? off[k].hi : off[k].lo)) * step.magnitude;
+          p = (e % 2 ? by[k].hi : by[k].lo) * exp2_approx(not_positive(exponent));
         }
-        *reinterpret_cast<uint32_t*>(place(kMapProbability, row + 8 * h, column(n))) =
-            pack2<T>(kStored * p[0], kStored * p[1]);
-      }
+      for (int k = 0; k < kTogether; ++k)
+        for (int h = 0; h < 2; ++h) {
+          const float* p = s + 4 * (first + k) + 2 * h;
+          *reinterpret_cast<uint32_t*>(place(kMapProbability, row + 8 * h, column(first + k))) =
+              pack2<T>(kStored * p[0], kStored * p[1]);
+        }
+    }
   }
 
   // dS' as rounded to shared memory, and its sums over the tile's queries.
-  DNL_DEVICE void make_gradient(const MapPlace& at, const float (&p)[kMapTile / 2],
-                                const float (&dp)[kMapTile / 2]) const {
-    const float grad_scale = step.grad_scale ? step.grad_scale[at.b] : 1.0f;
+  DNL_DEVICE void make_gradient(const MapPlace& at, const float (&p)[kMapTile / 2], float (&dp)[kMapTile / 2],
+                                const Statistics& own) const {
     float sum[2] = {};
 #pragma unroll
-    for (int n = 0; n < kGroups; ++n)
-      for (int h = 0; h < 2; ++h) {
-        float ds[2];
-        for (int u = 0; u < 2; ++u)
-          ds[u] = grad_scale * softmax_jacobian(p[4 * n + 2 * h + u], dp[4 * n + 2 * h + u], delta[column(n) + u]);
-        *reinterpret_cast<uint32_t*>(place(kMapGradient, row + 8 * h, column(n))) = round_both<T>(ds[0], ds[1], sum[h]);
-      }
+    for (int first = 0; first < kGroups; first += kTogether) {
+      Neighbours<float> mean[kTogether];
+      for (int k = 0; k < kTogether; ++k) mean[k] = both(delta, first + k);
+      for (int k = 0; k < kTogether; ++k)
+        for (int e = 0; e < 4; ++e) {
+          float& ds = dp[4 * (first + k) + e];
+          ds = own.grad_scale * softmax_jacobian(p[4 * (first + k) + e], ds, e % 2 ? mean[k].hi : mean[k].lo);
+        }
+      for (int k = 0; k < kTogether; ++k)
+        for (int h = 0; h < 2; ++h) {
+          const float* ds = dp + 4 * (first + k) + 2 * h;
+          *reinterpret_cast<uint32_t*>(place(kMapGradient, row + 8 * h, column(first + k))) =
+              round_both<T>(ds[0], ds[1], sum[h]);
+        }
+    }
     for (int h = 0; h < 2; ++h) {
       for (int other = 1; other <= 2; other *= 2) sum[h] += __shfl_xor_sync(kAllLanes, sum[h], other);
       const int64_t j = at.first_row + row + 8 * h;
@@ -183,17 +213,32 @@ struct MapConsumer {
   // The warp's rows of P' and dS', in lines. The next tile's take their place after stages were given back, which
   // brings the warp together.
   DNL_DEVICE void write(const MapPlace& at) const {
+    constexpr int kRows = kWarp / kLines, kTurns = 16 / kRows;  // rows that a warp writes at once
     __syncwarp();
-    for (int index = lane; index < 16 * kLines; index += kWarp) {
-      const int r = warp_row + index / kLines, c = index % kLines * kLineElements<T>;
-      if (at.first_row + r >= step.rows || at.first_column + c >= step.pitch) continue;
-      const int64_t to = (at.b * step.rows + at.first_row + r) * step.pitch + at.first_column + c;
-      const auto copy = [&](T* out, int result) {
-        *reinterpret_cast<Line<T>*>(out + to) = *reinterpret_cast<const Line<T>*>(place(result, r, c));
+    const int r = warp_row + lane / kLines, c = lane % kLines * kLineElements<T>;
+    if (at.first_column + c >= step.pitch) return;
+    const int64_t beyond = step.rows - at.first_row - r;
+    const int left = beyond < kMapTile ? static_cast<int>(beyond) : kMapTile;
+    const int64_t to = (at.b * step.rows + at.first_row + r) * step.pitch + at.first_column + c;
+    const auto leave = [&](T* out, int result) {
+      const auto line = [&](int turn) { return *reinterpret_cast<const Line<T>*>(place(result, r + turn * kRows, c)); };
+      const auto store = [&](int turn, Line<T> x) {
+        *reinterpret_cast<Line<T>*>(out + to + turn * kRows * step.pitch) = x;
       };
-      if (step.probability) copy(step.probability, kMapProbability);
-      if (step.grad_logits) copy(step.grad_logits, kMapGradient);
-    }
+      static_assert(kTogether == 4);
+      int turn = 0;
+#pragma unroll
+      for (; turn < kTurns; turn += kTogether) {
+        if ((turn + kTogether - 1) * kRows >= left) break;
+        // As an array, or each with a condition of its own, nvcc stores them word by word.
+        const Line<T> w = line(turn), x = line(turn + 1), y = line(turn + 2), z = line(turn + 3);
+        store(turn, w), store(turn + 1, x), store(turn + 2, y), store(turn + 3, z);
+      }
+#pragma unroll 1
+      for (; turn < kTurns && turn * kRows < left; ++turn) store(turn, line(turn));
+    };
+    if (step.probability) leave(step.probability, kMapProbability);
+    if (step.grad_logits) leave(step.grad_logits, kMapGradient);
   }
 
   // S' of a tile.
@@ -211,11 +256,11 @@ struct MapConsumer {
 
   // dP' of a tile, and P' from S' while its first stages are multiplied.
   template <Along kValue, Along kGrad>
-  DNL_DEVICE void multiply_values(const MapPlace& at, float (&s)[kMapTile / 2], float (&dp)[kMapTile / 2]) {
+  DNL_DEVICE void multiply_values(float (&s)[kMapTile / 2], float (&dp)[kMapTile / 2], const Statistics& own) {
     const int lead = op.value_chunks < kMapLead ? op.value_chunks : kMapLead;
     multiply_stage<T, kValue, kGrad>(dp, ring.next(), false);
     for (int chunk = 1; chunk < lead; ++chunk) multiply_stage<T, kValue, kGrad>(dp, ring.next(), true);
-    make_probability(at, s);
+    make_probability(s, own);
     for (int chunk = lead; chunk < op.value_chunks; ++chunk) {
       multiply_stage<T, kValue, kGrad>(dp, ring.next(), true);
       wgmma_wait<1>();
@@ -226,19 +271,22 @@ struct MapConsumer {
   }
 
   DNL_DEVICE void run() {
+    Statistics next = load_statistics(blockIdx.x);
     for (int64_t tile = blockIdx.x; tile < op.tiles; tile += gridDim.x) {
       const MapPlace at(op, tile);
-      load_statistics(at);
+      const Statistics own = next;
+      share(own);
+      next = load_statistics(tile + gridDim.x);
       float s[kMapTile / 2], dp[kMapTile / 2];
       by_order(op.key.channel_first, op.query.channel_first,
                [&](auto left, auto right) { multiply_logits<decltype(left)::value, decltype(right)::value>(s); });
       if (op.value_chunks) {
         by_order(op.value.channel_first, op.grad.channel_first, [&](auto left, auto right) {
-          multiply_values<decltype(left)::value, decltype(right)::value>(at, s, dp);
+          multiply_values<decltype(left)::value, decltype(right)::value>(s, dp, own);
         });
-        make_gradient(at, s, dp);
+        make_gradient(at, s, dp, own);
       } else {
-        make_probability(at, s);
+        make_probability(s, own);
       }
       write(at);
     }
