@@ -5,7 +5,7 @@
 Compiles tests/cuda_kernels.cu, which names every kernel: all of them for 8.0 and 9.0, the fused ones for 8.9, 10.0 and
 12.0 too, Hopper's for 9.0a alone. Per kernel and architecture: registers of a thread, bytes of stack and of spills,
 static shared memory of a block, occupancy, and how many tensor-core instructions (HMMA, HGMMA) its machine code has,
-where cuobjdump is found (PATH, CUDA_HOME, or the one in the triton package). Exits 1 where a build is worse than the
+where cuobjdump is found (cuda_model/sass.py); without it no budget is written. Exits 1 where a build is worse than the
 budget:
 
 - spills or stack beyond it;
@@ -29,9 +29,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 
 import ptxas_table
+from cuda_model import sass
 
 ROOT = pathlib.Path(__file__).parents[1]
 BUDGET = ROOT / "tests/cuda_budget.json"
@@ -63,17 +63,6 @@ def occupancy(arch, registers, shared, threads=THREADS):
         shared_kib * 1024 // (shared + 1024),
     )
     return blocks * threads / most_threads
-
-
-def cuobjdump():
-    """The tool's path, or None."""
-    if path := shutil.which("cuobjdump"):
-        return path
-    if spec := find_spec("triton"):
-        path = pathlib.Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump"
-        if path.exists():
-            return str(path)
-    return None
 
 
 def short(names):
@@ -121,10 +110,7 @@ def compile_arch(arch, nvcc, folder):
         raise SystemExit(f"cuda_budget: {arch}: {found[0]}")
     rows = ptxas_table.parse(log.splitlines())
     threads = HOPPER_THREADS if arch in HOPPER_ONLY else THREADS
-    tool = cuobjdump()
-    counts = {}
-    if tool:
-        counts = tensor_instructions(subprocess.run([tool, "-sass", cubin], capture_output=True, text=True).stdout)
+    counts = tensor_instructions(sass.listing(cubin, "-sass")) if sass.cuobjdump() else {}
     figures = {}
     for name, row in zip(short([row.kernel for row in rows]), rows, strict=True):
         if not name.startswith(prefix):
@@ -187,6 +173,9 @@ def main():
     if not shutil.which(options.nvcc):
         print("cuda_budget: no nvcc here (--nvcc)", file=sys.stderr)
         return 3
+    if options.write and sass.cuobjdump() is None:
+        print(f"cuda_budget: no cuobjdump here, and a budget counts HMMA: {sass.HOW_TO_GET}", file=sys.stderr)
+        return 3
     built = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = pathlib.Path(options.cubins or scratch)
@@ -199,7 +188,7 @@ def main():
                 old = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
                 BUDGET.write_text(json.dumps({**old, **built}, indent=1, sort_keys=True) + "\n")
     print(table(built))
-    if cuobjdump() is None:
+    if sass.cuobjdump() is None:
         print("no cuobjdump here: HMMA were not counted")
     if options.write:
         print(f"wrote {BUDGET}")

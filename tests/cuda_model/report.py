@@ -100,20 +100,30 @@ def tile_table(built):
 
 
 def call_table(arch, costs):
-    """Modelled milliseconds of chain and fused path beside eager's."""
+    """Modelled milliseconds of each path beside eager's: of both directions, and of the best of each together."""
     device = machine.MACHINES[arch]
-    rows, by_key = [], {}
+    rows, by_key, together = [], {}, {}
     for cost in costs:
         key = (cost.call.direction, cost.call.width, cost.call.channels, cost.call.layout, cost.positions)
         by_key.setdefault(key, {})[cost.call.path] = cost
     for (direction, width, channels, layout, n), paths in by_key.items():
         eager = calls.eager(device, direction, n, width, channels)
         cells = [f"{c.seconds * 1e3:.2f}" if (c := paths.get(path)) else "-" for path in ("chain", "fused", "hopper")]
-        best = min(c.seconds for c in paths.values()) / eager
-        name = f"{direction} ({width}, {channels}) {layout}"
-        rows.append(f"| {device.name} | {name} | {n} | {eager * 1e3:.2f} | {' | '.join(cells)} | {best:.2f} |")
+        best = min(c.seconds for c in paths.values())
+        shape = f"({width}, {channels}) {layout} | {n}"
+        rows.append(
+            f"| {device.name} | {direction} {shape} | {eager * 1e3:.2f} | {' | '.join(cells)} | {best / eager:.2f} |"
+        )
+        both = together.setdefault(shape, [0.0, 0.0])
+        both[0] += best
+        both[1] += eager
     head = "| GPU | call | positions | eager | chain | fused | hopper | best / eager |"
-    return "\n".join([head, "|" + "---|" * 8, *rows])
+    training = [
+        f"| {device.name} | {shape} | {eager * 1e3:.2f} | {best * 1e3:.2f} | {best / eager:.2f} |"
+        for shape, (best, eager) in together.items()
+    ]
+    training_head = "| GPU | forward + backward | positions | eager | best path of each | best / eager |"
+    return "\n".join([head, "|" + "---|" * 8, *rows, "", training_head, "|" + "---|" * 6, *training])
 
 
 def calibration_table(rows):

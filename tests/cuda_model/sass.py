@@ -132,7 +132,8 @@ def cuobjdump():
     return next((str(x / "cuobjdump") for x in folders if (x / "cuobjdump").exists()), None)
 
 
-def _run(path, flag):
+def listing(path, flag):
+    """What the disassembler prints of a cubin, an object or a library. RuntimeError without one."""
     tool = cuobjdump()
     if tool is None:
         raise RuntimeError(f"no cuobjdump here: {HOW_TO_GET}")
@@ -144,13 +145,13 @@ def _run(path, flag):
 
 
 def disassemble(path):
-    """{mangled name: instructions} of a cubin, an object or a library. RuntimeError without a disassembler."""
-    return parse(_run(path, "-sass"))
+    """{mangled name: instructions} of a cubin, an object or a library."""
+    return parse(listing(path, "-sass"))
 
 
 def resources(path):
     """{mangled name: (registers of a thread, bytes of static shared memory of a block)}."""
-    return parse_resources(_run(path, "-res-usage"))
+    return parse_resources(listing(path, "-res-usage"))
 
 
 def parse_resources(listing):

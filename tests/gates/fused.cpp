@@ -52,7 +52,8 @@ void test(gates::Draw& draw) {
   if constexpr (kHalf<T> || std::is_same_v<T, Tf32>) {
     gates::PairwiseCase t =
         gates::kSanitized ? gates::any_pairwise<T>(draw, 150, 40, 150) : gates::any_pairwise<T>(draw, 300, 150, 700);
-    if (t.channels > 150) t.queries = std::min<int64_t>(t.queries, 70), t.keys = std::min<int64_t>(t.keys, 100);
+    if (draw.chance(0.3)) t.keys = draw.upto(65, gates::kSanitized ? 150 : 300);  // tiles enough for splits
+    if (t.channels > 150) t.queries = std::min<int64_t>(t.queries, 70), t.keys = std::min<int64_t>(t.keys, 150);
     gates::PairwiseProblem<ResultOf<T>, T> problem(t);
     if constexpr (std::is_same_v<T, Tf32>)
       if (!t.part) check_operands(problem);

@@ -6,6 +6,7 @@ from mutant import BF16, F16, Mutant
 
 RING, MAP = "ops/pairwise/hopper/ring.cuh", "ops/pairwise/hopper/backward_map.cuh"
 FORWARD, PTX_SM90 = "ops/pairwise/hopper/forward.cuh", "core/cuda/ptx_sm90.cuh"
+OUTPUT = "ops/pairwise/fused/output.cuh"
 
 of_backward = partial(Mutant, gate="hopper_backward", type=BF16)
 of_forward = partial(Mutant, gate="hopper_forward", type=BF16)
@@ -192,18 +193,48 @@ MUTANTS = [
     of_backward(
         "hopper map: statistics read before they are there",
         MAP,
-        "    }\n    named_barrier(kConsumerBarrier, kConsumers);\n",
-        "    }\n",
+        "delta[threadIdx.x] = own.delta;\n    named_barrier(kConsumerBarrier, kConsumers);\n",
+        "delta[threadIdx.x] = own.delta;\n",
         mode="tsan",
         cases=12,
     ),
-    of_backward("hopper map: Delta left out", MAP, "delta[column(n) + u]);", "0.0f);", cases=60),
-    of_backward("hopper map: bias left out", MAP, "* step.sign + bias[h] - shift", "* step.sign - shift", cases=60),
+    of_backward(
+        "hopper map: statistics of the next tile",
+        MAP,
+        "      share(own);\n      next = load_statistics(tile + gridDim.x);\n",
+        "      next = load_statistics(tile + gridDim.x);\n      share(next);\n",
+        cases=60,
+    ),
+    of_backward(
+        "hopper map: bias of the block's first tile",
+        MAP,
+        "      next = load_statistics(tile + gridDim.x);\n",
+        "      next = load_statistics(tile + gridDim.x);\n"
+        "      next.bias[0] = own.bias[0], next.bias[1] = own.bias[1];\n",
+        cases=60,
+    ),
+    of_backward(
+        "hopper map: rows beyond the last, four at a time",
+        MAP,
+        "        if ((turn + kTogether - 1) * kRows >= left) break;\n",
+        "",
+        mode="asan",
+        cases=40,
+    ),
+    of_backward(
+        "hopper map: the rows that are not four are left out",
+        MAP,
+        "for (; turn < kTurns && turn * kRows < left; ++turn)",
+        "for (; turn < 0; ++turn)",
+        cases=60,
+    ),
+    of_backward("hopper map: Delta left out", MAP, "e % 2 ? mean[k].hi : mean[k].lo);", "0.0f);", cases=60),
+    of_backward("hopper map: bias left out", MAP, "* step.sign + own.bias[e / 2] - ", "* step.sign - ", cases=60),
     of_backward(
         "hopper map: bias of another row",
         MAP,
-        "at.first_row + row + 8 * h;\n      bias",
-        "at.first_row + row;\n      bias",
+        "at.first_row + row + 8 * h;\n      if (step.bias.data",
+        "at.first_row + row;\n      if (step.bias.data",
         cases=60,
     ),
     of_backward(
@@ -219,24 +250,24 @@ MUTANTS = [
     of_backward(
         "hopper map: lanes write what others have not stored",
         MAP,
-        "const MapPlace& at) const {\n    __syncwarp();",
-        "const MapPlace& at) const {",
+        "  // rows that a warp writes at once\n    __syncwarp();\n",
+        "  // rows that a warp writes at once\n",
         mode="tsan",
         cases=12,
     ),
     of_backward(
         "hopper map: lines beyond the pitch",
         MAP,
-        " || at.first_column + c >= step.pitch) continue;",
-        ") continue;",
+        "    if (at.first_column + c >= step.pitch) return;\n",
+        "",
         mode="asan",
         cases=40,
     ),
     of_backward(
         "hopper map: float16 scale of P left in dS",
         MAP,
-        "p[u] = factor[i] * exp2_approx",
-        "p[u] = kStored * factor[i] * exp2_approx",
+        "p = (e % 2 ? by[k].hi : by[k].lo) * exp2_approx",
+        "p = kStored * (e % 2 ? by[k].hi : by[k].lo) * exp2_approx",
         type=F16,
         cases=60,
     ),
@@ -413,10 +444,17 @@ MUTANTS = [
         cases=200,
     ),
     of_forward(
+        "hopper forward: slices are not launched",
+        FORWARD,
+        "plan.splits * plan.slices;",
+        "plan.splits;",
+        cases=200,
+    ),
+    of_forward(
         "hopper forward: splits in one place",
         FORWARD,
-        "const int64_t part = at.split * op.batches + at.b, left",
-        "const int64_t part = at.b, left",
+        "(op, staging, at.b, at.split, first_query",
+        "(op, staging, at.b, 0, first_query",
         cases=90,
     ),
     of_forward(
@@ -438,24 +476,24 @@ MUTANTS = [
     of_forward(
         "hopper forward: results overwritten before they have left",
         FORWARD,
-        "        }\n      named_barrier(kGroupBarrier + group, kWarpgroup);\n    }",
-        "        }\n    }",
+        "kWarpgroup / kWarp);\n      named_barrier(kGroupBarrier + group, kWarpgroup);\n    }",
+        "kWarpgroup / kWarp);\n    }",
         mode="order",
         cases=90,
     ),
     of_forward(
         "hopper forward: queries beyond the last are written",
-        FORWARD,
-        "if (i >= op.queries || channel >= op.channels) continue;",
-        "if (channel >= op.channels) continue;",
+        OUTPUT,
+        "const int rows = at_most_of(op.queries - first_query, kRows);",
+        "const int rows = kRows;",
         mode="asan",
         cases=40,
     ),
     of_forward(
         "hopper forward: channels beyond the last are written",
         FORWARD,
-        "if (i >= op.queries || channel >= op.channels) continue;",
-        "if (i >= op.queries) continue;",
+        "left - first, threadIdx.x",
+        "kStep, threadIdx.x",
         mode="asan",
         cases=40,
     ),
@@ -475,8 +513,8 @@ MUTANTS = [
     ),
     of_overflow(
         "hopper forward: 32-bit index",
-        FORWARD,
-        "op.partial[(part * op.queries + i) * op.channels + channel] = y;",
-        "op.partial[static_cast<int>((part * op.queries + i) * op.channels + channel)] = y;",
+        OUTPUT,
+        "part[op.place_in_part(first_query + r, first_channel + c)] = y;",
+        "part[static_cast<int>(op.place_in_part(first_query + r, first_channel + c))] = y;",
     ),
 ]

@@ -154,14 +154,14 @@ inline ForwardPlan plan_fused_forward(const PairwiseShape& shape, const Gpu& gpu
   return best;
 }
 
-// Hopper's forward: tiles of kForwardTiles[kHopperForwardTile], slices of all its channels.
+// Hopper's forward: tiles of kForwardTiles[kHopperForwardTile], slices of all its channels, side by side.
 inline ForwardPlan plan_hopper_forward(const PairwiseShape& shape, const Gpu& gpu) {
   const ForwardTile& tile = kForwardTiles[kHopperForwardTile];
   ForwardPlan plan;
   plan.tile = kHopperForwardTile;
   plan.slices = static_cast<int>((shape.channels + tile.channels - 1) / tile.channels);
   plan.slice_channels = tile.channels;
-  const int64_t blocks = shape.batches * ((shape.queries + tile.queries - 1) / tile.queries);
+  const int64_t blocks = shape.batches * ((shape.queries + tile.queries - 1) / tile.queries) * plan.slices;
   plan.splits = forward_splits(blocks, (shape.keys + tile.keys - 1) / tile.keys, gpu.multiprocessors);
   plan.shared.bytes = kHopperForwardBytes;
   return plan;

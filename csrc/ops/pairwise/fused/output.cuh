@@ -40,7 +40,7 @@ struct FusedForward {
   const float* offset;              // (batches, channels), or null
   float* stats;                     // (batches, queries, 2): shift and factor
   float* maxima;            // (batches, queries), of t (pairwise.h): from slice 0 to the others; null with one slice
-  float* partial;           // (splits, batches, queries, channels) if splits > 1
+  float* partial;           // (splits, batches) of (queries, channels) in the order of the output, if splits > 1
   float* split_statistics;  // (splits, batches, queries, 3): maximum, sum, sum as rounded, if splits > 1
   int64_t batches, queries, keys, channels;
   int width, first_slice, slices, slice_channels, group_channels, splits;
@@ -48,14 +48,16 @@ struct FusedForward {
   ForwardShared shared;
   float sign, magnitude;  // of the scale, for exponents of 2
 
-  // Writes y of a batch element, given less the offset: rounded once, and what that took.
+  // y of a batch element on its way out.
   struct Writer {
     const FusedForward& op;
     Result *output, *residual;
     const float* offset;
 
+    // y with what was taken off the values; read before anything is written.
+    DNL_DEVICE float whole(int64_t c, float y) const { return offset ? y + offset[c] : y; }
+    // Writes y: rounded once, and what that took.
     DNL_DEVICE void operator()(int64_t i, int64_t c, float y) const {
-      if (offset) y += offset[c];
       const Result result = rounded<Result>(y);
       output[i * op.output.position + c * op.output.channel] = result;
       if (residual) residual[i * op.residual.position + c * op.residual.channel] = rounded<Result>(y - wide(result));
@@ -65,7 +67,60 @@ struct FusedForward {
     return {*this, output.element(b), residual.data ? residual.element(b) : nullptr,
             offset ? offset + b * channels : nullptr};
   }
+  // A split's O of a batch element, in the order of the output: lanes that write y touch neighbours here too.
+  DNL_DEVICE float* part(int split, int64_t b) const { return partial + (split * batches + b) * queries * channels; }
+  DNL_DEVICE int64_t place_in_part(int64_t i, int64_t c) const {
+    return position_fast ? c * queries + i : i * channels + c;
+  }
 };
+
+// put(r, c, value(r, c)) for r in [0, rows) and c in [0, columns), by `warps` warps, of which this is `warp`; lanes
+// have neighbours in the order of the output. Several values are read before the first is put: a store that lies
+// between two loads would keep the second one waiting.
+template <bool kPositionFast, class Value, class Put>
+DNL_DEVICE void write_piece(int rows, int columns, int warp, int warps, const Value& value, const Put& put) {
+  constexpr int kTogether = 4;
+  const int fast_count = kPositionFast ? rows : columns, slow_count = kPositionFast ? columns : rows;
+  for (int fast = threadIdx.x % kWarp; fast < fast_count; fast += kWarp) {
+    const auto place = [&](int slow, const auto& f) { return kPositionFast ? f(fast, slow) : f(slow, fast); };
+    int slow = warp;
+    for (; slow + (kTogether - 1) * warps < slow_count; slow += kTogether * warps) {
+      float found[kTogether];
+      for (int k = 0; k < kTogether; ++k) found[k] = place(slow + k * warps, value);
+      for (int k = 0; k < kTogether; ++k) place(slow + k * warps, [&](int r, int c) { return put(r, c, found[k]); });
+    }
+#pragma unroll 1
+    for (; slow < slow_count; slow += warps) place(slow, [&](int r, int c) { return put(r, c, value(r, c)); });
+  }
+}
+template <class T, class Value, class Put>
+DNL_DEVICE void write_piece(const FusedForward<T>& op, int rows, int columns, int warp, int warps, const Value& value,
+                            const Put& put) {
+  if (op.position_fast)
+    write_piece<true>(rows, columns, warp, warps, value, put);
+  else
+    write_piece<false>(rows, columns, warp, warps, value, put);
+}
+
+// A (kRows, kColumns) piece of O in shared memory, of which row r and column c are at r kPitch + c: y of it, or where
+// splits are merged its part of theirs.
+template <int kRows, int kColumns, int kPitch, class T>
+DNL_DEVICE void write_staged(const FusedForward<T>& op, const float* staged, int64_t b, int split, int64_t first_query,
+                             int64_t first_channel, int columns, int warp, int warps) {
+  const int rows = at_most_of(op.queries - first_query, kRows);
+  const auto write = [&](const auto& value, const auto& put) {
+    write_piece(op, rows, columns < kColumns ? columns : kColumns, warp, warps, value, put);
+  };
+  if (op.splits > 1) {
+    float* part = op.part(split, b);
+    write([&](int r, int c) { return staged[r * kPitch + c]; },
+          [&](int r, int c, float y) { part[op.place_in_part(first_query + r, first_channel + c)] = y; });
+  } else {
+    const auto writer = op.writer(b);
+    write([&](int r, int c) { return writer.whole(first_channel + c, staged[r * kPitch + c]); },
+          [&](int r, int c, float y) { writer(first_query + r, first_channel + c, y); });
+  }
+}
 
 // Which part of the problem a block and its warp have.
 template <class Tiling>
@@ -172,8 +227,7 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
   constexpr int kStep = 2 * kFragmentRows, kPitch = kWarp + 1;
   static_assert(kStep == kWarp && kWarps * kWarpRows * kPitch * 4 == kStagingBytes, "a step is as wide as a warp");
   float* staging = reinterpret_cast<float*>(memory) + threadIdx.x / kWarp * kWarpRows * kPitch;
-  const auto write = op.writer(at.b);
-  const bool position_fast = !merge && op.position_fast;
+#pragma unroll  // or `out` is indexed, and leaves the registers
   for (int first = 0; first < kWarpChannels; first += kStep) {
     if (first >= op.group_channels) break;
     __syncthreads();
@@ -187,17 +241,10 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
       }
     }
     __syncthreads();
-    for (int step = 0; step < kWarp; ++step) {
-      const int r = position_fast ? lane : step, c = position_fast ? step : lane;
-      const int64_t i = at.first_query + at.row + r, channel = at.first_channel + at.channel + first + c;
-      if (i >= op.queries || first + c >= op.group_channels || channel >= op.channels) continue;
-      float y = staging[r * kPitch + c];
-      if (merge) {
-        op.partial[(part * op.queries + i) * op.channels + channel] = y;
-        continue;
-      }
-      write(i, channel, y);
-    }
+    const int64_t channel = at.first_channel + at.channel + first;
+    const int columns = at_most_of(op.channels - channel, op.group_channels - first);
+    write_staged<kWarpRows, kStep, kPitch>(op, staging, at.b, at.split, at.first_query + at.row, channel, columns, 0,
+                                           1);
   }
 }
 
@@ -208,7 +255,7 @@ DNL_DEVICE void fused_forward_finish(const FusedForward<T>& op, const float (&ou
 // y = sum_s w_s O_s + offset with w_s = 2^(magnitude (maximum_s - maximum)) / sum of P as rounded, and the row
 // statistics, for first_channel .. end_channel. A block per 32 queries.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)  // without the 1, ptxas spills for more warps than there are
     fused_merge_kernel(FusedForward<T> op, int64_t first_channel, int64_t end_channel) {
   __shared__ float weight[kMaxSplits][kWarp];
   const int64_t tiles = ceil_div_of(op.queries, kWarp), b = blockIdx.x / tiles, first = blockIdx.x % tiles * kWarp;
@@ -233,22 +280,19 @@ __global__ void __launch_bounds__(kThreads)
   }
   __syncthreads();
 
-  const int64_t end_query = first + kWarp < op.queries ? first + kWarp : op.queries;
-  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const auto write = op.writer(b);
-  const auto merge = [&](int64_t i, int64_t c) {
-    const float* partial = op.partial + (b * op.queries + i) * op.channels + c;
-    float y = 0;
-    for (int s = 0; s < op.splits; ++s) y += weight[s][i - first] * partial[part * op.channels * s];
-    write(i, c, y);
-  };
-  if (op.position_fast) {
-    if (first + lane < end_query)
-      for (int64_t c = first_channel + warp; c < end_channel; c += kWarps) merge(first + lane, c);
-  } else {
-    for (int64_t i = first + warp; i < end_query; i += kWarps)
-      for (int64_t c = first_channel + lane; c < end_channel; c += kWarp) merge(i, c);
-  }
+  const auto writer = op.writer(b);
+  const float* parts = op.part(0, b);
+  const int rows = at_most_of(op.queries - first, kWarp);
+  write_piece(
+      op, rows, static_cast<int>(end_channel - first_channel), threadIdx.x / kWarp, kWarps,
+      [&](int r, int c) {
+        const float* from = parts + op.place_in_part(first + r, first_channel + c);
+        float y = 0;
+#pragma unroll 2
+        for (int s = 0; s < op.splits; ++s, from += part * op.channels) y += weight[s][r] * *from;
+        return writer.whole(first_channel + c, y);
+      },
+      [&](int r, int c, float y) { writer(first + r, first_channel + c, y); });
 }
 
 }  // namespace dnl

@@ -97,7 +97,7 @@ template <class T>
 struct MapConsumer {
   static constexpr int kGroups = kMapTile / 8;
   static constexpr int kLines = kMapTile / kLineElements<T>;  // 16 bytes each, of a row of P' or dS'
-  static constexpr int kTogether = 4;                         // groups, and lines, whose loads are ahead of their stores
+  static constexpr int kTogether = 4;  // groups, and lines, whose loads are ahead of their stores
   const HopperMap<T>& op;
   const SoftmaxBackwardStep<T>& step;
   unsigned char* memory;

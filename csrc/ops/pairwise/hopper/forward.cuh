@@ -13,8 +13,8 @@
 // left operand, where eight columns of the one are eight k of the other. O is rescaled only where a maximum of the
 // warp's rows grew.
 //
-// Channels beyond 256 are further slices, which know the maximum of each row already. All three operands have one order
-// in memory; one that has the other is copied.
+// Channels beyond 256 are slices of other blocks, beside these: each makes the map anew, the same one. All three
+// operands have one order in memory; one that has the other is copied.
 #pragma once
 
 #include "ops/pairwise/fused/output.cuh"
@@ -108,8 +108,7 @@ struct ForwardConsumer {
     group = threadIdx.x / kWarpgroup;
     row = threadIdx.x / kWarp * 16 + lane / 4;
     for (int h = 0; h < 2; ++h) {
-      const int64_t i = at.first_query + row + 8 * h;
-      most[h] = at.known() && i < op.queries ? op.maxima[at.b * op.queries + i] : lowest();
+      most[h] = lowest();
       sum[h] = stored[h] = 0;
     }
   }
@@ -162,15 +161,13 @@ struct ForwardConsumer {
     float off[2];
     for (int h = 0; h < 2; ++h) {
       const float before = most[h];
-      if (!at.known()) {
-        float largest = lowest();
-        for (int n = 0; n < kHopperKeys / 8; ++n)
-          for (int u = 0; u < 2; ++u) largest = fmaxf(largest, s[4 * n + 2 * h + u]);  // the one that is no NaN
-        for (int step = 1; step <= 2; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
-        most[h] = fmaxf(largest, before);
-      }
+      float largest = lowest();
+      for (int n = 0; n < kHopperKeys / 8; ++n)
+        for (int u = 0; u < 2; ++u) largest = fmaxf(largest, s[4 * n + 2 * h + u]);  // the one that is no NaN
+      for (int step = 1; step <= 2; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, step));
+      most[h] = fmaxf(largest, before);
       off[h] = most[h] == lowest() ? 0.0f : most[h];  // -inf less -inf would be NaN
-      correction[h] = at.known() ? 1.0f : exp2_approx((before - off[h]) * op.magnitude);
+      correction[h] = exp2_approx((before - off[h]) * op.magnitude);
       sum[h] *= correction[h];
       stored[h] *= correction[h];
     }
@@ -214,15 +211,14 @@ struct ForwardConsumer {
       const bool merge = op.splits > 1;
       inverse[h] = merge ? 1.0f : 1.0f / stored[h];
       const int64_t i = at.first_query + row + 8 * h;
-      if (lane % 4 || i >= op.queries) continue;
-      if (merge && at.slice == op.first_slice) {
+      if (lane % 4 || i >= op.queries || at.slice) continue;
+      if (merge) {
         float* to = op.split_statistics + 3 * ((at.split * op.batches + at.b) * op.queries + i);
-        to[0] = at.known() ? 0.0f : most[h];
+        to[0] = most[h];
         to[1] = sum[h];
         to[2] = stored[h];
-      } else if (!merge && !at.known()) {
+      } else {
         store_stats(most[h], sum[h], op.stats + 2 * (at.b * op.queries + i));
-        if (op.maxima) op.maxima[at.b * op.queries + i] = most[h];
       }
     }
   }
@@ -233,9 +229,8 @@ struct ForwardConsumer {
     constexpr int kStep = 64, kPitch = kStep + 1, kRows = kHopperQueries / 2;
     static_assert(2 * kRows * kPitch * int(sizeof(float)) <= ForwardRing::kBytes, "it takes the place of the ring");
     float* staging = reinterpret_cast<float*>(memory) + group * kRows * kPitch;
-    const bool merge = op.splits > 1, position_fast = !merge && op.position_fast;
-    const auto write_one = op.writer(at.b);
-    const int64_t part = at.split * op.batches + at.b, left = op.channels - at.first_channel;
+    const int64_t first_query = at.first_query + group * kRows;
+    const int left = at_most_of(op.channels - at.first_channel, kHopperChannels);
     named_barrier(kConsumerBarrier, kConsumers);  // no product reads the ring any more
 #pragma unroll                                    // or `out` is indexed, and leaves the registers
     for (int first = 0; first < kHopperChannels; first += kStep) {
@@ -245,17 +240,8 @@ struct ForwardConsumer {
           staging[(row % kRows + e / 2 * 8) * kPitch + n * 8 + lane % 4 * 2 + e % 2] =
               out[first / 2 + 4 * n + e] * inverse[e / 2];
       named_barrier(kGroupBarrier + group, kWarpgroup);
-      for (int slow = threadIdx.x % kWarpgroup / kWarp; slow < kStep; slow += kWarpgroup / kWarp)
-        for (int fast = lane; fast < kStep; fast += kWarp) {
-          const int r = position_fast ? fast : slow, c = position_fast ? slow : fast;
-          const int64_t i = at.first_query + group * kRows + r, channel = at.first_channel + first + c;
-          if (i >= op.queries || channel >= op.channels) continue;
-          const float y = staging[r * kPitch + c];
-          if (merge)
-            op.partial[(part * op.queries + i) * op.channels + channel] = y;
-          else
-            write_one(i, channel, y);
-        }
+      write_staged<kRows, kStep, kPitch>(op, staging, at.b, at.split, first_query, at.first_channel + first,
+                                         left - first, threadIdx.x % kWarpgroup / kWarp, kWarpgroup / kWarp);
       named_barrier(kGroupBarrier + group, kWarpgroup);
     }
   }
@@ -346,28 +332,21 @@ void pairwise_hopper_forward_cuda(const PairwiseArgs& args, Device& device, cons
   op.stats = static_cast<float*>(args.stats);
   op.batches = args.batches, op.queries = args.queries, op.keys = args.keys, op.channels = args.channels;
   op.slice_channels = plan.slice_channels;
-  op.splits = plan.splits;
+  op.slices = plan.slices, op.splits = plan.splits;
   op.position_fast = position_is_fast(op.output, args.queries, args.channels);
   op.sign = in.sign;
   op.magnitude = args.magnitude<float>(kLog2OfE);
-  if (plan.slices > 1) op.maxima = device.template allocate<float>(args.batches * args.queries);
   if (plan.splits > 1) {
     const int64_t rows = plan.splits * args.batches * args.queries;
     op.partial = device.template allocate<float>(rows * args.channels);
     op.split_statistics = device.template allocate<float>(rows * 3);
   }
   const auto kernel = channel_first ? &hopper_forward_kernel<T, true> : &hopper_forward_kernel<T, false>;
-  // The first slice finds the maxima that the others take.
-  for (int first = 0; first < plan.slices; first = first ? plan.slices : 1) {
-    op.first_slice = first;
-    op.slices = first ? plan.slices - 1 : 1;
-    const int64_t blocks = args.batches * ceil_div_of(args.queries, kHopperQueries) * plan.splits * op.slices;
-    device.launch(kernel, LaunchShape{blocks, kHopperThreads, kHopperForwardBytes}, forward);
-    if (plan.splits == 1) continue;
-    const int64_t end_channel = std::min(args.channels, int64_t(first + op.slices) * plan.slice_channels);
+  const int64_t blocks = args.batches * ceil_div_of(args.queries, kHopperQueries) * plan.splits * plan.slices;
+  device.launch(kernel, LaunchShape{blocks, kHopperThreads, kHopperForwardBytes}, forward);
+  if (plan.splits > 1) {
     const int64_t merges = args.batches * ceil_div_of(args.queries, kWarp);
-    device.launch(&fused_merge_kernel<T>, LaunchShape{merges, kThreads, 0}, op, int64_t(first) * plan.slice_channels,
-                  end_channel);
+    device.launch(&fused_merge_kernel<T>, LaunchShape{merges, kThreads, 0}, op, int64_t(0), args.channels);
   }
 }
 
