@@ -248,7 +248,8 @@ void column_sum(int64_t row) {
   const int64_t tasks = splits * tiles;
   for (auto kernel : {&column_sums_kernel<float, false>, &column_sums_kernel<float, true>}) {
     partial.data[splits * kColumns - 1] = 0;
-    launch_one(tasks - 1, tasks, kernel, x, Rows<const float>{}, partial.data, positions, kColumns, splits, tasks);
+    launch_one(tasks - 1, tasks, kernel, MatrixPair<float>{x, x, 1}, Rows<const float>{}, partial.data, positions,
+               kColumns, splits, tasks);
     near("column sums", row, "sum", partial.data[splits * kColumns - 1], want, 1e-12);
   }
 }

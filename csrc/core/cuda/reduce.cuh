@@ -17,10 +17,17 @@ constexpr int kChannelsPerWarp = kWarp / kWarps;  // of a block's kWarp channels
 static_assert(kWarps * kChannelsPerWarp == kWarp, "warps share the lanes of a tile evenly");
 static_assert(kSplit % kThreads == 0, "a split is whole rounds of the block");
 
+// Matrices of one shape and order as one: the first `each` batch elements are the first's, the others the second's.
+template <class T>
+struct MatrixPair {
+  Matrix<const T> first, second;  // (each, positions, channels)
+  int64_t each;
+};
+
 // partial[b][s][c] = sum over positions i of split s of weight_i x(b, i, c)
 template <class T, bool kPositionFast>
 __global__ void __launch_bounds__(kThreads)
-    column_sums_kernel(Matrix<const T> x,            // (batches, positions, channels)
+    column_sums_kernel(MatrixPair<T> pair,           // (batches, positions, channels)
                        Rows<const AccOf<T>> weight,  // (batches, positions), or null
                        double* partial,              // (batches, splits, channels)
                        int64_t positions, int64_t channels, int64_t splits, int64_t tasks) {
@@ -31,7 +38,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int64_t task = blockIdx.x; task < tasks; task += gridDim.x) {
     const int64_t c0 = task % tiles * kWarp, split = task / tiles % splits, b = task / tiles / splits;
     const int64_t begin = split * kSplit, end = begin + kSplit < positions ? begin + kSplit : positions;
-    const T* matrix = x.element(b);
+    const bool second = b >= pair.each;
+    const Matrix<const T> x = second ? pair.second : pair.first;
+    const T* matrix = x.element(second ? b - pair.each : b);
     const A* w = weight.data ? weight.element(b) : nullptr;
     double* out = partial + (b * splits + split) * channels + c0;
     if constexpr (kPositionFast) {
@@ -91,19 +100,25 @@ __global__ void __launch_bounds__(kThreads)
 
 inline int64_t column_splits(int64_t positions) { return ceil_div_of(positions, kSplit); }
 
-// out[b][c] (+)= factor * sum_i weight_i x(b, i, c)
+// out[b][c] (+)= factor * sum_i weight_i x(b, i, c), for all batch elements of a pair
 template <class T, class Device>
-void column_sums(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions, int64_t channels,
+void column_sums(Device& device, const MatrixPair<T>& x, int64_t batches, int64_t positions, int64_t channels,
                  const Rows<const AccOf<T>>& weight, double factor, AccOf<T>* out, ColumnSum kind = ColumnSum::plain) {
   const int64_t splits = column_splits(positions), count = batches * channels;
   if (count == 0) return;
   double* partial = device.template allocate<double>(batches * splits * channels);
   const int64_t tasks = batches * splits * ceil_div_of(channels, kWarp);
-  auto kernel = position_is_fast(x, positions, channels) ? &column_sums_kernel<T, true> : &column_sums_kernel<T, false>;
+  auto kernel =
+      position_is_fast(x.first, positions, channels) ? &column_sums_kernel<T, true> : &column_sums_kernel<T, false>;
   device.launch(kernel, tasks, x, weight, partial, positions, channels, splits, tasks);
   const int64_t blocks = ceil_div_of(count, kThreads);
   device.launch(&column_sums_finish_kernel<AccOf<T>>, blocks, partial, out, factor, kind, channels, splits, count,
                 blocks);
+}
+template <class T, class Device>
+void column_sums(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions, int64_t channels,
+                 const Rows<const AccOf<T>>& weight, double factor, AccOf<T>* out, ColumnSum kind = ColumnSum::plain) {
+  column_sums<T>(device, MatrixPair<T>{x, x, batches}, batches, positions, channels, weight, factor, out, kind);
 }
 
 // op.store(b, i, sum_c op.term(b, i, c)) for every position. `Op` is a small struct passed by value, with type `Sum`,

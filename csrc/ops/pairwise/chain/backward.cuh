@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Delta_i = <dy_i, y_i - offset>, where y is what was returned plus what rounding took from it.
+// What the step takes of each query: Delta_i = <dy_i, y_i - offset>, where y is what was returned plus what rounding
+// took from it, and its saved statistics in rows of their own.
 template <class T>
 struct DeltaOp {
   using A = AccOf<T>;
@@ -72,8 +73,9 @@ struct DeltaOp {
   Matrix<const T> grad, output;  // (batches, positions, channels)
   Matrix<const T> residual;      // the same shape, or data = nullptr
   const A* offset;               // (batches, channels), or nullptr
+  const A* stats;                // (batches, positions, 2)
   int64_t batches, positions, channels;
-  Rows<A> out;  // (batches, positions)
+  Rows<A> out, shift, row_factor;  // (batches, positions)
 
   struct Term {
     const DeltaOp& op;
@@ -91,7 +93,12 @@ struct DeltaOp {
     return {*this, grad.element(b), output.element(b), residual.data ? residual.element(b) : nullptr,
             offset ? offset + b * channels : nullptr};
   }
-  DNL_HOST_DEVICE void store(int64_t b, int64_t i, double sum) const { out.element(b)[i] = static_cast<A>(sum); }
+  DNL_HOST_DEVICE void store(int64_t b, int64_t i, double sum) const {
+    const A* saved = stats + 2 * (b * positions + i);
+    out.element(b)[i] = static_cast<A>(sum);
+    shift.element(b)[i] = saved[0];
+    row_factor.element(b)[i] = saved[1];
+  }
 };
 
 // |x_i|^2
@@ -160,37 +167,37 @@ struct PairwiseBackwardChain {
   // Shifts, factors and Delta in rows of whole quads; the gradient's power of two.
   void row_statistics(const Matrix<const T>& grad) {
     const int64_t pitch = pitch_of(args.queries);
-    for (Rows<A>* part : {&shift, &row_factor}) {
-      *part = {device.template allocate<A>(args.batches * pitch), pitch};
-      const A* saved = static_cast<const A*>(args.stats) + (part == &row_factor);
-      affine(device, Affine<A, A>{{saved, single_batch(args.batches, 2 * args.queries), 2, 1},
-                                  {part->data, single_batch(args.batches, pitch), 1, 1},
+    const A *stats = static_cast<const A*>(args.stats), *given = static_cast<const A*>(args.delta);
+    const auto rows = [&] { return Rows<A>{device.template allocate<A>(args.batches * pitch), pitch}; };
+    const auto copy = [&](const A* from, int64_t step, const Rows<A>& to) {
+      affine(device, Affine<A, A>{{from, single_batch(args.batches, step * args.queries), step, 1},
+                                  {to.data, single_batch(args.batches, pitch), 1, 1},
                                   args.batches,
                                   args.queries,
                                   1});
+    };
+    shift = rows(), row_factor = rows();
+    if (need_logits) {
+      delta = rows();
+      if constexpr (kScaledGradient<T>) gradient_scale(grad);
     }
-    if (!need_logits) return;
-
-    delta = {device.template allocate<A>(args.batches * pitch), pitch};
-    if constexpr (kScaledGradient<T>) gradient_scale(grad);
-    if (args.delta) {
-      const A* given = static_cast<const A*>(args.delta);
-      affine(device, Affine<A, A>{{given, single_batch(args.batches, args.queries), 1, 1},
-                                  {delta.data, single_batch(args.batches, pitch), 1, 1},
-                                  args.batches,
-                                  args.queries,
-                                  1});
+    if (need_logits && !given) {
+      const DeltaOp<T> op{grad,
+                          matrix_of<const T>("output", args.output, args.batches),
+                          matrix_of<const T>("residual", args.residual, args.batches),
+                          in.offset,
+                          stats,
+                          args.batches,
+                          args.queries,
+                          args.channels,
+                          delta,
+                          shift,
+                          row_factor};
+      row_sums(device, op, position_is_fast(grad, args.queries, args.channels));
       return;
     }
-    const DeltaOp<T> op{grad,
-                        matrix_of<const T>("output", args.output, args.batches),
-                        matrix_of<const T>("residual", args.residual, args.batches),
-                        in.offset,
-                        args.batches,
-                        args.queries,
-                        args.channels,
-                        delta};
-    row_sums(device, op, position_is_fast(grad, args.queries, args.channels));
+    copy(stats, 2, shift), copy(stats + 1, 2, row_factor);
+    if (need_logits) copy(given, 1, delta);
   }
 
   void gradient_scale(const Matrix<const T>& grad) {

@@ -139,8 +139,16 @@ struct PairwiseOperands {
     const A* value_mean = nullptr;
     // Without whitening a query or key that is not finite spoils its own logits only, as it would uncentred.
     if (!args.part) {
-      if (kCentred || args.whiten) query_mean = means(device, q, args.batches, args.queries, args.width, !args.whiten);
-      key_mean = means(device, k, args.batches, args.keys, args.width, !args.whiten);
+      const bool both = kCentred || args.whiten;
+      if (both && args.queries == args.keys &&
+          position_is_fast(q, args.queries, args.width) == position_is_fast(k, args.keys, args.width)) {
+        query_mean =
+            means(device, MatrixPair<T>{q, k, args.batches}, 2 * args.batches, args.keys, args.width, !args.whiten);
+        key_mean = query_mean + args.batches * args.width;
+      } else {
+        if (both) query_mean = means(device, q, args.batches, args.queries, args.width, !args.whiten);
+        key_mean = means(device, k, args.batches, args.keys, args.width, !args.whiten);
+      }
     }
     if (kCentred && args.channels && !args.part) {
       value_mean = means(device, v, args.batches, args.keys, args.channels, true);
@@ -167,7 +175,9 @@ struct PairwiseOperands {
   }
 
  private:
-  static const A* means(Device& device, const Matrix<const T>& x, int64_t batches, int64_t positions, int64_t channels,
+  // x is a matrix or a pair of them.
+  template <class X>
+  static const A* means(Device& device, const X& x, int64_t batches, int64_t positions, int64_t channels,
                         bool only_finite) {
     A* mean = device.template allocate<A>(batches * channels);
     column_sums<T>(device, x, batches, positions, channels, {}, 1.0 / positions, mean,
