@@ -35,6 +35,7 @@ void test(gates::Draw& draw) {
   if (draw.chance(gates::kSanitized ? 0.3 : 0.15)) {
     t.width = draw.upto(129, 256), t.channels = draw.upto(129, 320);
     t.queries = draw.upto(1, 24), t.keys = draw.upto(1, 24);
+    if (!gates::kSanitized && draw.chance(0.5)) t.keys = draw.upto(129, 260);  // and both
   }
   gates::PairwiseProblem<T> problem(t);
   const int what = GATE_HOPPER;

@@ -198,8 +198,8 @@ MUTANTS = [
     Mutant("dS: Delta without the offset", BACKWARD, "if (offset) y -= offset[c];", "", "chain", type=BF16),
     Mutant("statistics: those of the first batch element", BACKWARD, "stats + 2 * (b * positions + i);",
            "stats + 2 * i;", "chain", type=BF16),
-    Mutant("statistics: given Delta is not taken", BACKWARD, "    if (need_logits) copy(given, 1, delta);\n", "", "chain",
-           type=BF16, cases=400),
+    Mutant("statistics: given Delta is not taken", BACKWARD, "    if (need_logits) copy(given, 1, delta);\n", "",
+           "chain", type=BF16, cases=400),
     Mutant("gradient scale: the next element overwrites what is read", BACKWARD,
            "__syncthreads();  // before the next element overwrites `most`", "", "chain", "tsan", F16, cases=60),
     # Row backward of float and double.
@@ -405,8 +405,8 @@ MUTANTS = [
     Mutant("affine: 32-bit index", AFFINE, "out[i * op.out.position + c * op.out.channel] = result;",
            "out[static_cast<int>(i * op.out.position + c * op.out.channel)] = result;", "overflow"),
     Mutant("column sums: 32-bit index", REDUCE,
-           "double(wide(column[i * x.position])) * (w ? double(w[i]) : 1.0);\n      }\n      sums",
-           "double(wide(column[static_cast<int>(i * x.position)])) * (w ? double(w[i]) : 1.0);\n      }\n      sums",
+           "double(wide(column[i * position])) * (w ? double(w[i]) : 1.0);\n      }\n      sums",
+           "double(wide(column[static_cast<int>(i * position)])) * (w ? double(w[i]) : 1.0);\n      }\n      sums",
            "overflow"),
     *hopper.MUTANTS,
 ]

@@ -27,9 +27,9 @@ struct MatrixPair {
 // partial[b][s][c] = sum over positions i of split s of weight_i x(b, i, c)
 template <class T, bool kPositionFast>
 __global__ void __launch_bounds__(kThreads)
-    column_sums_kernel(MatrixPair<T> pair,           // (batches, positions, channels)
-                       Rows<const AccOf<T>> weight,  // (batches, positions), or null
-                       double* partial,              // (batches, splits, channels)
+    column_sums_kernel(const __grid_constant__ MatrixPair<T> pair,  // (batches, positions, channels)
+                       Rows<const AccOf<T>> weight,                 // (batches, positions), or null
+                       double* partial,                             // (batches, splits, channels)
                        int64_t positions, int64_t channels, int64_t splits, int64_t tasks) {
   using A = AccOf<T>;
   __shared__ double sums[kWarps][kWarp];
@@ -39,27 +39,28 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t c0 = task % tiles * kWarp, split = task / tiles % splits, b = task / tiles / splits;
     const int64_t begin = split * kSplit, end = begin + kSplit < positions ? begin + kSplit : positions;
     const bool second = b >= pair.each;
-    const Matrix<const T> x = second ? pair.second : pair.first;
+    const Matrix<const T>& x = second ? pair.second : pair.first;
     const T* matrix = x.element(second ? b - pair.each : b);
+    const int64_t position = x.position, channel = x.channel;
     const A* w = weight.data ? weight.element(b) : nullptr;
     double* out = partial + (b * splits + split) * channels + c0;
     if constexpr (kPositionFast) {
       for (int t = 0; t < kChannelsPerWarp; ++t) {
         const int c = warp * kChannelsPerWarp + t;
         if (c0 + c >= channels) break;
-        const T* column = matrix + (c0 + c) * x.channel;
+        const T* column = matrix + (c0 + c) * channel;
         double sum = 0;
         for (int64_t i = begin + lane; i < end; i += kWarp)
-          sum += double(wide(column[i * x.position])) * (w ? double(w[i]) : 1.0);
+          sum += double(wide(column[i * position])) * (w ? double(w[i]) : 1.0);
         sum = warp_sum(sum);
         if (lane == 0) out[c] = sum;
       }
     } else {
       double sum = 0;
       if (c0 + lane < channels) {
-        const T* column = matrix + (c0 + lane) * x.channel;
+        const T* column = matrix + (c0 + lane) * channel;
         for (int64_t i = begin + warp; i < end; i += kWarps)
-          sum += double(wide(column[i * x.position])) * (w ? double(w[i]) : 1.0);
+          sum += double(wide(column[i * position])) * (w ? double(w[i]) : 1.0);
       }
       sums[warp][lane] = sum;
       __syncthreads();
