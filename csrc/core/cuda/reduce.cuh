@@ -18,6 +18,7 @@ static_assert(kWarps * kChannelsPerWarp == kWarp, "warps share the lanes of a ti
 static_assert(kSplit % kThreads == 0, "a split is whole rounds of the block");
 
 // Matrices of one shape and order as one: the first `each` batch elements are the first's, the others the second's.
+// A kernel takes it as a __grid_constant__: otherwise the choice between the two copies both to local memory.
 template <class T>
 struct MatrixPair {
   Matrix<const T> first, second;  // (each, positions, channels)

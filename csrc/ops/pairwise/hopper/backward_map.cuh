@@ -217,8 +217,7 @@ struct MapConsumer {
     __syncwarp();
     const int r = warp_row + lane / kLines, c = lane % kLines * kLineElements<T>;
     if (at.first_column + c >= step.pitch) return;
-    const int64_t beyond = step.rows - at.first_row - r;
-    const int left = beyond < kMapTile ? static_cast<int>(beyond) : kMapTile;
+    const int left = at_most_of(step.rows - at.first_row - r, kMapTile);
     const int64_t to = (at.b * step.rows + at.first_row + r) * step.pitch + at.first_column + c;
     const auto leave = [&](T* out, int result) {
       const auto line = [&](int turn) { return *reinterpret_cast<const Line<T>*>(place(result, r + turn * kRows, c)); };
