@@ -22,7 +22,6 @@ struct CpuKernels {
   // Multiply-adds on registers alone, for cpu_peak(): how many it ran, of the type in which `dtype` is multiplied.
   int64_t (*multiply_adds)(DType dtype, int64_t steps);
 
-  void (*whiten)(const WhitenArgs&, const Executor&);
   int64_t (*standardise_workspace)(const StandardiseArgs&);  // in doubles
   void (*standardise)(const StandardiseArgs&, double* workspace, const Executor&);
   void (*softmax)(const SoftmaxArgs&, const Executor&);

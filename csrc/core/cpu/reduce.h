@@ -103,14 +103,20 @@ inline void sums_of(int64_t outers, int64_t begin, double* out, const F& f) {
   for (int64_t i = 0; i < N; ++i) out[i] = with_rest(sum[i], rest[i]);
 }
 
+// Calls f(n, first) for pieces of [begin, end), n being a number of them that the compiler knows.
+template <class F>
+inline void in_pieces(int64_t begin, int64_t end, const F& f) {
+  int64_t i = begin;
+  for (; i + 64 <= end; i += 64) f(std::integral_constant<int64_t, 64>{}, i);
+  for (; i + 16 <= end; i += 16) f(std::integral_constant<int64_t, 16>{}, i);
+  for (; i + 4 <= end; i += 4) f(std::integral_constant<int64_t, 4>{}, i);
+  for (; i < end; ++i) f(std::integral_constant<int64_t, 1>{}, i);
+}
+
 // The same for inner from `begin` to `end`, at most kReduceBlock of them.
 template <class T, class F>
 inline void side_by_side_sums(int64_t outers, int64_t begin, int64_t end, double* out, const F& f) {
-  int64_t i = begin;
-  for (; i + 64 <= end; i += 64) sums_of<T, 64>(outers, i, out + i - begin, f);
-  for (; i + 16 <= end; i += 16) sums_of<T, 16>(outers, i, out + i - begin, f);
-  for (; i + 4 <= end; i += 4) sums_of<T, 4>(outers, i, out + i - begin, f);
-  for (; i < end; ++i) sums_of<T, 1>(outers, i, out + i - begin, f);
+  in_pieces(begin, end, [&](auto piece, int64_t first) { sums_of<T, piece>(outers, first, out + first - begin, f); });
 }
 
 // out[c - begin] = sum_i f(i, c) for channels [begin, end), at most kReduceBlock of them, visiting memory in `Order`.
@@ -167,11 +173,9 @@ inline void weighted_column_sums_of(int64_t positions, int64_t begin, int64_t en
     for (int64_t c = begin; c < end; ++c)
       out[c - begin] = weighted_lane_sum<A>(positions, weight, [&](int64_t i) { return at(i, c); });
   } else {
-    int64_t c = begin;
-    for (; c + 64 <= end; c += 64) weighted_sums_of<A, 64>(positions, c, weight, out + c - begin, at);
-    for (; c + 16 <= end; c += 16) weighted_sums_of<A, 16>(positions, c, weight, out + c - begin, at);
-    for (; c + 4 <= end; c += 4) weighted_sums_of<A, 4>(positions, c, weight, out + c - begin, at);
-    for (; c < end; ++c) weighted_sums_of<A, 1>(positions, c, weight, out + c - begin, at);
+    in_pieces(begin, end, [&](auto piece, int64_t first) {
+      weighted_sums_of<A, piece>(positions, first, weight, out + first - begin, at);
+    });
   }
 }
 
@@ -253,10 +257,9 @@ inline void weighted_row_differences(const T* x, const View& view, int64_t begin
         };
         if constexpr (Order::kChannelOutside) {
           const auto by_channel = [&](int64_t c, int64_t i) { return difference(i, c); };
-          int64_t i = begin;
-          for (; i + 64 <= end; i += 64) weighted_sums_of<A, 64>(channels, i, weight, out + i - begin, by_channel);
-          for (; i + 16 <= end; i += 16) weighted_sums_of<A, 16>(channels, i, weight, out + i - begin, by_channel);
-          for (; i < end; ++i) weighted_sums_of<A, 1>(channels, i, weight, out + i - begin, by_channel);
+          in_pieces(begin, end, [&](auto piece, int64_t first) {
+            weighted_sums_of<A, piece>(channels, first, weight, out + first - begin, by_channel);
+          });
         } else {
           // As many rows at a time as a vector has lanes: their lanes are then added up side by side.
           constexpr int64_t W = kWidth<A>;

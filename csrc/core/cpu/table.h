@@ -7,7 +7,6 @@
 #include "ops/pairwise/cpu/backward.h"
 #include "ops/pairwise/cpu/forward.h"
 #include "ops/unary/unary_cpu.h"
-#include "ops/whiten/standardise_cpu.h"
 #include "ops/whiten/whiten_cpu.h"
 
 #ifdef DNL_BF16_PRODUCTS
@@ -22,7 +21,7 @@
   const CpuKernels& kernels_##isa() {                                                                            \
     static const CpuKernels kernels = {#isa, supported, DNL_HAS_BF16_PRODUCTS,                                   \
                                        isa::multiply_adds_of,                                                    \
-                                       isa::whiten, isa::standardise_workspace, isa::standardise,                \
+                                       isa::standardise_workspace, isa::standardise,                             \
                                        isa::softmax, isa::softmax_backward,                                      \
                                        isa::unary_forward, isa::unary_backward,                                  \
                                        isa::pairwise_forward_workspace, isa::pairwise_forward,                   \

@@ -36,6 +36,11 @@ struct StandardiseArgs {
   int64_t count() const { return positions * group; }  // elements that share statistics
 };
 
+// mean_subtract as the other one. The workspace that its kernel wants is none.
+inline StandardiseArgs mean_of_columns(const WhitenArgs& args) {
+  return {args.input, View{}, args.output, nullptr, args.dtype, args.batches, args.positions, args.channels, 1, 0};
+}
+
 // What shares one mean, and whether its deviation is divided out.
 enum class Scope { channel, position, sample, batch };
 struct Whitening {
