@@ -261,25 +261,32 @@ inline void weighted_row_differences(const T* x, const View& view, int64_t begin
             weighted_sums_of<A, piece>(channels, first, weight, out + first - begin, by_channel);
           });
         } else {
-          // As many rows at a time as a vector has lanes: their lanes are then added up side by side.
+          // As many rows at a time as a vector has lanes: their lanes are then added up side by side. The last rows are
+          // taken with the last one again.
           constexpr int64_t W = kWidth<A>;
           A lanes[W][W], columns[W][W];
           for (int64_t first = begin; first < end; first += W) {
             const int64_t rows = std::min(W, end - first);
-            for (int64_t r = 0; r < rows; ++r) {
-              A sum[W] = {};
-              int64_t c = 0;
-              for (; c + W <= channels; c += W)
-                for (int64_t l = 0; l < W; ++l) sum[l] += weight[c + l] * difference(first + r, c + l);
-              for (int64_t l = 0; l < W; ++l) lanes[r][l] = sum[l];
-              for (int64_t l = 0; c < channels; ++c, ++l) lanes[r][l] += weight[c] * difference(first + r, c);
+            const T* row[W];
+            for (int64_t r = 0; r < W; ++r) row[r] = x + std::min(first + r, end - 1) * view.position;
+            Vec<A> sum[W] = {};
+            int64_t c = 0;
+            for (; c + W <= channels; c += W) {
+              const Vec<A> base = load_wide(x + c), factor = load(weight + c);
+#pragma GCC unroll 16
+              for (int64_t r = 0; r < W; ++r) sum[r] += (load_wide(row[r] + c) - base) * factor;
+            }
+#pragma GCC unroll 16
+            for (int64_t r = 0; r < W; ++r) {
+              store(lanes[r], sum[r]);
+              for (int64_t rest = c; rest < channels; ++rest)
+                lanes[r][rest - c] += weight[rest] * (widen(row[r][rest]) - widen(x[rest]));
             }
             transpose<sizeof(A)>(lanes, W, W, W, columns, W);
-            for (int64_t r = 0; r < rows; ++r) {
-              double sum = 0;
-              for (int64_t l = 0; l < W; ++l) sum += double(columns[l][r]);
-              out[first + r - begin] = sum;
-            }
+            double sums[W] = {};
+            for (int64_t l = 0; l < W; ++l)
+              for (int64_t r = 0; r < W; ++r) sums[r] += double(columns[l][r]);
+            for (int64_t r = 0; r < rows; ++r) out[first + r - begin] = sums[r];
           }
         }
       },

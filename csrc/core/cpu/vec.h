@@ -180,6 +180,13 @@ template <class T>
 inline Vec<T> load(const T* x) {
   return *reinterpret_cast<const Vec<T>*>(x);
 }
+// As accumulators.
+template <class T>
+inline Vec<Acc<T>> load_wide(const T* x) {
+  Acc<T> wide[kWidth<Acc<T>>];
+  for (int64_t l = 0; l < kWidth<Acc<T>>; ++l) wide[l] = widen(x[l]);
+  return load(wide);
+}
 template <class T>
 inline void store(T* x, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(x) = v;
