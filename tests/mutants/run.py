@@ -4,8 +4,8 @@
 
 A mutant is compiled together with one program of tests/gates or, of a CPU kernel, of tests/cpp, which must fail; the
 same program over the unmodified source must pass the same cases. Exits 1 if a mutant is missed, its text is not found
-exactly once, it does not compile, the original is rejected, or the time ran out. The mutants are in table.py and
-cpu.py; those that need a tool that is not here are left out, which is said.
+exactly once, it does not compile, the original is rejected, or the time ran out. The mutants are in table.py,
+which gathers them, and cpu.py; those that need a tool that is not here are left out, which is said.
 """
 
 import argparse
