@@ -9,8 +9,10 @@ import torch
 from typer.testing import CliRunner
 
 import dnl_ext
-from dnl_ext import benchmark, modules, ops
-from dnl_ext.benchmark import SmallOptions, small
+from dnl_ext import benchmark, modules, ops, reference
+from dnl_ext.benchmark import SmallOptions
+from dnl_ext.benchmark.small import measure, peers
+from dnl_ext.benchmark.small.rows import rows as all_rows
 from dnl_ext.cli import bench as command
 from dnl_ext.cli.app import app
 
@@ -20,7 +22,7 @@ ONE = SmallOptions(dtypes=("fp32",), directions=("forward",), rounds=3, only="me
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Samples of one call: figures that mean nothing, soon."""
-    monkeypatch.setattr(small, "SAMPLE_SECONDS", 1e-6)
+    monkeypatch.setattr(measure, "SAMPLE_SECONDS", 1e-6)
     monkeypatch.setattr(command, "LEAST_ROUNDS_OF_SMALL", 3)
 
 
@@ -30,7 +32,7 @@ def bench(*arguments):
 
 class TestRows:
     def test_every_operator_and_block(self):
-        rows = small.rows()
+        rows = all_rows()
         covered = {row.what for row in rows}
         blocks = {name for name in modules.__all__ if isinstance(getattr(modules, name), type)}
         blocks = {name for name in blocks if issubclass(getattr(modules, name), torch.nn.Module)}
@@ -40,14 +42,14 @@ class TestRows:
     @pytest.mark.parametrize("training", [False, True])
     def test_all_methods_are_right(self, training):
         """So a row compares what computes the same, and no method is left out of it for being wrong."""
-        for row in small.rows():
-            calls, failures = small._checked(row.make(torch.float32), training)
+        for row in all_rows():
+            calls, failures = measure._checked(row.make(torch.float32), training)
             assert not failures, (row, failures)
             assert next(iter(calls)) == "dnl_ext" and len(calls) > 1, row
             assert all(x.dtype == torch.float32 for call in calls.values() for x in call())
 
     def test_gradients_of_inputs_and_parameters(self):
-        row = next(row for row in small.rows() if row.what == "GlobalContext2d")
+        row = next(row for row in all_rows() if row.what == "GlobalContext2d")
         job = row.make(torch.float32)
         parameters = len(list(dnl_ext.GlobalContext2d(64).parameters()))
         assert len(job.leaves("dnl_ext", True)) == 1 + parameters and job.leaves("dnl_ext", False) == []
@@ -89,9 +91,9 @@ class TestFigures:
         def fail(x, dim=-2):
             if x.dtype == torch.float32:
                 raise RuntimeError("not here")
-            return small.reference.mean_subtract(x, dim)
+            return reference.mean_subtract(x, dim)
 
-        monkeypatch.setitem(small.PEERS["mean_subtract"], "other", fail)
+        monkeypatch.setitem(peers.PEERS["mean_subtract"], "other", fail)
         cell = benchmark.run_small(ONE)["cells"][0]
         assert "not here" in cell["failures"]["other"] and cell["best_peer"] == "eager"
 
