@@ -47,6 +47,16 @@ class Unfinished(RuntimeError):
     """
 
 
+class Unchecked(RuntimeError):
+    """Whether a path is right could not be found out: not even the chain ran, or there was no memory.
+
+    Example:
+        >>> from dnl_ext.tuning import Unchecked
+        >>> str(Unchecked("out of GPU memory"))
+        'out of GPU memory'
+    """
+
+
 @contextlib.contextmanager
 def forced(path: str) -> Iterator[None]:
     """Calls of this thread take `path`, and nobody else's do."""
@@ -211,6 +221,33 @@ def fault(problem: Problem, path: str, patience: float | None = None) -> str:
         text = str(error).strip().splitlines()
         reason = f"{type(error).__name__}: {text[0] if text else ''}"
     return f"{reason} [{problem.reproducer(path)}]" if reason else ""
+
+
+def first_fault(
+    path: str,
+    problems: Sequence[Problem],
+    patience: float | None = None,
+    begin: Callable[[str], object] = lambda stage: None,
+) -> str:
+    """What is wrong with a path on the first of the problems that it fails, or nothing.
+
+    The chain goes first: where that fails, the path is not to blame. ``begin("chain")`` is called before it, and
+    ``begin(command)`` before the path, with the command that repeats it.
+
+    Raises:
+        Unchecked: the chain failed too, or there was no memory.
+    """
+    try:
+        for problem in problems:
+            begin("chain")
+            if reason := fault(problem, "chain"):
+                raise Unchecked(reason)
+            begin(problem.reproducer(path))
+            if reason := fault(problem, path, patience):
+                return reason
+    except torch.OutOfMemoryError:
+        raise Unchecked("out of GPU memory") from None
+    return ""
 
 
 def _misses(problem: Problem, path: str, settle: Callable[[], None]) -> str:

@@ -12,7 +12,8 @@ from .. import _tuned
 from .._load import _C
 from .._tuned import Call, Machine, Measured, Verdict
 from ..benchmark.timing import Entry, clock_for, interleave
-from .trial import Problem, Trial, fault, finish, runnable
+from .child import first_fault_of_child
+from .trial import Problem, Trial, fault, finish, first_fault, runnable
 
 #: Dqk, Dv and N of the calls that are tuned where none are named: the official block on feature maps of 64 x 64, of
 #: 97 x 97 (a 769 x 769 crop at stride 8) and of 128 x 128 pixels.
@@ -26,6 +27,9 @@ PATIENCE = 600.0
 MARGIN = 1.02
 #: Sizes of the self-check, odd, with several tiles each way: batches, Nq, Nk.
 SMALL = ((1, 193, 321), (2, 97, 130))
+#: Of its larger problems, queries for each multiprocessor and keys: a block of any kernel then works on one tile after
+#: another, as in calls of real sizes.
+LARGE = (128, 1500)
 
 
 @dataclass(frozen=True)
@@ -171,16 +175,36 @@ def _fastest(times: dict[str, float]) -> str | None:
     return best
 
 
-def self_check(path: str, call: Call, target: Target, patience: float | None = None) -> Verdict:
-    """Whether a path is right, and ends, on small problems with the widths of a call; kept in the file."""
+def check_problems(call: Call, target: Target) -> list[Problem]:
+    """The self-check's: the widths of a call at small and at larger sizes, channel-first and by rows, with and without
+    the unary term."""
     width, channels = call.sizes[3:]
-    reason = ""
-    for number, sizes in enumerate(SMALL):
-        first = number == 0  # then rows
-        small = Call(call.dtype, call.backward, (*sizes, width, channels), (first, first, first))
-        reason = fault(Problem(small, target.device, unary=number > 0), path, patience)
-        if reason:
-            break
+    queries, keys = LARGE
+    large = (1, queries * target.multiprocessors - 63, keys)  # whole waves of blocks, so that none share the keys
+
+    def problem(sizes: tuple[int, int, int], first: bool, unary: bool) -> Problem:
+        return Problem(
+            Call(call.dtype, call.backward, (*sizes, width, channels), (first, first, first)), target.device, unary
+        )
+
+    return [
+        problem(SMALL[0], first=True, unary=False),
+        problem(SMALL[1], first=False, unary=True),
+        problem(large, first=True, unary=True),
+        problem(large, first=False, unary=False),
+    ]
+
+
+def self_check(path: str, call: Call, target: Target, patience: float | None = None) -> Verdict:
+    """Whether a path is right, and ends, on problems with the widths of a call; kept in the file.
+
+    Raises:
+        Unchecked: that could not be found out, and nothing is kept.
+    """
+    # The emulated device is in this process.
+    check = first_fault_of_child if target.device.type == "cuda" else first_fault
+    reason = check(path, check_problems(call, target), patience)
+    width, channels = call.sizes[3:]
     verdict = Verdict(target.machine, path, call.dtype, call.backward, width, channels, reason, _today())
     _tuned.known().add([verdict])
     return verdict

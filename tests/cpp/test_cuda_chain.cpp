@@ -18,6 +18,8 @@ void test_cases() {
   test_pairwise<T>({1, 40, 64, 48, 8, Layout::rows, true, true, few});  // wider than a chunk is high
   test_pairwise<T>({1, 1, 1, 1, 1, Layout::rows, true, true, all});
   test_pairwise<T>({2, 9, 5, 4, 0, Layout::rows, true, true, all});  // no channels
+  for (const Layout layout : {Layout::rows, Layout::channel_first})  // and extents of whole lines
+    test_pairwise<T>({1, 8, 16, 8, 0, layout, true, true, all});
   for (unsigned needs = 0; needs < 16; ++needs)
     test_pairwise<T>({2, 19, 26, 4, 5, Layout::channel_first, true, true, few, needs});
   for (double mean : {10., 30.}) test_pairwise<T>({1, 70, 70, 16, 16, Layout::rows, true, true, few, 15, mean});

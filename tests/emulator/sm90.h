@@ -307,25 +307,41 @@ void wgmma(float (&d)[N / 2], const uint32_t* a_registers, uint64_t a, uint64_t 
   mine.products.push_back(product);
 }
 
-inline void wgmma_fence() {
-  const Unseen unseen;
-  hopper().products[machine().thread_index()].fenced = true;
+// fence, commit and wait are `.aligned`: every thread of the warpgroup comes to the same ones in the same order.
+enum class Aligned : uint64_t { fence, commit, wait };
+
+// With bookkeeping unseen.
+inline ThreadProducts& aligned(Aligned what, uint64_t argument, const Site& site) {
+  const unsigned thread = machine().thread_index();
+  auto& sequence = hopper().sequence[thread / kWarpgroup];
+  ThreadProducts& mine = hopper().products[thread];
+  const Signature signature{nullptr, static_cast<uint64_t>(what), argument, false};
+  if (mine.issued == sequence.size()) sequence.push_back(signature);
+  if (!(sequence[mine.issued] == signature))
+    machine().fail("wgmma: threads of the warpgroup came to different fences, commits or waits", site);
+  ++mine.issued;
+  return mine;
 }
 
-inline void wgmma_commit() {
+inline void wgmma_fence(const Site& site) {
   const Unseen unseen;
-  ThreadProducts& mine = hopper().products[machine().thread_index()];
+  aligned(Aligned::fence, 0, site).fenced = true;
+}
+
+inline void wgmma_commit(const Site& site) {
+  const Unseen unseen;
+  ThreadProducts& mine = aligned(Aligned::commit, 0, site);
   size_t committed = 0;
   for (size_t group : mine.groups) committed += group;
   mine.groups.push_back(mine.products.size() - committed);
 }
 
-inline void wgmma_wait(size_t left) {
+inline void wgmma_wait(size_t left, const Site& site) {
   ThreadProducts* mine;
   std::vector<Product> finishing;
   {
     const Unseen unseen;
-    mine = &hopper().products[machine().thread_index()];
+    mine = &aligned(Aligned::wait, left, site);
     size_t count = 0;
     while (mine->groups.size() > left) {
       count += mine->groups.front();

@@ -50,6 +50,7 @@ enum Fault {
   kOperandOverwritten,  // writes to a tile that a product still reads
   kOtherOperands,       // one warp of the warpgroup brings another tile
   kMissingWarp,         // one does not come
+  kOneWarpWaits,        // one waits once more
   kOneRowLow            // an operand that begins in the second row of the pattern
 };
 
@@ -84,6 +85,7 @@ __global__ void one_tile(float* out,  // (kTile, kTile)
   if (kFault == kOperandOverwritten) reinterpret_cast<Element*>(k_tile)[threadIdx.x] = rounded<Element>(0);
   if (kFault == kNoProductWait) store_tile(out, d);
   wgmma_wait<0>();
+  if (kFault == kOneWarpWaits && warp == 3) wgmma_wait<0>();
   if (kFault != kNoProductWait) store_tile(out, d);
   if (kFault == kNoLoadWait || kFault == kWrongParity) mbarrier_wait(barrier, 0);  // so that nothing is under way
 }

@@ -51,8 +51,15 @@ MUTANTS = [
     of_forward(
         "hopper forward: O rescaled while products add to it",
         FORWARD,
-        "      wgmma_wait<0>();\n      for (int e",
-        "      for (int e",
+        "    if (op.splits > 0) wgmma_wait<0>();\n    wgmma_wait<0>();\n",
+        "",
+        cases=60,
+    ),
+    of_forward(
+        "hopper forward: a wait of the warps whose maxima grew",
+        FORWARD,
+        "if (op.splits > 0) wgmma_wait<0>();",
+        "if (__any_sync(kAllLanes, correction[0] != 1.0f || correction[1] != 1.0f)) wgmma_wait<0>();",
         cases=60,
     ),
     of_forward(
@@ -120,7 +127,7 @@ MUTANTS = [
         "hopper forward: O not rescaled",
         FORWARD,
         "      for (int e = 0; e < kOutputs; ++e) out[e] *= correction[e / 2 % 2];\n",
-        "",
+        "      ;\n",
         cases=90,
     ),
     of_forward(

@@ -45,7 +45,8 @@ struct alignas(64) TileConfig {
 
 // In assembly: the compilers' own functions are macros in GCC, whose tile must be a literal.
 struct Tiles {
-  void configure(const TileConfig& config) { _tile_loadconfig(&config); }
+  // GCC's function says that eight of the 64 bytes are read, so that it may leave the others unwritten.
+  void configure(const TileConfig& config) { asm volatile("ldtilecfg %0" ::"m"(config)); }
   void release() { _tile_release(); }
   template <int T>
   void zero() {

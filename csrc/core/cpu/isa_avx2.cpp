@@ -7,9 +7,8 @@
 // clang-format off
 #include "core/cpu/table.h"
 #include "core/cpu/target_end.h"
+#include "core/cpu/x86_features.h"
 // clang-format on
 
-static bool supported() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-
-DNL_TABLE(avx2, supported)
+DNL_TABLE(avx2, has_avx2_fma_f16c)
 #endif

@@ -7,12 +7,8 @@
 // clang-format off
 #include "core/cpu/table.h"
 #include "core/cpu/target_end.h"
+#include "core/cpu/x86_features.h"
 // clang-format on
 
-static bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-
-DNL_TABLE(avx512, supported)
+DNL_TABLE(avx512, has_avx512)
 #endif

@@ -8,9 +8,8 @@
 // clang-format off
 #include "core/cpu/table.h"
 #include "core/cpu/target_end.h"
+#include "core/cpu/x86_features.h"
 // clang-format on
 
-static bool supported() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"); }
-
-DNL_TABLE(avx512_bf16, supported)
+DNL_TABLE(avx512_bf16, has_avx512_bf16)
 #endif

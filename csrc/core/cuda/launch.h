@@ -40,12 +40,7 @@ class CudaDevice : public TensorMemory {
       allow_shared(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
     kernel<<<static_cast<unsigned>(shape.blocks), shape.threads, static_cast<size_t>(shape.shared_bytes), stream_>>>(
         arguments...);
-    const cudaError_t error = cudaGetLastError();
-    if (error == cudaErrorNoKernelImageForDevice)
-      throw NotImplementedError(
-          "dnl_ext was not built for this GPU (compute capability 8.0 or later): rebuild it with "
-          "TORCH_CUDA_ARCH_LIST, see `python -m dnl_ext doctor`");
-    STD_CUDA_CHECK(error);
+    check_kernel(cudaGetLastError());
   }
 
   // c = a b, or c += a b, for every batch element (gemm.h). Extents are not zero.
@@ -77,6 +72,17 @@ class CudaDevice : public TensorMemory {
   static constexpr int64_t kMostBlocks = (int64_t(1) << 31) - 1;  // of gridDim.x
   static constexpr int64_t kSharedWithoutAsking = int64_t(48) << 10;
 
+  // Of the first thing that is done with a kernel.
+  static void check_kernel(cudaError_t error) {
+    if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+      cudaGetLastError();  // takes it away
+      throw NotImplementedError(
+          "dnl_ext was not built for this GPU (compute capability 8.0 or later): rebuild it with "
+          "TORCH_CUDA_ARCH_LIST, see `python -m dnl_ext doctor`");
+    }
+    STD_CUDA_CHECK(error);
+  }
+
   static cudaStream_t current_stream(int index) {
     void* stream = nullptr;
     if (aoti_torch_get_current_cuda_stream(index, &stream)) throw_torch_error("asking for the current stream");
@@ -87,8 +93,7 @@ class CudaDevice : public TensorMemory {
   void allow_shared(const void* kernel, int64_t bytes) const {
     static Limits<std::pair<int, const void*>> allowed;
     allowed.at_least({index_, kernel}, bytes, [&] {
-      STD_CUDA_CHECK(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+      check_kernel(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
     });
   }
 

@@ -179,11 +179,11 @@ DNL_DEVICE uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int 
 DNL_DEVICE uint64_t later(uint64_t descriptor, int bytes) { return descriptor + (bytes >> 4); }
 
 // Before the first wgmma of a warpgroup, and after registers that one will use have been written.
-DNL_DEVICE void wgmma_fence() {
+DNL_DEVICE void wgmma_fence(DNL_ONLY_SITE) {
 #ifdef __CUDACC__
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #else
-  emulator::wgmma_fence();
+  emulator::wgmma_fence(site);
 #endif
 }
 
@@ -202,21 +202,21 @@ DNL_DEVICE void settle([[maybe_unused]] float (&x)[N]) {
 }
 
 // Ends a group of wgmmas.
-DNL_DEVICE void wgmma_commit() {
+DNL_DEVICE void wgmma_commit(DNL_ONLY_SITE) {
 #ifdef __CUDACC__
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #else
-  emulator::wgmma_commit();
+  emulator::wgmma_commit(site);
 #endif
 }
 
 // Waits until at most N of the latest groups are under way; the results of the others can be read.
 template <int N>
-DNL_DEVICE void wgmma_wait() {
+DNL_DEVICE void wgmma_wait(DNL_ONLY_SITE) {
 #ifdef __CUDACC__
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 #else
-  emulator::wgmma_wait(N);
+  emulator::wgmma_wait(N, site);
 #endif
 }
 

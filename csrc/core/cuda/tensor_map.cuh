@@ -22,11 +22,15 @@ constexpr int kSwizzleElements = kSwizzleBytes / sizeof(T);
 // The driver's function, asked for by name: nothing links to libcuda, so the library loads where there is no driver.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
   static const auto encoder = [] {
-    constexpr unsigned kSince = 12000;  // CUDA 12.0
+    constexpr const char* kName = "cuTensorMapEncodeTiled";
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-    const cudaError_t error =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, kSince, cudaEnableDefault, &found);
+#if CUDART_VERSION >= 12050             // the other one ends with CUDA 12
+    constexpr unsigned kSince = 12000;  // CUDA 12.0
+    const cudaError_t error = cudaGetDriverEntryPointByVersion(kName, &function, kSince, cudaEnableDefault, &found);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint(kName, &function, cudaEnableDefault, &found);
+#endif
     if (error != cudaSuccess || found != cudaDriverEntryPointSuccess || !function)
       throw std::runtime_error(message("the CUDA driver has no cuTensorMapEncodeTiled, which CUDA 12.0 brought: ",
                                        cudaGetErrorString(error)));

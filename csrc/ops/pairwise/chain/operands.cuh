@@ -53,10 +53,12 @@ bool has_aligned_rows(const Matrix<const T>& x, int64_t positions, int64_t chann
   return x.position == 1 && x.channel >= positions && x.channel % kAlign == 0;
 }
 
-// Whether the library multiplies x where it lies, at full speed: its extents too are whole lines.
+// Whether the library multiplies x where it lies, at full speed: its extents too are whole lines. A matrix without
+// elements lies nowhere, and buffers have at least a line.
 template <class T>
 bool is_product_operand(const Matrix<const T>& x, int64_t positions, int64_t channels) {
-  return positions % kPitch == 0 && channels % kPitch == 0 && has_aligned_rows(x, positions, channels);
+  return positions > 0 && channels > 0 && positions % kPitch == 0 && channels % kPitch == 0 &&
+         has_aligned_rows(x, positions, channels);
 }
 
 // A copy of x less `mean` (batches, channels; null: nothing), rounded to E, in rows of channels or channel-first; of

@@ -28,6 +28,8 @@ struct ChunkLimits {
   int64_t step = kProductTile;         // chunks start at multiples of it, a multiple of kPitch
 };
 
+constexpr int64_t kMostProducts = 65'535;  // of a batch: a kernel may have it along the grid's z
+
 // `group` batch elements and `rows` rows of the map at a time; group > 1 only with all rows. As few chunks as keep to
 // the bytes, but no larger ones than fill the GPU: more rows would only cost memory. At least one row, or `step` of
 // them where there are several chunks, whatever the bytes. All are of about equal size.
@@ -46,7 +48,7 @@ struct Chunks {
     const int64_t most_elements = std::max<int64_t>(1, fit / pitch_of(all_rows));
     const int64_t groups =
         std::max({int64_t(1), batches / ceil_div_of(enough, all_rows), ceil_div_of(batches, most_elements)});
-    group = ceil_div_of(batches, groups);
+    group = std::min(kMostProducts, ceil_div_of(batches, groups));
   }
 
   // Rows of a chunk's buffers for each batch element: extents of products are whole lines (chain/operands.cuh).

@@ -190,15 +190,14 @@ struct ForwardConsumer {
     for (int slice = 0; slice < kSlices; ++slice) settle(p[slice]);
   }
 
-  // Waits for O and rescales it where a maximum of the warp's rows grew. The branch comes before the wait on purpose:
-  // what makes P stays before it, while products run, where ptxas would move it behind a wait in the same straight
-  // line.
+  // Waits for O and rescales it where a maximum of the warp's rows grew. The wait is behind a branch, which is always
+  // taken: what makes P stays before it, while products run, where ptxas would move it behind a wait in the same
+  // straight line. All warps of a warpgroup have to come to the same waits, so the branch is none of theirs.
   DNL_DEVICE void rescale(float (&out)[kOutputs], const float (&correction)[2]) const {
-    if (__any_sync(kAllLanes, correction[0] != 1.0f || correction[1] != 1.0f)) {
-      wgmma_wait<0>();
-      for (int e = 0; e < kOutputs; ++e) out[e] *= correction[e / 2 % 2];
-    }
+    if (op.splits > 0) wgmma_wait<0>();
     wgmma_wait<0>();
+    if (__any_sync(kAllLanes, correction[0] != 1.0f || correction[1] != 1.0f))
+      for (int e = 0; e < kOutputs; ++e) out[e] *= correction[e / 2 % 2];
   }
 
   // Statistics of the rows; returns in `inverse` what makes y of O.
