@@ -23,7 +23,7 @@ def own_file(monkeypatch, tmp_path):
     monkeypatch.delenv("DNL_EXT_CUDA_PATH", raising=False)
     monkeypatch.setattr(_tuned, "machine_of", lambda device: MACHINE)
     monkeypatch.setattr(tuner, "SMALL", ((1, 33, 70), (2, 17, 25)))
-    monkeypatch.setattr(tuner, "LARGE", (8, 90))
+    monkeypatch.setattr(tuner, "LARGE", (32, 90))
     _tuned.forget()
     _C.forget_paths()
     yield
