@@ -80,7 +80,9 @@ static dnl::PathAnswer ask_for_path(const dnl::PathQuestion& question) {
     for (const dnl::NamedPath& known : dnl::kCudaPaths)
       if (name == known.name) return {known.path, keep};
   } catch (py::error_already_set& error) {
+    const bool interrupted = error.matches(PyExc_KeyboardInterrupt);
     error.discard_as_unraisable("dnl_ext: the choice of a path");
+    if (interrupted) PyErr_SetInterrupt();  // whoever waits for the call is to know
   }
   return answer;
 }

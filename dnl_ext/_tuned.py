@@ -92,10 +92,11 @@ class Verdict:
     channels: int  # Dv
     reason: str  # what is wrong, with a command that shows it; empty for a path that is right
     date: str
+    channel_first: tuple[bool, bool, bool] = (True, True, True)  # query, key, value
 
     @property
     def subject(self) -> tuple[Any, ...]:
-        return self.machine, self.path, self.dtype, self.backward, self.width, self.channels
+        return self.machine, self.path, self.dtype, self.backward, self.width, self.channels, self.channel_first
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class Known:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _lock(self.path):
+                if _is_another_versions(self.path):
+                    return f"{self.path} is of another version and left alone: the choice lasts for this process"
                 merged = Known(self.path)  # with what others have written meanwhile
                 merged._keep(records)
                 _write(self.path, merged)
@@ -171,6 +174,8 @@ def file() -> Path:
     if named := os.environ.get("DNL_EXT_TUNE_FILE"):
         return Path(named)
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    if not os.path.isabs(folder):  # a user without a home: nothing can be kept
+        folder = os.devnull
     return Path(folder, "dnl_ext", f"paths-{SCHEMA}.json")
 
 
@@ -203,9 +208,19 @@ def _read(path: Path) -> list[Measured | Verdict]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        warnings.warn(f"dnl_ext: {path} cannot be read ({error}): run `dnl-ext tune` again", stacklevel=2)
+        with contextlib.suppress(UserWarning):  # where warnings are errors
+            warnings.warn(f"dnl_ext: {path} cannot be read ({error}): run `dnl-ext tune` again", stacklevel=2)
         return []
     return [record for kind, row in rows if (record := _record(kind, row)) is not None]
+
+
+def _is_another_versions(path: Path) -> bool:
+    """Whether the file is one that another version of dnl_ext may still read. OSError where that cannot be told."""
+    try:
+        document = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and isinstance(document.get("schema"), int) and document["schema"] != SCHEMA
 
 
 def _record(kind: type, row: Any) -> Any:
@@ -223,14 +238,26 @@ def _record(kind: type, row: Any) -> Any:
             row |= {"call": Call(**call, sizes=sizes, channel_first=layout), "milliseconds": times, "wrong": wrong}
             if row["path"] in wrong:
                 return None
+        elif "channel_first" in row:
+            query_first, key_first, value_first = map(bool, row["channel_first"])
+            row["channel_first"] = query_first, key_first, value_first
         record = kind(machine=machine, **row)
-        return record if record.path in _C.cuda_paths() and all(map(_is_text, asdict(machine).values())) else None
+        return record if record.path in _C.cuda_paths() and _is_sound(record) else None
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError):
         return None
 
 
-def _is_text(x: Any) -> bool:
-    return isinstance(x, str)
+def _is_sound(record: Any) -> bool:
+    """Whether its members are of their types, and numbers such as a call can have."""
+    call = record.call if isinstance(record, Measured) else record
+    sizes = call.sizes if isinstance(record, Measured) else (call.width, call.channels)
+    texts = [*asdict(record.machine).values(), record.path, record.date, call.dtype, getattr(record, "reason", "")]
+    return (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(call.backward, bool)
+        and all(type(size) is int and 0 < size < 2**63 for size in sizes)
+        and all(map(math.isfinite, getattr(record, "milliseconds", {}).values()))
+    )
 
 
 def _write(path: Path, records: Known) -> None:
@@ -239,10 +266,13 @@ def _write(path: Path, records: Known) -> None:
         "measured": [asdict(record) for record in records.measured],
         "verdicts": [asdict(record) for record in records.verdicts],
     }
+    path = path.resolve()  # a link stays one
     handle, partial = tempfile.mkstemp(prefix=path.name, dir=path.parent)
     try:
         with os.fdopen(handle, "w") as stream:
             stream.write(json.dumps(document, indent=1) + "\n")
+        with contextlib.suppress(OSError):  # the first one of a file; whom it is shared with stays as it was
+            os.chmod(partial, path.stat().st_mode & 0o777)
         os.replace(partial, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -295,7 +325,7 @@ def measured(machine: Machine, call: Call) -> Measured | None:
 
 def verdict(machine: Machine, path: str, call: Call) -> Verdict | None:
     """What the self-check of a path found, for calls like this one."""
-    subject = (machine, path, call.dtype, call.backward, *call.sizes[3:])
+    subject = (machine, path, call.dtype, call.backward, *call.sizes[3:], call.channel_first)
     return next((verdict for verdict in known().verdicts if verdict.subject == subject), None)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from typing_extensions import Self
 
 from ..modules._block import BATCH_NORM_WHITEN, VARIANTS, AttentionBlock
+from ..modules.context import _Pooling
 from ..types import Mesh
 from . import functions
 from ._shards import process_group
@@ -87,7 +88,8 @@ def shard_positions(module: Module, group: Mesh | None = None) -> Module:
     Raises:
         ValueError: there is no block in it.
         NotImplementedError: a block that mixes positions in a way that does not shard: modes without a softmax,
-            ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None, norms.
+            ``sub_sample``, whitenings other than ``"channel"``, ``"spatial"`` and None, norms; a block of global
+            context beside them, which would pool this rank's positions alone.
 
     Example:
         >>> import torch, torch.distributed as dist
@@ -105,6 +107,9 @@ def shard_positions(module: Module, group: Mesh | None = None) -> Module:
         raise ValueError(f"module: expected a dnl_ext non-local block in it, got {type(module).__name__} without one")
     for name, block in blocks:
         _check_block(name, block)
+    for name, block in module.named_modules():
+        if isinstance(block, _Pooling):
+            raise NotImplementedError(f"{name}: {type(block).__name__} would pool this rank's positions alone")
     sharded = ShardedFunctions(group)
     for _, block in blocks:
         block.sharded = sharded

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from ..ops._checks import check_alike, check_tensor, parse_scale
+from ..ops._common import product
 from ..ops.whiten import whiten as _whiten
 from ..reference import check_whiten_name
 from ..types import Exchange, Mesh, Whitening
@@ -15,7 +16,6 @@ from ._shards import EXCHANGES, Shards, agree, exact, process_group
 
 #: Whitenings whose statistics are taken over all ranks here, or over one position alone.
 WHITEN_NAMES: tuple[Whitening | None, ...] = ("channel", "in_nostd", "spatial", None)
-REFUSED = (TypeError, ValueError, NotImplementedError)
 
 
 def check_positions_whiten(whiten: str | None) -> None:
@@ -74,9 +74,16 @@ def _agree(
     try:
         check()
         sizes, common = describe()
-    except REFUSED as caught:
+    except Exception as caught:  # whatever it is, the others must hear of it
         error = caught
-    return agree(group, like.device if isinstance(like, torch.Tensor) else "cpu", sizes, common, error)
+    return agree(group, _device(group, like), sizes, common, error)
+
+
+def _device(group: dist.ProcessGroup, like: Any) -> torch.device | str:
+    """Where the group's messages are: one rank's wrong argument must not lead it elsewhere."""
+    if "nccl" in dist.get_backend(group):
+        return torch.device("cuda", torch.cuda.current_device())
+    return like.device if isinstance(like, torch.Tensor) else "cpu"
 
 
 def disentangled_attention(
@@ -249,4 +256,4 @@ def shared_key_logits(query: torch.Tensor, key: torch.Tensor, *, group: Mesh | N
     if not sum(queries for queries, _ in sizes):
         raise ValueError("query: expected at least one query on some rank, got none on any")
     mean = ShardedMean.apply(query, Shards(group, sizes, "gather", None, 0))
-    return (key @ mean.to(key.dtype).unsqueeze(-1)).squeeze(-1)
+    return product(key, mean.to(key.dtype).unsqueeze(-1)).squeeze(-1)

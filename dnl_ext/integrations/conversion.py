@@ -203,6 +203,10 @@ def restore(model: nn.Module, report: Report) -> nn.Module:
     return model
 
 
+#: What holds hooks of a module.
+_HOOKS = [name for name in vars(nn.Module()) if name.endswith("_hooks")]
+
+
 def _class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
@@ -228,8 +232,11 @@ def _replacement(original: nn.Module, recipe: Recipe, backend: Backend) -> nn.Mo
             f"expected the state dict of {recipe.target}, differs in {sorted(set(keys) ^ set(expected)) or 'its order'}"
         )
     for name, module in _outside(original, shared):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
-            raise CannotConvert(f"a hook is registered on {name or 'the block itself'}, which would be lost")
+        where = name or "the block itself"
+        if any(vars(module).get(hooks) for hooks in _HOOKS):
+            raise CannotConvert(f"a hook is registered on {where}, which would be lost")
+        if "forward" in vars(module):
+            raise CannotConvert(f"{where} has a forward of its own, which would be lost")
     return block
 
 

@@ -8,7 +8,7 @@ the unary logits that share their keys with the pairwise term, which are one pro
 import torch
 
 from ._checks import check_alike, check_pairwise, check_query_key, check_tensor
-from ._common import accumulate_type, at_once, product, without_autocast
+from ._common import accumulate_type, at_once, product, sum_type, without_autocast
 
 #: Elements of a map of rectified sums up to which it is built: sorting takes longer.
 SMALL_MAP = 262_144
@@ -130,8 +130,9 @@ def concatenation_attention(query_logits: torch.Tensor, key_logits: torch.Tensor
         weights = torch.relu(query_logits.to(wide).unsqueeze(-1) + key_logits.to(wide).unsqueeze(-2))
         return product(weights / keys, value.to(wide)).to(value.dtype)
     with without_autocast(value):
-        a, v = query_logits.double(), value.double()
-        b, order = key_logits.double().sort(dim=-1, descending=True)
+        wide = sum_type(value)
+        a, v = query_logits.to(wide), value.to(wide)
+        b, order = key_logits.to(wide).sort(dim=-1, descending=True)
         v = v.gather(-2, order.unsqueeze(-1).expand(v.shape))
         first = v.new_zeros((*v.shape[:-2], 1, v.shape[-1]))
         values = torch.cat([first, v.cumsum(-2)], -2)  # (..., Nk + 1, Dv): V_0 .. V_Nk

@@ -12,9 +12,12 @@ import torch
 from .. import _tuned
 from .._load import _C
 from .._tuned import Call, Choice, Machine
-from .trial import runnable
+from .child import IN_CHILD
+from .trial import Unchecked, runnable
 from .tuner import Target, self_check, tune
 
+#: What could not be checked in this process, and is not tried again.
+_unchecked: set[tuple[Any, ...]] = set()
 #: Held by the thread that measures or checks; others take what is known until it has.
 _at_work = threading.Lock()
 
@@ -47,6 +50,8 @@ def advise(
         >>> if torch.cuda.is_available():
         ...     path, keep = advise(0, 90, 132, "bfloat16", False, (1, 4096, 4096, 256, 512), layout)
     """
+    if os.environ.get(IN_CHILD):
+        return "chain", False
     batches, queries, keys, width, channels = sizes
     first = layout["query_channel_first"], layout["key_channel_first"], layout["value_channel_first"]
     call = Call(dtype, backward, (batches, queries, keys, width, channels), first)
@@ -54,9 +59,10 @@ def advise(
     choice = _choice(machine, capability, multiprocessors, call)
     record = _tuned.measured(machine, call)
     new = _asked_to_tune() and (record is None or record.call != call)
-    if not new and not choice.unchecked:
-        return choice.path, True
     known = "chain" if choice.unchecked else choice.path
+    subject = (machine, choice.path, dtype, backward, width, channels, first)
+    if not new and (not choice.unchecked or subject in _unchecked):
+        return known, True
     if dtype == "float32" and not _C.tf32_allowed():
         return "chain", False
     if capturing(device):
@@ -73,6 +79,10 @@ def advise(
         if choice.unchecked:
             _check(choice.path, call, target)
             choice = _choice(machine, capability, multiprocessors, call)
+    except Unchecked as error:
+        _unchecked.add(subject)
+        _warn(f"{choice.path} could not be checked ({error}); {dtype} takes the chain, and the next process asks again")
+        return "chain", True
     except Exception as error:  # such as no memory for a second problem beside the user's own
         text = str(error).strip().splitlines()
         _warn(f"{call.describe()} could not be measured ({text[0] if text else type(error).__name__})")

@@ -7,6 +7,7 @@ before it begins, and ends with a line that holds the result.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,83 +19,93 @@ import torch
 from .._tuned import Call
 from .trial import PATIENCE, Problem, Unchecked, first_fault
 
-#: What runs the child.
-COMMAND = (sys.executable, "-c", "from dnl_ext.tuning.child import main; main()")
+#: The child's program. Its arguments are the parent's sys.path: it must import what the parent has, wherever it runs.
+PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from dnl_ext.tuning.child import main; main()"
 #: Seconds in which the child imports torch, wakes the GPU up and ends.
 START = 120.0
+#: Before each line that is the child's own: libraries print too.
+MARK = "dnl_ext self-check: "
+#: Ends that others make: Ctrl-C, a scheduler, a system without memory.
+BY_OTHERS = {-getattr(signal, name, 0) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGKILL")}
+#: Set for the child, whose own calls are not to be checked.
+IN_CHILD = "DNL_EXT_IN_SELF_CHECK"
 
 
 def first_fault_of_child(path: str, problems: Sequence[Problem], patience: float | None = None) -> str:
     """:func:`first_fault` of the same arguments, found by another process on the same GPU.
 
     Raises:
-        Unchecked: nothing was found out: there is no such process, or not even the chain ran in it.
+        Unchecked: nothing was found out: there is no such process, it was ended from outside, or not even the chain
+            ran in it.
     """
     seconds = PATIENCE if patience is None else patience
     task = {"path": path, "seconds": seconds, "problems": [_plain(problem) for problem in problems]}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "DNL_EXT_TUNE": "0"}
-    stages: list[str] = []
+    stage, last, code = "", "", 0
     try:
         done = subprocess.run(
-            COMMAND,
+            [_interpreter(), "-c", PROGRAM, *sys.path],
             input=json.dumps(task),
             capture_output=True,
             text=True,
-            timeout=START + 2 * seconds,
-            env=environment,
+            timeout=START + len(problems) * (PATIENCE + seconds),
+            env={**os.environ, IN_CHILD: "1"},
+            start_new_session=True,  # Ctrl-C is the parent's
         )
-        output, ending = done.stdout, f"with exit code {done.returncode}"
-        last = done.stderr.strip().splitlines()[-1:]
     except subprocess.TimeoutExpired as error:
-        output, ending = _text(error.stdout), f"by the check, after {START + 2 * seconds:g} s"
-        last = []
+        raise Unchecked(f"the self-check took more than {error.timeout:g} s") from None
     except OSError as error:
         raise Unchecked(f"no process for the self-check: {error}") from None
-    for line in output.splitlines():
-        found = _parsed(line)
+    code, last = done.returncode, "".join(f": {line}" for line in done.stderr.strip().splitlines()[-1:])
+    for line in done.stdout.splitlines():
+        if not line.startswith(MARK):
+            continue
+        found = json.loads(line.removeprefix(MARK))
         if "reason" in found:
-            return str(found["reason"])
+            return found["reason"]
         if "unchecked" in found:
-            raise Unchecked(str(found["unchecked"]))
-        stages += [found["stage"]] if "stage" in found else []
-    what = f"its process was ended {ending}" + "".join(f": {line}" for line in last)
-    if stages and stages[-1] != "chain":
-        return f"{what} [{stages[-1]}]"
-    raise Unchecked(what)
+            raise Unchecked(found["unchecked"])
+        stage = found["stage"]
+    what = f"the self-check's process ended with exit code {code}{last}"
+    if stage in ("", "chain") or code in BY_OTHERS:
+        raise Unchecked(what)
+    return f"{what} [{stage}]"
+
+
+def _interpreter() -> str:
+    """This Python. A program that embeds one, or was frozen, would start itself."""
+    name = os.path.basename(sys.executable or "").lower()
+    if getattr(sys, "frozen", False) or not name.startswith(("python", "pypy")):
+        raise Unchecked(f"no Python for the self-check: sys.executable is {sys.executable!r}")
+    return sys.executable
 
 
 def _plain(problem: Problem) -> dict[str, Any]:
-    return {"call": asdict(problem.call), "device": str(problem.device), "unary": problem.unary, "seed": problem.seed}
+    plain = {"call": asdict(problem.call), "device": str(problem.device), "unary": problem.unary, "seed": problem.seed}
+    return plain | {"gpu": _identity(problem.device)}
 
 
 def _problem(plain: dict[str, Any]) -> Problem:
-    call = plain["call"]
+    call, device = plain["call"], torch.device(plain["device"])
+    if _identity(device) != plain["gpu"]:
+        raise Unchecked(f"{device} is another GPU in the process of the self-check")
     return Problem(
         Call(call["dtype"], call["backward"], tuple(call["sizes"]), tuple(call["channel_first"])),
-        torch.device(plain["device"]),
+        device,
         plain["unary"],
         plain["seed"],
     )
 
 
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
-
-
-def _parsed(line: str) -> dict[str, Any]:
-    """A line of the child; other libraries may print too."""
-    try:
-        found = json.loads(line)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) else {}
+def _identity(device: torch.device) -> str:
+    """Of a GPU: a program may change CUDA_VISIBLE_DEVICES after it has started."""
+    return str(getattr(torch.cuda.get_device_properties(device), "uuid", "")) if device.type == "cuda" else ""
 
 
 def main() -> None:
     task = json.load(sys.stdin)
 
     def say(**what: str) -> None:
-        print(json.dumps(what), flush=True)
+        print(f"\n{MARK}{json.dumps(what)}", flush=True)
 
     try:
         problems = [_problem(plain) for plain in task["problems"]]

@@ -1,5 +1,6 @@
 """All paths on the calls that matter: each is checked, the right ones are timed in turn, the fastest is chosen."""
 
+import contextlib
 import datetime
 import functools
 import statistics
@@ -13,7 +14,7 @@ from .._load import _C
 from .._tuned import Call, Machine, Measured, Verdict
 from ..benchmark.timing import Entry, clock_for, interleave
 from .child import first_fault_of_child
-from .trial import Problem, Trial, fault, finish, first_fault, runnable
+from .trial import Problem, Trial, Unchecked, fault, finish, first_fault, runnable
 
 #: Dqk, Dv and N of the calls that are tuned where none are named: the official block on feature maps of 64 x 64, of
 #: 97 x 97 (a 769 x 769 crop at stride 8) and of 128 x 128 pixels.
@@ -139,7 +140,7 @@ def tune(
         problem = Problem(call, target.device, unary, seed)
         candidates = runnable(call, target.capability, target.multiprocessors, paths)
         try:
-            wrong = {path: reason for path in candidates if (reason := fault(problem, path))}
+            wrong = {path: reason for path in candidates if (reason := _fault(problem, path, target, check_only))}
             right = [path for path in candidates if path not in wrong]
             times = {} if check_only or not right else measure(problem, right, seconds)
             outcome = Outcome(call, _fastest(times), times, wrong)
@@ -152,6 +153,17 @@ def tune(
         report(outcome)
     _C.forget_paths()
     return outcomes, unwritten
+
+
+def _fault(problem: Problem, path: str, target: Target, check_only: bool) -> str:
+    """What is wrong with a path. One that has never run on this GPU is tried by another process first: this one would
+    lose its context, and all that was measured, to an illegal access."""
+    if target.device.type == "cuda" and path != "chain" and not check_only:
+        with contextlib.suppress(Unchecked):
+            verdict = _tuned.verdict(target.machine, path, problem.call) or self_check(path, problem.call, target)
+            if verdict.reason:
+                return verdict.reason
+    return fault(problem, path)
 
 
 def measure(problem: Problem, paths: Sequence[str], seconds: float) -> dict[str, float]:
@@ -176,22 +188,20 @@ def _fastest(times: dict[str, float]) -> str | None:
 
 
 def check_problems(call: Call, target: Target) -> list[Problem]:
-    """The self-check's: the widths of a call at small and at larger sizes, channel-first and by rows, with and without
-    the unary term."""
+    """The self-check's: the widths of a call at small sizes, channel-first and by rows, and at larger ones in the order
+    of the call, with and without the unary term."""
     width, channels = call.sizes[3:]
     queries, keys = LARGE
     large = (1, queries * target.multiprocessors - 63, keys)  # whole waves of blocks, so that none share the keys
 
-    def problem(sizes: tuple[int, int, int], first: bool, unary: bool) -> Problem:
-        return Problem(
-            Call(call.dtype, call.backward, (*sizes, width, channels), (first, first, first)), target.device, unary
-        )
+    def problem(sizes: tuple[int, int, int], channel_first: tuple[bool, bool, bool], unary: bool) -> Problem:
+        return Problem(Call(call.dtype, call.backward, (*sizes, width, channels), channel_first), target.device, unary)
 
     return [
-        problem(SMALL[0], first=True, unary=False),
-        problem(SMALL[1], first=False, unary=True),
-        problem(large, first=True, unary=True),
-        problem(large, first=False, unary=False),
+        problem(SMALL[0], (True, True, True), unary=False),
+        problem(SMALL[1], (False, False, False), unary=True),
+        problem(large, call.channel_first, unary=True),
+        problem(large, call.channel_first, unary=False),
     ]
 
 
@@ -205,7 +215,9 @@ def self_check(path: str, call: Call, target: Target, patience: float | None = N
     check = first_fault_of_child if target.device.type == "cuda" else first_fault
     reason = check(path, check_problems(call, target), patience)
     width, channels = call.sizes[3:]
-    verdict = Verdict(target.machine, path, call.dtype, call.backward, width, channels, reason, _today())
+    verdict = Verdict(
+        target.machine, path, call.dtype, call.backward, width, channels, reason, _today(), call.channel_first
+    )
     _tuned.known().add([verdict])
     return verdict
 

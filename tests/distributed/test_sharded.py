@@ -152,6 +152,8 @@ def messages_sent(rank, world_size):
 
 def other_functions(rank, world_size, queries, keys):
     (q, k, v, m), _ = shard_all(rank, queries, keys, *make(sum(queries), sum(keys), True))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert distributed.shared_key_logits(q.float(), k.float()).dtype == torch.float32
     pooled, logits = distributed.unary_attention(m, v), distributed.shared_key_logits(q, k)
     spatial = distributed.disentangled_attention(q, k, v, m, whiten="spatial")
     # Every rank has the pooled vector: their losses add up to three times that of one.
@@ -174,6 +176,7 @@ def wrong_calls(rank, world_size):
         ((q, k, v, None if odd else m), {}),
         ((q.detach() if odd else q, k, v, m), {}),
         ((q, k, v, m), {"scale": 0.1 + 1e-9 * odd}),
+        ((q, k, v, m), {"scale": 10**400 if odd else 0.1}),
         ((q, k, v, m), {"whiten": "ln"}),
         ((q, k, v, m), {"exchange": "tree"}),
         ((q, k, v, m), {"block": 2 + rank}),
@@ -202,6 +205,7 @@ class TestErrors:
             (("ValueError", "mask_logits: expected the same on all ranks, got True on 0, False on 1"),) * 2,
             (("ValueError", "gradients wanted: expected the same"),) * 2,
             (("ValueError", "scale: expected the same"),) * 2,
+            (("RuntimeError", "rank 1 .* too large"), ("OverflowError", "too large")),
             (("ValueError", "whiten: expected 'channel', 'spatial' or None"),) * 2,
             (("ValueError", "exchange: expected 'ring', 'gather' or None, got 'tree'"),) * 2,
             (("ValueError", "block: expected the same on all ranks, got 2 on 0, 3 on 1"),) * 2,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from dnl_ext import DisentangledNonLocal1d, DisentangledNonLocal2d, DisentangledNonLocal3d, NonLocal2d
+from dnl_ext import DisentangledNonLocal1d, DisentangledNonLocal2d, DisentangledNonLocal3d, GlobalContext2d, NonLocal2d
 from dnl_ext.distributed import shard_positions
 
 CHANNELS, TIMEOUT = 6, 400
@@ -89,6 +89,7 @@ def refusals(rank, world_size):
         DisentangledNonLocal2d(4, whiten="bn"),
         DisentangledNonLocal2d(4, backend="reference"),
         nn.Sequential(DisentangledNonLocal2d(4, norm=lambda channels: nn.GroupNorm(2, channels))),
+        nn.Sequential(DisentangledNonLocal2d(4, norm=None), GlobalContext2d(4)),
     ]
     mesh = init_device_mesh("cpu", (world_size,))
     calls = [
@@ -119,6 +120,7 @@ def test_what_does_not_shard_is_refused():
         "NotImplementedError expected a whitening without running statistics, got 'bn'",
         "NotImplementedError expected backend='fused'",
         "NotImplementedError module '0': expected no norm, a BatchNorm or SyncBatchNorm, got GroupNorm",
+        "NotImplementedError 1: GlobalContext2d would pool this rank's positions alone",
         "NotImplementedError expected sub_sample=None, got 'after'",
         "TypeError mesh: expected a ProcessGroup, a DeviceMesh or None, got str",
         "ValueError mesh: expected a DeviceMesh of one dimension",

@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from functools import partial
 
 import originals
 import pytest
@@ -256,6 +257,18 @@ def _hook(block):
     block.register_forward_hook(lambda *_: None)
 
 
+def _backward_hook(block):
+    block.register_full_backward_pre_hook(lambda *_: None)
+
+
+def _saving_hook(block):
+    block.register_state_dict_post_hook(lambda *_: None)
+
+
+def _own_forward(block):
+    block.forward = partial(type(block).forward, block)  # as accelerate and peft do
+
+
 class NonLocalLayer(nn.Module):
     """mmaction2's layer of a long-term feature bank, as far as it is recognised."""
 
@@ -283,7 +296,9 @@ SKIPPED = [
     (lambda: build("Unary2d", planes=4, out_bn=True), "out_bn: expected None without a pairwise term"),
     (lambda: build("NonLocal2d_nowd", planes=4, with_nl=False, out_bn=True), "out_bn: expected None without"),
     (NonLocalLayer, "it attends from short-term to long-term features"),
-    (lambda: _changed("NonLocal2d", _hook), "a hook is registered on the block itself"),
+    *((lambda h=h: _changed("NonLocal2d", h), "a hook is registered on the block itself")
+      for h in (_hook, _backward_hook, _saving_hook)),
+    (lambda: _changed("NonLocal2d", _own_forward), "the block itself has a forward of its own"),
     (lambda: _changed("NonLocal2d", lambda b: delattr(b, "mode")), "it has no mode"),
     (lambda: _changed("NonLocal2d", lambda b: setattr(b.g, "conv", nn.Conv2d(8, 4, 3))), "expected convolutions of"),
     (lambda: _changed("NonLocal2d", lambda b: setattr(b, "g", nn.Identity())), "a NonLocal2d that is built otherwise"),

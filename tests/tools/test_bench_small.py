@@ -1,6 +1,7 @@
 """The benchmark of small calls: what it covers, what it counts, what it lets through."""
 
 import json
+import math
 import time
 from dataclasses import replace
 
@@ -86,6 +87,17 @@ class TestFigures:
         assert cell["ratio"] is None and cell["failures"]["dnl_ext"].startswith("wrong")
         result = bench("--only", ONE.only, "--dtype", "fp32", "--direction", direction, "--threads", "1")
         assert result.exit_code == 1 and "wrong" in result.output
+
+    @pytest.mark.parametrize("fault", [lambda x: 0 * x, lambda x: x.new_full(x.shape, math.nan)])
+    @pytest.mark.parametrize("which", [0, -1])
+    def test_one_gradient_that_is_wrong_in_bfloat16(self, fault, which):
+        """Among many: of the input, or of the last parameter."""
+        row = next(row for row in all_rows() if row.what == "DisentangledNonLocal2d" and "1x64x8x8" in row.sizes)
+        job = row.make(torch.bfloat16)
+        leaf = job.leaves("dnl_ext", True)[which]
+        leaf.register_hook(fault)
+        calls, failures = measure._checked(job, True)
+        assert "dnl_ext" not in calls and failures["dnl_ext"].startswith("wrong")
 
     def test_a_peer_that_raises_is_left_out(self, monkeypatch):
         def fail(x, dim=-2):

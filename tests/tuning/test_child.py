@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,15 +19,16 @@ LAYOUT = ("query_channel_first", "key_channel_first", "value_channel_first")
 
 
 def prints(**what):
-    return f"print({json.dumps(what)!r}, flush=True); "
+    return f"print({child.MARK + json.dumps(what)!r}, flush=True); "
 
 
 CHAIN, PATH = prints(stage="chain"), prints(stage="the command")
 
 
 def found(monkeypatch, script, seconds=0.5):
-    monkeypatch.setattr(child, "COMMAND", (sys.executable, "-c", f"import os, sys, time; {script}"))
+    monkeypatch.setattr(child, "PROGRAM", f"import os, signal, sys, time; {script}")
     monkeypatch.setattr(child, "START", 2.0)
+    monkeypatch.setattr(child, "PATIENCE", 0.5)
     return child.first_fault_of_child("hopper", [PROBLEM], seconds)
 
 
@@ -41,11 +43,10 @@ def test_a_path_that_is_right(backward):
 
 def test_a_path_that_ends_its_process(monkeypatch):
     reason = found(monkeypatch, f"{CHAIN}{PATH}sys.stderr.write('CUDA error: an illegal memory access'); os._exit(7)")
-    assert reason == "its process was ended with exit code 7: CUDA error: an illegal memory access [the command]"
-
-
-def test_a_path_that_never_ends(monkeypatch):
-    assert "ended by the check, after 3 s [the command]" in found(monkeypatch, f"{CHAIN}{PATH}time.sleep(60)")
+    assert (
+        reason == "the self-check's process ended with exit code 7: CUDA error: an illegal memory access [the command]"
+    )
+    assert "exit code -6" in found(monkeypatch, f"{CHAIN}{PATH}os.abort()")
 
 
 @pytest.mark.parametrize(
@@ -53,9 +54,10 @@ def test_a_path_that_never_ends(monkeypatch):
     [
         ("os._exit(7)", "ended with exit code 7"),
         (f"{CHAIN}{PATH}{CHAIN}os._exit(7)", "ended with exit code 7"),
-        ("print('hello', 3)", "ended with exit code 0"),
+        ("""print('{"reason": "of a logger"}')""", "ended with exit code 0"),
         (prints(unchecked="out of GPU memory"), "out of GPU memory"),
-        (f"{CHAIN}time.sleep(60)", "ended by the check"),
+        (f"{CHAIN}{PATH}time.sleep(60)", "took more than 3 s"),
+        *((f"{CHAIN}{PATH}os.kill(os.getpid(), signal.{name})", "exit code -") for name in ("SIGTERM", "SIGKILL")),
     ],
 )
 def test_what_is_not_the_paths_fault_is_no_verdict(monkeypatch, script, why):
@@ -63,10 +65,27 @@ def test_what_is_not_the_paths_fault_is_no_verdict(monkeypatch, script, why):
         found(monkeypatch, script)
 
 
-def test_no_process(monkeypatch, tmp_path):
-    monkeypatch.setattr(child, "COMMAND", (str(tmp_path / "nothing"),))
-    with pytest.raises(tuning.Unchecked, match="no process for the self-check"):
+@pytest.mark.parametrize("name", ["python-that-is-not-there", "application", "", None])
+def test_no_process(monkeypatch, tmp_path, name):
+    monkeypatch.setattr(sys, "executable", name and str(tmp_path / name))
+    with pytest.raises(tuning.Unchecked, match=r"no (process|Python) for the self-check"):
         child.first_fault_of_child("hopper", [PROBLEM])
+
+
+def test_imports_what_the_parent_has(monkeypatch, tmp_path):
+    """Whatever lies in the folder in which the program was started."""
+    for name in ("json.py", "torch.py"):
+        (tmp_path / name).write_text("raise ImportError('another one')")
+    monkeypatch.chdir(tmp_path)
+    assert child.first_fault_of_child("chain", [PROBLEM]) == ""
+
+
+def test_its_own_calls_are_not_checked(monkeypatch):
+    monkeypatch.setenv(child.IN_CHILD, "1")
+    assert tuning.advise(0, 90, 132, "bfloat16", False, (1, 4096, 4096, 256, 512), dict.fromkeys(LAYOUT, True)) == (
+        "chain",
+        False,
+    )
 
 
 def test_a_chain_that_fails_clears_the_path(monkeypatch):
@@ -76,16 +95,16 @@ def test_a_chain_that_fails_clears_the_path(monkeypatch):
 
 
 def test_every_block_works_through_several_tiles():
-    """Of the larger problems, in both orders: the first tile of a block tells little of the others."""
-    problems = tuner.check_problems(CALL, H100)[2:]
-    assert [problem.call.channel_first[0] for problem in problems] == [True, False]
+    """Of the larger problems, in the order of the call: the first tile of a block tells little of the others."""
+    problems = tuner.check_problems(replace(CALL, channel_first=(False, True, True)), H100)[2:]
     for problem in problems:
+        assert problem.call.channel_first == (False, True, True)
         _, queries, keys, _, _ = problem.call.sizes
         assert keys / TILE >= 6 and keys % TILE and queries % TILE
         assert -(-queries // TILE) * (keys // TILE) >= 6 * H100.multiprocessors  # of the map, in the backward
         for channels in (256, 512, 1024):
             plan = _C.cuda_plan(
-                "bfloat16", 1, queries, keys, 256, channels, **dict.fromkeys(LAYOUT, problem.call.channel_first[0]),
+                "bfloat16", 1, queries, keys, 256, channels, **dict.fromkeys(LAYOUT, True),
                 backward=False, capability=80, multiprocessors=H100.multiprocessors, tf32=False, path="fused",
             )  # fmt: skip
             assert plan["splits"] == 1  # the same rule as of Hopper's kernels

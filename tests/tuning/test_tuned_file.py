@@ -91,6 +91,11 @@ class TestFile:
             lambda row: row.update(milliseconds=None),
             lambda row: row.update(wrong={"fused": "off by 7 times"}),  # what is wrong is never chosen
             lambda row: row.update(note="of another version"),
+            lambda row: row["call"].update(dtype=["bfloat16"]),
+            lambda row: row["call"].update(backward=1),
+            lambda row: row["call"].update(sizes=[1, -4, 8, 8, 8]),
+            lambda row: row["call"].update(sizes=[1, 10**400, 8, 8, 8]),
+            lambda row: row.update(date=None),
         ],
     )
     def test_a_record_that_is_none_is_left_out_and_others_stay(self, path, change):
@@ -102,6 +107,47 @@ class TestFile:
         path.write_text(json.dumps(document))
         _tuned.forget()
         assert _tuned.known().measured == [RECORD] and _tuned.known().verdicts == [FAULT]
+
+    @pytest.mark.parametrize("change", [{"reason": None}, {"width": [1]}, {"channels": 0}, {"channel_first": [True]}])
+    def test_a_verdict_that_is_none_is_left_out(self, path, change):
+        _tuned.known().add([FAULT])
+        document = json.loads(path.read_text())
+        document["verdicts"][0] |= change
+        path.write_text(json.dumps(document))
+        _tuned.forget()
+        assert _tuned.known().verdicts == []
+
+    def test_a_verdict_is_of_its_order_in_memory(self, path):
+        _tuned.known().add([FAULT])
+        call = replace(CALL, backward=FAULT.backward, dtype=FAULT.dtype, sizes=(1, 9, 9, FAULT.width, FAULT.channels))
+        assert _tuned.verdict(MACHINE, FAULT.path, call) == FAULT
+        assert _tuned.verdict(MACHINE, FAULT.path, replace(call, channel_first=(True, False, True))) is None
+
+    def test_a_file_of_another_version_is_left_alone(self, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"schema": 2, "measured": {}}')
+        assert "of another version" in _tuned.known().add([RECORD])
+        assert path.read_text() == '{"schema": 2, "measured": {}}'
+
+    @pytest.mark.skipif(os.name != "posix", reason="modes and links of POSIX")
+    def test_a_shared_file_stays_shared_and_a_link_a_link(self, path, tmp_path):
+        shared = tmp_path / "shared.json"
+        shared.write_text("{}")
+        shared.chmod(0o664)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(shared)
+        assert _tuned.known().add([RECORD]) == ""
+        assert path.is_symlink() and shared.stat().st_mode & 0o777 == 0o664
+        _tuned.forget()
+        assert _tuned.known().measured == [RECORD]
+
+    def test_without_a_home_nothing_is_written(self, monkeypatch, tmp_path):
+        monkeypatch.delenv("DNL_EXT_TUNE_FILE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # HOME not set, a uid that nobody knows
+        monkeypatch.chdir(tmp_path)
+        assert "lasts for this process" in _tuned.known().add([RECORD])
+        assert _tuned.known().measured == [RECORD] and list(tmp_path.iterdir()) == []
 
     def test_another_layout_is_not_read(self, path):
         _tuned.known().add([RECORD])

@@ -77,7 +77,8 @@ def call_row(
 
     def make(dtype: torch.dtype) -> Job:
         more = () if argument is None else (argument,)
-        inputs = [_tensor(shape, dtype, layout if len(shape) > 1 else "rows", i) for i, shape in enumerate(shapes)]
+        most = max(map(len, shapes))  # what has fewer dimensions has no channels
+        inputs = [_tensor(shape, dtype, layout if len(shape) == most else "rows", i) for i, shape in enumerate(shapes)]
         functions = {OWN: getattr(ops, name)} | PEERS[name]
         return Job(
             inputs,
