@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 import dnl_ext
 from dnl_ext import benchmark, modules, ops, reference
 from dnl_ext.benchmark import SmallOptions
-from dnl_ext.benchmark.small import measure, peers
-from dnl_ext.benchmark.small.rows import rows as all_rows
+from dnl_ext.benchmark._small import measure, peers
+from dnl_ext.benchmark._small.rows import rows as all_rows
 from dnl_ext.cli import bench as command
 from dnl_ext.cli.app import app
 
