@@ -12,11 +12,11 @@
 `python -m dnl_ext bench` is its command line; benchmarks/README.md explains the figures.
 """
 
+from ._small import SMALL_SCHEMA, SmallOptions, is_small, load_small, run_small, small_markdown, small_tables
 from .case import DIRECTIONS, DTYPES, Case, forward_flops, training_flops
 from .methods import METHODS, Method, Unavailable
 from .report import chart, load, tables
 from .runner import SCHEMA, Options, passed, run, save_json
-from ._small import SMALL_SCHEMA, SmallOptions, is_small, load_small, run_small, small_markdown, small_tables
 
 __all__ = [
     "DIRECTIONS",
