@@ -39,6 +39,7 @@ def spatial_inputs(
     scale: float,
     whiten: Whitening | None,
     gain: torch.Tensor | float = 1.0,
+    whitened: bool = False,
 ) -> AttentionInputs:
     """:class:`AttentionInputs` from channel-first tensors (B, channels, *shape); the mask has one channel."""
 
@@ -48,6 +49,7 @@ def spatial_inputs(
     return AttentionInputs(
         positions(query), positions(key), positions(value), None if mask is None else mask.flatten(1),
         scale=scale, whiten=whiten, gain=gain, query_shape=tuple(query.shape[2:]), key_shape=tuple(key.shape[2:]),
+        whitened=whitened,
     )  # fmt: skip
 
 
@@ -89,12 +91,13 @@ def official_inputs(block: Any, x: torch.Tensor) -> AttentionInputs:
     if len(names) > 1:
         raise NotAttention(f"block: expected at most one whiten_type, got {names}")
     whiten: Any = names[0] if names else None
-    if whiten in OFFICIAL_NORMS:
+    by_layers = whiten in OFFICIAL_NORMS
+    if by_layers:
         query = getattr(block, f"query_{whiten}")(query.flatten(2)).view_as(query)
         key, whiten = getattr(block, f"key_{whiten}")(key.flatten(2)).view_as(key), None
     scale = 1 / (float(getattr(block, "scale", math.sqrt(query.shape[1]))) * getattr(block, "temperature", 1.0))
     gain = getattr(block, "gamma", 1.0)
-    return spatial_inputs(query, key, value, mask, scale=scale, whiten=whiten, gain=gain)
+    return spatial_inputs(query, key, value, mask, scale=scale, whiten=whiten, gain=gain, whitened=by_layers)
 
 
 #: Names that a module's attributes must have -> its adapter (block, x) -> AttentionInputs.

@@ -19,7 +19,7 @@ from .calls import AttentionCall, AttentionCalls, NotMeasured
 from .head_tables import head_sections
 from .masks import queries_with_keys
 from .measure import QUERIES, AttentionStatistics, measure_terms, sample_queries
-from .probe import AttentionProbe, BlockReport, progress_bar
+from .probe import AttentionProbe, BlockReport, evaluation, progress_bar
 from .results import Estimate
 from .tables import as_markdown
 from .terms import Terms
@@ -219,19 +219,17 @@ def measure_model(
     parameters = itertools.chain(model.parameters(), model.buffers())
     device = next((x.device for x in parameters), torch.device("cpu"))
     total = len(inputs) if isinstance(inputs, Sized) else None
-    training = model.training
-    model.eval()
-    try:
-        with (
-            AttentionCalls(model, HeadRecorder(report, queries, seed, blocks)),
-            probe or nullcontext(),
-            progress_bar(progress, total) as advance,
-        ):
-            for done, arguments in enumerate(inputs, 1):
-                call_model(model, on_device(arguments, device))
-                advance(done, total)
-    finally:
-        model.train(training)
+    with (
+        evaluation(model),
+        AttentionCalls(model, HeadRecorder(report, queries, seed, blocks)),
+        probe or nullcontext(),
+        progress_bar(progress, total) as advance,
+    ):
+        for done, arguments in enumerate(inputs, 1):
+            call_model(model, on_device(arguments, device))
+            advance(done, total)
+    for name in report.layers:  # some of whose calls may have been too small
+        report.skipped.pop(name, None)
     if probe is not None:
         report.layers.update({name: LayerReport(name, [block]) for name, block in probe.blocks.items() if block.images})
         report.skipped.update(probe.skipped)

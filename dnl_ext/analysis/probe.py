@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
@@ -59,7 +60,8 @@ class AttentionProbe:
     """Context in which the non-local blocks of a network are measured at every forward.
 
     Each forward costs a block a second pass over its input projections and a fraction of its attention; nothing of Nq x
-    Nk is kept. The results of the network are not changed.
+    Nk is kept. The results of the network are not changed: for its second pass a block is in evaluation mode, in which
+    batch norms count nothing and dropout draws nothing. Hooks on its projections run twice.
 
     Args:
         model: any nn.Module. Its blocks are the modules with a method ``attention_inputs``, and plain-PyTorch blocks of
@@ -71,7 +73,8 @@ class AttentionProbe:
         blocks: dict of a :class:`BlockReport` for each block, by its name in the network.
         labels: class numbers of the next forward's pixels, int64 tensor ``(B, *image_shape)``, or None; 255 is no
             class.
-        skipped: dict of the reasons why blocks are left out, such as no softmax over positions, by name.
+        skipped: dict of the reasons why blocks are left out, such as no softmax over positions, or no input of two
+            positions and more, by name.
 
     Raises:
         ValueError: the network has no block.
@@ -101,23 +104,32 @@ class AttentionProbe:
             raise ValueError(f"model: {type(model).__name__} has no non-local block that the analysis knows")
         self.blocks: dict[str, BlockReport] = {name: BlockReport(name) for name in self._found}
         self.skipped: dict[str, str] = {}
+        self._too_few: set[str] = set()
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> Self:
         for name, module in self._found.items():
-            self._handles.append(module.register_forward_hook(self._hook(name)))
+            self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._name_what_is_empty()
+
+    def _name_what_is_empty(self) -> None:
+        for name in self._too_few - self.skipped.keys():
+            if not self.blocks[name].images:
+                self.skipped[name] = "fewer than two queries or keys"
+                del self.blocks[name]
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module, args, output):
+        def hook(module, args, kwargs, output):
             if name not in self.skipped:
-                with torch.no_grad():
-                    self._measure(name, module, args[0], output)
+                x = args[0] if args else next(iter(kwargs.values()))
+                with torch.no_grad(), evaluation(module):
+                    self._measure(name, module, x, output)
 
         return hook
 
@@ -132,6 +144,9 @@ class AttentionProbe:
             self._measure_images(name, inputs, x, output)
 
     def _measure_images(self, name: str, inputs: AttentionInputs, x: torch.Tensor, output: torch.Tensor) -> None:
+        if min(math.prod(inputs.query_shape), math.prod(inputs.key_shape)) < 2:
+            self._too_few.add(name)  # nothing can be said of them
+            return
         images = x.shape[0]
         terms = list(split_images(inputs))
         heads = len(terms) // max(images, 1)
@@ -162,8 +177,9 @@ class AttentionProbe:
         """Pass every batch of a loader through the network, in evaluation mode.
 
         Args:
-            loader: iterable of images ``(B, C, *shape)``, or of (images, labels ``(B, *shape)`` int64); what else a
-                batch holds is left alone.
+            loader: iterable of images ``(B, C, *shape)``, or of sequences that begin with them; what comes second is
+                taken as labels ``(B, *shape)`` int64 where it has a dimension less than the images. All else is left
+                alone.
             forward: called with the images; None is the network, on the device of its first parameter.
             progress: a rich bar where rich is installed, or a callable ``progress(done, total or None)`` in batches.
 
@@ -171,18 +187,16 @@ class AttentionProbe:
             self.
         """
         forward = self._forward if forward is None else forward
-        training = self.model.training
-        self.model.eval()
         total = len(loader) if isinstance(loader, Sized) else None
         try:
-            with progress_bar(progress, total) as advance:
+            with evaluation(self.model), progress_bar(progress, total) as advance:
                 for done, batch in enumerate(loader, 1):
-                    images, self.labels = (batch, None) if isinstance(batch, torch.Tensor) else (batch[0], batch[1])
+                    images, self.labels = images_and_labels(batch)
                     forward(images)
                     advance(done, total)
         finally:
             self.labels = None
-            self.model.train(training)
+        self._name_what_is_empty()
         return self
 
     def summary(self) -> dict[str, dict[str, Estimate]]:
@@ -196,6 +210,30 @@ class AttentionProbe:
     def table(self) -> str:
         """The summary as a Markdown table, a column per block."""
         return markdown(self.blocks.values())
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; afterwards each of its modules in the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def images_and_labels(batch: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Images (B, C, *shape) and labels (B, *shape) of a batch; None where what comes second is something else."""
+    if isinstance(batch, torch.Tensor):
+        return batch, None
+    images, labels = batch[0], batch[1] if len(batch) > 1 else None
+    if not isinstance(labels, torch.Tensor) or labels.dim() != images.dim() - 1:
+        return images, None
+    if labels.shape[0] != images.shape[0]:
+        raise ValueError(f"labels: expected those of {images.shape[0]} images, got shape {tuple(labels.shape)}")
+    return images, labels
 
 
 @contextlib.contextmanager

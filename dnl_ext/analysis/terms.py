@@ -186,7 +186,7 @@ def split_images(inputs: AttentionInputs) -> Iterator[Terms]:
             value,
             mask,
             inputs.scale,
-            inputs.whiten is not None,
+            inputs.whiten is not None or inputs.whitened,
             gain,
             math.prod(inputs.query_shape),
         )

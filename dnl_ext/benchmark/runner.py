@@ -1,5 +1,6 @@
 """Runs the benchmark: for every case inputs, truth, check, time, memory, and one JSON document of it all."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -371,8 +372,13 @@ def save_json(path: str | Path) -> Callable[[dict[str, Any]], None]:
 
     def save(document: dict[str, Any]) -> None:
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(document, indent=1) + "\n")
-        partial.replace(path)
+        try:
+            partial.write_text(json.dumps(document, indent=1) + "\n")
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
 
     return save
 

@@ -1,5 +1,6 @@
 """`python -m dnl_ext bench`: the benchmark's command line. The benchmark itself is dnl_ext/benchmark/."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -170,7 +171,7 @@ def _small(
         )
         if not options.selected():
             fail(f"--only: no row contains {only!r}")
-        save = benchmark.save_json(json) if json is not None else None
+        save = _saver(benchmark, json)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, console=console, transient=True) as bar:
             task = bar.add_task("starting")
@@ -191,10 +192,23 @@ def _small(
         raise typer.Exit(1)
 
 
+def _saver(benchmark: Any, path: Path | None) -> Any:
+    """What writes the document; a place that cannot be written is said before anything is timed."""
+    if path is None:
+        return None
+    try:
+        save = benchmark.save_json(path)
+    except OSError as error:
+        fail(f"--json: cannot write to {path.parent}: {error.strerror}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        fail(f"--json: cannot write {path}")
+    return save
+
+
 def _run(console: "Console", benchmark: Any, options: "Options", json: Path | None) -> dict[str, Any]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    save = benchmark.save_json(json) if json is not None else None
+    save = _saver(benchmark, json)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("starting")
@@ -213,6 +227,6 @@ def _show(console: "Console", document: dict[str, Any], png: Path | None) -> Non
     if png is not None:
         try:
             benchmark.chart(document, png)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             fail(f"--png: {error}")
         console.print(f"wrote {png}")

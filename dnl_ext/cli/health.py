@@ -46,7 +46,12 @@ def report(shape: str, dtype: str, device: str, as_json: bool) -> bool:
     """Print what the command prints. Returns whether all is well; ValueError: a wrong option."""
     from dnl_ext.config import show_config
 
-    sizes = [int(part) for part in shape.split(",")]
+    try:
+        sizes = [int(part) for part in shape.split(",")]
+    except ValueError:
+        raise ValueError(f"--shape: expected numbers such as 4096,256,512, got {shape!r}") from None
+    if max(sizes) >= 2**31:
+        raise ValueError(f"--shape: expected numbers below {2**31}, got {shape!r}")
     config = show_config(shape=sizes, dtype=dtype, device=device or accelerator() or "cpu")
     checks = self_check()
     healthy = all(check["ok"] for check in checks)

@@ -292,6 +292,9 @@ class AttentionBlock(Block):
                 query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast the value is narrower
         if self.style != "mmseg":  # whose layers of key and value pool
             key, value = pool(key), pool(value)
+        if self.pool is not None and self.sub_sample == "after":  # autocast on a CPU pools volumes in float32
+            narrow = value if query is None else query
+            key, value, mask = (None if y is None else y.to(narrow.dtype) for y in (key, value, mask))
         value, mask = positions_last_but_one(value), None if mask is None else mask.flatten(1)
         if not terms.pairwise:
             return None, None, value, mask
@@ -322,6 +325,7 @@ class AttentionBlock(Block):
             gain=1.0 if self.gamma is None else self.gamma,
             query_shape=tuple(x.shape[2:]),
             key_shape=tuple((x if self.pool is None else self.pool(x[:, :1])).shape[2:]),
+            whitened=self.whiten in BATCH_NORM_WHITEN,
         )  # fmt: skip
 
     def _pairwise(self, functional: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

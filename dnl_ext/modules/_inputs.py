@@ -24,6 +24,7 @@ class AttentionInputs(NamedTuple):
         gain: factor of the pairwise term in the sum of the two (a learned gamma), a tensor of one element or a float.
         query_shape: spatial shape of the Nq queries.
         key_shape: spatial shape of the Nk keys, smaller where the block sub-samples.
+        whitened: whether layers of the block have whitened query and key already; ``whiten`` is None then.
 
     Example:
         >>> import torch
@@ -42,3 +43,4 @@ class AttentionInputs(NamedTuple):
     gain: torch.Tensor | float
     query_shape: tuple[int, ...]
     key_shape: tuple[int, ...]
+    whitened: bool = False

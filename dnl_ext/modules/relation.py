@@ -139,7 +139,8 @@ class RelationModule(Block):
         embedding = sinusoidal(relative_geometry(at_least_float32(boxes)), self.geometry_channels)
         weight = self.geometry(embedding.to(features.dtype)).relu().movedim(-1, -3)
         query, key, value = heads(self.query), heads(self.key), heads(self.value)
-        logits = at_least_float32(query @ key.transpose(-2, -1) / math.sqrt(self.key_channels))
+        scaled = at_least_float32(query) / math.sqrt(self.key_channels)  # before products, which float16 cannot hold
+        logits = scaled @ at_least_float32(key).transpose(-2, -1)
         logits = logits + weight.to(logits.dtype).clamp(min=self.eps).log()
         relations = torch.softmax(logits, -1).to(value.dtype) @ value
         return features + relations.transpose(-3, -2).flatten(-2)

@@ -82,6 +82,29 @@ class TestLayoutsAndDtypes:
         relative = (dx.double() - dx_expected).norm() / dx_expected.norm()
         assert relative < tolerance
 
+    @pytest.mark.parametrize(
+        ("mode", "variant"),
+        [(mode, "nl") for mode in ("embedded_gaussian", "gaussian", "dot_product", "concatenation")]
+        + [("embedded_gaussian", variant) for variant in ("pairwise", "unary", "dnl", "dnl_shared_key")],
+    )
+    @pytest.mark.parametrize("form", ["plain", "mmseg"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    @dimensions
+    def test_autocast_and_pooled_keys(self, dims, dtype, form, mode, variant):
+        """torch pools volumes in float32 under autocast, on a CPU."""
+        if form == "mmseg" and dims == 2:
+            block = BLOCKS[2].mmseg(8, sub_sample=True, mode=mode, variant=variant)
+        elif form == "mmseg":
+            block = BLOCKS[dims](8, sub_sample="after", style="mmseg", mode=mode, variant=variant)
+        else:
+            block = BLOCKS[dims](8, sub_sample="after", mode=mode, variant=variant)
+        scramble(block)
+        x = make_input(dims, dtype=torch.float32)
+        with torch.autocast("cpu", dtype=dtype):
+            y = block(x)
+        y.square().sum().backward()
+        assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in block.parameters())
+
     @pytest.mark.parametrize("form", ["mmseg", "official"])
     @backends
     def test_autocast(self, backend, form):

@@ -139,3 +139,10 @@ def test_wrong_calls():
         block(features, boxes[:, 1:])
     with pytest.raises(TypeError, match=r"^boxes: expected a torch\.Tensor"):
         block(features, None)
+
+
+def test_products_that_float16_cannot_hold():
+    block = module(num_relations=1, key_channels=4).half()
+    features, boxes = make(dtype=torch.float16)
+    y = block(300 * features, boxes)
+    assert y.isfinite().all()

@@ -312,6 +312,14 @@ class TestCommand:
         again = bench("--load", str(json_path))
         assert again.exit_code == 0 and "N = 128" in again.output
 
+    @pytest.mark.parametrize("small", [(), ("--small",)])
+    def test_a_place_that_cannot_be_written_is_said_first(self, tmp_path, small):
+        (tmp_path / "file").write_text("")
+        for place in (tmp_path, tmp_path / "file" / "x.json"):
+            result = bench(*small, "--json", str(place))
+            assert result.exit_code == 2 and "--json: cannot write" in result.output
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
     def test_wrong_library_exits_1(self, monkeypatch):
         with_wrong(monkeypatch, lambda case, right: lambda *x: right(*x) * 1.1)
         result = bench("--shapes", "16,16", "--n", "64", "--dtype", "fp32", "--check-only")

@@ -93,12 +93,14 @@ class TestApp:
     def test_doctor_needs_torch_alone(self, monkeypatch, capsys):
         """As right after `pip install` of a wheel."""
         monkeypatch.setattr(cli, "PACKAGES", ("no_such_package",))
-        for arguments, code in ((["--json", "--device", "cpu"], 0), (["--dtype", "int8"], 2), (["--fly"], 2)):
+        wrong = (["--dtype", "int8"], ["--fly"], ["--shape", "abc"], ["--shape", f"{10**20},256,512"])
+        for arguments, code in ((["--json", "--device", "cpu"], 0), *((options, 2) for options in wrong)):
             with pytest.raises(SystemExit) as stopped:
                 cli.main(["doctor", *arguments])
             assert stopped.value.code == code
         out, err = capsys.readouterr()
         assert json.loads(out)["ok"] and "error: dtype: expected one of" in err
+        assert "error: --shape: expected numbers such as" in err and "error: --shape: expected numbers below" in err
 
     def test_doctor_imports_torch_alone(self):
         code = "import sys; from dnl_ext.cli import health; health.self_check(); "

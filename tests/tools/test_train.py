@@ -90,6 +90,16 @@ class TestResume:
         steps = [int(row["step"]) for row in log_of(tmp_path) if row["loss"]]
         assert steps == [1, 2, 3, 4, 5, 6]
 
+    @pytest.mark.parametrize("part", ["optimizer", "step", "rng", "network", "config", "classes"])
+    def test_a_checkpoint_that_lacks_a_part(self, part, tmp_path, data):
+        Trainer(TINY, tmp_path, data=data).run(stop_after=1)
+        path = tmp_path / "checkpoint.pt"
+        state = checkpoint.load(path)
+        config = TrainConfig(**state["config"])
+        torch.save({name: value for name, value in state.items() if name != part}, path)
+        with pytest.raises(InputError, match=part):
+            Trainer(config, tmp_path, state=checkpoint.load(path), state_path=path, data=data)
+
     def test_resolve(self):
         saved = dataclasses.asdict(dataclasses.replace(TINY, lr=0.5))
         assert resolve({"device": "cpu", "lr": 0.5}, saved, "x.pt").lr == 0.5

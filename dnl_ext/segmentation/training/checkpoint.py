@@ -66,6 +66,9 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"cannot read checkpoint {path}: {described(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of dnl_ext train (format {FORMAT})")
+    for name, kind in (("config", dict), ("network", dict), ("classes", (list, tuple))):
+        if not isinstance(state.get(name), kind):
+            raise InputError(f"checkpoint {path} lacks {name}")
     return state
 
 

@@ -1,6 +1,7 @@
 """What defines a training run, and how a resumed run finds its settings again."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,6 +125,12 @@ class TrainConfig:
         for name in ("lr", "temperature", "val_images"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise InputError(f"{option(name)} must be above 0, got {getattr(self, name)}")
+        for name in ("lr", "temperature", "weight_decay", "aux_weight"):
+            if getattr(self, name) is not None and not getattr(self, name) < math.inf:
+                raise InputError(f"{option(name)} must be finite, got {getattr(self, name)}")
+        for name, most in (("seed", 2**63), ("threads", 2**31), ("channels", 2**31), ("width", 2**31)):
+            if getattr(self, name) >= most:
+                raise InputError(f"{option(name)} must be below {most}, got {getattr(self, name)}")
         check_backbone(self.backbone)
         if self.channels < 2:
             raise InputError(f"--channels must be at least 2, got {self.channels}")

@@ -24,7 +24,7 @@ from ..backbones import TimmBackbone
 from ..data.context import ContextData
 from ..data.folders import FolderData
 from ..data.mosaic import MosaicData
-from ..errors import InputError, Interrupted
+from ..errors import InputError, Interrupted, described
 from ..metrics import Confusion
 from ..network import FeatureHead, prepare
 from . import checkpoint, distributed
@@ -292,11 +292,14 @@ class Trainer:
 
     def _restore(self, state: dict[str, Any], path: str | Path | None) -> None:
         checkpoint.load_weights(self.network, state, path)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.validated, self.miou = state["step"], state["validated"], state["miou"]
-        torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.validated, self.miou = state["step"], state["validated"], state["miou"]
+            torch.set_rng_state(state["rng"])
+            if self.device.type == "cuda" and state["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"checkpoint {path} cannot be resumed: {described(error)}") from None
 
     def state(self) -> dict[str, Any]:
         """All that a run needs to continue: what :func:`checkpoint.save` writes."""
