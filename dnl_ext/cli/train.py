@@ -150,6 +150,8 @@ def read(
     if path.exists() and not resume and not overwrite:
         raise InputError(f"{path} exists: --resume continues that run, --overwrite starts anew")
     state = checkpoint.load(path) if resume else None
+    if state is not None:
+        checkpoint.check_parts(state, path)
     config = resolve(typed, state and state["config"], path)
     data = open_data(config)
     if epochs is not None:

@@ -66,10 +66,21 @@ def load(path: str | Path) -> dict[str, Any]:
         raise InputError(f"cannot read checkpoint {path}: {described(error)}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise InputError(f"{path} is not a checkpoint of dnl_ext train (format {FORMAT})")
+    return state
+
+
+def check_parts(state: dict[str, Any], path: str | Path | None) -> None:
+    """InputError for a state without what a network is made from.
+
+    Example:
+        >>> from dnl_ext.segmentation.training import checkpoint
+        >>> checkpoint.check_parts({"config": {}, "network": {}}, "half.pt")
+        Traceback (most recent call last):
+        dnl_ext.segmentation.errors.InputError: checkpoint half.pt lacks classes
+    """
     for name, kind in (("config", dict), ("network", dict), ("classes", (list, tuple))):
         if not isinstance(state.get(name), kind):
             raise InputError(f"checkpoint {path} lacks {name}")
-    return state
 
 
 def load_weights(network: nn.Module, state: dict[str, Any], path: str | Path | None, partial: bool = False) -> None:

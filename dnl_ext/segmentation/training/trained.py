@@ -83,9 +83,9 @@ def restore(path: str | Path, with_block: bool = True) -> Trained:
         (1, ('brick', 'grass'))
     """
     state = checkpoint.load(path)
-    missing = [key for key in ("config", "classes", "network", "step") if key not in state]
-    if missing:
-        raise InputError(f"checkpoint {path} lacks {missing[0]}")
+    checkpoint.check_parts(state, path)
+    if "step" not in state:
+        raise InputError(f"checkpoint {path} lacks step")
     try:
         config = TrainConfig(**state["config"])
     except TypeError as error:  # a setting that this version does not have

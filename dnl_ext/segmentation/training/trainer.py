@@ -223,6 +223,9 @@ class Trainer:
         data: Data | None,
     ) -> None:
         """All of the constructor that can fail in one process alone."""
+        for parts, path in ((state, state_path), (init, init_path)):
+            if parts is not None:
+                checkpoint.check_parts(parts, path)
         self.device: torch.device = pick_device(config.device)
         if config.batch_size % distributed.world_size():
             raise InputError(
