@@ -249,8 +249,9 @@ def _record(kind: type, row: Any) -> Any:
 
 def _is_sound(record: Any) -> bool:
     """Whether its members are of their types, and numbers such as a call can have."""
-    call = record.call if isinstance(record, Measured) else record
-    sizes = call.sizes if isinstance(record, Measured) else (call.width, call.channels)
+    timed = isinstance(record, Measured)
+    call: Any = record.call if timed else record
+    sizes = call.sizes if timed else (call.width, call.channels)
     texts = [*asdict(record.machine).values(), record.path, record.date, call.dtype, getattr(record, "reason", "")]
     return (
         all(isinstance(text, str) for text in texts)

@@ -293,8 +293,9 @@ class AttentionBlock(Block):
         if self.style != "mmseg":  # whose layers of key and value pool
             key, value = pool(key), pool(value)
         if self.pool is not None and self.sub_sample == "after":  # autocast on a CPU pools volumes in float32
-            narrow = value if query is None else query
-            key, value, mask = (None if y is None else y.to(narrow.dtype) for y in (key, value, mask))
+            dtype = value.dtype if query is None else query.dtype
+            value, key = value.to(dtype), None if key is None else key.to(dtype)
+            mask = None if mask is None else mask.to(dtype)
         value, mask = positions_last_but_one(value), None if mask is None else mask.flatten(1)
         if not terms.pairwise:
             return None, None, value, mask
