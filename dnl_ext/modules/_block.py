@@ -294,7 +294,9 @@ class AttentionBlock(Block):
             key, value = pool(key), pool(value)
         if self.pool is not None and self.sub_sample == "after":  # autocast on a CPU pools volumes in float32
             dtype = value.dtype if query is None else query.dtype
-            value, key = value.to(dtype), None if key is None else key.to(dtype)
+            value = value.to(dtype)
+            if terms.pairwise:
+                key = key.to(dtype)
             mask = None if mask is None else mask.to(dtype)
         value, mask = positions_last_but_one(value), None if mask is None else mask.flatten(1)
         if not terms.pairwise:
