@@ -293,7 +293,7 @@ class AttentionBlock(Block):
         if self.style != "mmseg":  # whose layers of key and value pool
             key, value = pool(key), pool(value)
         if self.pool is not None and self.sub_sample == "after":  # autocast on a CPU pools volumes in float32
-            dtype = value.dtype if query is None else query.dtype
+            dtype = query.dtype if terms.pairwise else value.dtype
             value = value.to(dtype)
             if terms.pairwise:
                 key = key.to(dtype)
