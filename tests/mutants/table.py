@@ -124,7 +124,7 @@ MUTANTS = [
     Mutant("operands: a row that is not aligned is taken as it lies", SHARED,
            "x.position >= channels && x.position % kAlign == 0", "x.position >= channels", "chain", type=BF16),
     Mutant("operands: what lies as it is ends within a line", SHARED,
-           "positions % kPitch == 0 && channels % kPitch == 0 && ", "", "chain", type=BF16),
+           "positions % kPitch == 0 && channels % kPitch == 0 &&", "", "chain", type=BF16),
     Mutant("operands: P in place of S by the batch strides of S", SHARED, "result.batch.stride[d] *= kRatio;",
            "result.batch.stride[d] *= 1;", "chain", type=BF16),
     # Products as BLAS takes them.
