@@ -242,7 +242,7 @@ def parse_sizes(shape: Sequence[int]) -> tuple[int, int, int, int, int]:
     sizes = [int(size) for size in shape]
     if len(sizes) == 3:
         sizes = [1, sizes[0], *sizes]
-    if len(sizes) != 5 or min(sizes) < 0 or sizes[2] < 1:
+    if len(sizes) != 5 or min(sizes) < 0 or min(sizes[2:4]) < 1:
         raise ValueError(f"shape: expected (N, Dqk, Dv) or (batch, Nq, Nk, Dqk, Dv), got {tuple(shape)}")
     batch, queries, keys, width, channels = sizes
     return batch, queries, keys, width, channels

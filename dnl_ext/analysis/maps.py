@@ -1,5 +1,6 @@
 """Maps to look at: the rows of chosen queries in the spatial shape of the keys. A few rows, never the N x N map."""
 
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -62,7 +63,8 @@ def attention_rows(block: nn.Module, features: torch.Tensor, queries: Sequence[S
         :class:`AttentionMaps`.
 
     Raises:
-        ValueError: ``features`` holds more than one image or head, or a query lies outside of it.
+        ValueError: ``features`` holds more than one image or head, there is no query, or one lies outside of it.
+        TypeError: a query is not of integers.
         NotAttention: see :func:`dnl_ext.analysis.block_inputs`.
 
     Example:
@@ -76,9 +78,15 @@ def attention_rows(block: nn.Module, features: torch.Tensor, queries: Sequence[S
     if features.shape[0] != 1:
         raise ValueError(f"features: expected one image, got {features.shape[0]}")
     shape = tuple(features.shape[2:])
+    if not len(queries):
+        raise ValueError("queries: expected at least one position")
+    try:
+        queries = [tuple(map(operator.index, query)) for query in queries]
+    except TypeError:
+        raise TypeError(f"queries: expected positions of integers, got {queries!r}") from None
     for query in queries:
         if len(query) != len(shape) or not all(0 <= place < size for place, size in zip(query, shape, strict=True)):
-            raise ValueError(f"queries: expected positions on {' x '.join(map(str, shape))}, got {tuple(query)}")
+            raise ValueError(f"queries: expected positions on {' x '.join(map(str, shape))}, got {query}")
     inputs = block_inputs(block, features)
     with torch.autocast(features.device.type, enabled=False):  # the inputs are what it made them; the rows are not
         return _rows(inputs, queries, shape)
@@ -88,7 +96,7 @@ def _rows(inputs: AttentionInputs, queries: Sequence[Sequence[int]], shape: Sequ
     images = list(split_images(inputs))
     if len(images) != 1:
         raise ValueError(f"block: expected one head, got {len(images)}")
-    places = torch.tensor([list(query) for query in queries]).view(-1, len(shape))
+    places = torch.tensor(queries).view(-1, len(shape))
     strides = torch.tensor([1, *shape[:0:-1]]).cumprod(0).flip(0)
     rows = images[0].rows((places * strides).sum(1).to(inputs.value.device))
 

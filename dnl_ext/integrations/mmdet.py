@@ -22,7 +22,7 @@ import torch
 import torch.utils.checkpoint
 
 from .. import modules
-from ..modules._common import check_width
+from ..modules._common import check_above_zero, check_width
 from ..modules.non_local import check_conv_cfg, norm_of_cfg
 from ..types import Backend, Variant
 from ._registry import MODELS, initialise, require
@@ -63,9 +63,7 @@ class NonLocal2dGc:
 
     def __new__(cls, in_channels: int, ratio: float = 0.25, temp: float = 0.05, **options: Any) -> Any:
         check_width("in_channels", in_channels)
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
-            raise ValueError(f"ratio: expected a number above 0, got {ratio!r}")
-        planes = max(int(in_channels * ratio), 1)
+        planes = max(int(in_channels * check_above_zero("ratio", ratio)), 1)
         return _DisentangledNonLocal2d.official(in_channels, planes, temp, **options)
 
 

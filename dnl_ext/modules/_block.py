@@ -20,10 +20,10 @@ from ._common import (
     POOL_WINDOW,
     Block,
     ConvNorm,
+    check_above_zero,
     check_choice,
     check_flags,
     check_input,
-    check_temperature,
     check_width,
     make_norm,
     per_position,
@@ -151,7 +151,7 @@ class AttentionBlock(Block):
         self.use_scale = use_scale
         if temperature is None:
             temperature = 1.0 if variant == "nl" else 0.05
-        self.temperature: float = check_temperature(temperature)
+        self.temperature: float = check_above_zero("temperature", temperature)
         self.sub_sample: SubSample | None = check_choice("sub_sample", sub_sample, (None, "before", "after"))
         self.style: Style = check_choice("style", style, tuple(STYLES))
         self.backend: Backend = check_choice("backend", backend, tuple(BACKENDS))

@@ -1,8 +1,8 @@
 """Layers, checks and layout rules shared by the blocks of 1, 2 and 3 spatial dimensions."""
 
-import math
+import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeGuard, TypeVar
 
 import torch
 import torch.fx
@@ -99,10 +99,15 @@ def check_width(name: str, value: object) -> int:
     return value
 
 
-def check_temperature(value: object) -> float:
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether `value` is a number that a float can be; an int may be too large for one."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def check_above_zero(name: str, value: object) -> float:
     """Raise ValueError unless `value` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
-        raise ValueError(f"temperature: expected a finite number above 0, got {value!r}")
+    if not is_number(value) or not value > 0:
+        raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
     return float(value)
 
 

@@ -12,7 +12,16 @@ from torch import nn
 
 from ..types import Backend, FusionType, PoolingType
 from ._block import BACKENDS
-from ._common import CONV, Block, check_choice, check_input, check_width, positions_last_but_one, zero_parameters
+from ._common import (
+    CONV,
+    Block,
+    check_above_zero,
+    check_choice,
+    check_input,
+    check_width,
+    positions_last_but_one,
+    zero_parameters,
+)
 from ._inputs import AttentionInputs
 
 torch.fx.wrap("check_input")
@@ -60,9 +69,7 @@ class _GlobalContext(_Pooling):
     ) -> None:
         super().__init__()
         self._setup(in_channels, backend)
-        if isinstance(ratio, bool) or not isinstance(ratio, (int, float)) or not ratio > 0:
-            raise ValueError(f"ratio: expected a number above 0, got {ratio!r}")
-        self.ratio: float = ratio
+        self.ratio: float = check_above_zero("ratio", ratio)
         self.planes: int = max(int(in_channels * ratio), 1)
         self.pooling_type: PoolingType = check_choice("pooling_type", pooling_type, ("att", "avg"))
         if not isinstance(fusion_types, (list, tuple)) or not fusion_types:

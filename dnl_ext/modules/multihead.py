@@ -12,7 +12,7 @@ from torch import nn
 from .. import reference
 from ..types import Backend, Whitening
 from ._block import BACKENDS
-from ._common import Block, check_choice, check_flags, check_temperature, check_width
+from ._common import Block, check_above_zero, check_choice, check_flags, check_width
 
 
 @torch.fx.wrap
@@ -241,7 +241,7 @@ class DisentangledMultiheadAttention(Block):
         self.batch_first: bool = batch_first
         self.unary: bool = unary
         self.whiten: Whitening | None = check_choice("whiten", whiten, reference.WHITEN_NAMES)
-        self.temperature: float = check_temperature(temperature)
+        self.temperature: float = check_above_zero("temperature", temperature)
         self.backend: Backend = check_choice("backend", backend, tuple(BACKENDS))
 
         options = {"device": device, "dtype": dtype}

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..types import Backend, Mesh, Mode, SubSample
 from ._block import AttentionBlock
-from ._common import BATCH_NORM, CONV, check_choice, check_flags, check_width
+from ._common import BATCH_NORM, CONV, check_choice, check_flags, check_width, is_number
 
 
 def norm_of_cfg(norm_cfg: dict[str, Any] | None, dims: int) -> Callable[[int], nn.Module] | None:
@@ -67,8 +67,8 @@ class _NonLocal(AttentionBlock):
         check_conv_cfg(conv_cfg, self.dims)
         check_choice("sub_sample", sub_sample, (False, True, "before", "after"))
         check_flags(zeros_init=zeros_init)
-        if isinstance(std, bool) or not isinstance(std, (int, float)) or not std >= 0:
-            raise ValueError(f"std: expected a number of at least 0, got {std!r}")
+        if not is_number(std) or std < 0:
+            raise ValueError(f"std: expected a finite number of at least 0, got {std!r}")
         self.std: float = std
         self.zeros_init: bool = zeros_init
         check_width("in_channels", in_channels)

@@ -6,7 +6,7 @@ import torch
 import torch.fx
 from torch import nn
 
-from ._common import Block, check_width
+from ._common import Block, check_above_zero, check_width
 
 #: Widths, heights and relative distances are at least this before their logarithm is taken.
 SMALLEST = 1e-3
@@ -108,9 +108,7 @@ class RelationModule(Block):
             raise ValueError(f"in_channels: expected a multiple of num_relations ({num_relations}), got {in_channels}")
         if geometry_channels % 8:
             raise ValueError(f"geometry_channels: expected a multiple of 8, got {geometry_channels}")
-        if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 < eps < math.inf:
-            raise ValueError(f"eps: expected a finite number above 0, got {eps!r}")
-        self.eps = eps
+        self.eps: float = check_above_zero("eps", eps)
         self.query: nn.Linear = nn.Linear(in_channels, num_relations * key_channels)
         self.key: nn.Linear = nn.Linear(in_channels, num_relations * key_channels)
         self.value: nn.Linear = nn.Linear(in_channels, in_channels)

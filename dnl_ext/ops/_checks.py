@@ -6,6 +6,7 @@ and they see physical tensors. Messages name the argument, what was wanted and w
 
 import functools
 import math
+import sys
 from collections.abc import Callable, Sequence
 
 import torch
@@ -134,5 +135,7 @@ def parse_scale(query: torch.Tensor, scale: float | None) -> float:
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)):
             raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+        if isinstance(scale, int) and abs(scale) > sys.float_info.max:
+            raise ValueError(f"scale: expected a finite number, got {scale}")
         return float(scale)
     return 1.0 / math.sqrt(query.shape[-1]) if query.dim() and query.shape[-1] else 1.0

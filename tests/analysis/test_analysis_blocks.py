@@ -107,6 +107,10 @@ class TestBlocks:
             analysis.attention_rows(block, torch.randn(2, 8, 4, 4), [(0, 0)])
         with pytest.raises(ValueError, match=r"expected positions on 4 x 4, got \(4, 0\)"):
             analysis.attention_rows(block, torch.randn(1, 8, 4, 4), [(4, 0)])
+        with pytest.raises(ValueError, match="queries: expected at least one"):
+            analysis.attention_rows(block, torch.randn(1, 8, 4, 4), [])
+        with pytest.raises(TypeError, match=r"expected positions of integers, got \[\(0.5, 0\)\]"):
+            analysis.attention_rows(block, torch.randn(1, 8, 4, 4), [(0.5, 0)])
         with pytest.raises(analysis.NotAttention, match="expected attention_inputs"):
             analysis.block_inputs(torch.nn.Conv2d(1, 1, 1), torch.randn(1, 1, 2, 2))
         block.mode = "dot_product"

@@ -258,7 +258,7 @@ class TestMmdet:
             resnet("dnl_ext.ResNet", nlgcb={}, stage_with_nlgcb=((3,), (), ()))
         with pytest.raises(ValueError, match="stage_with_nlgcb: expected 3 tuples"):
             resnet("dnl_ext.ResNet", nlgcb={}, stage_with_nlgcb=((3,),))
-        with pytest.raises(ValueError, match="ratio: expected a number above 0, got 0"):
+        with pytest.raises(ValueError, match="ratio: expected a finite number above 0, got 0"):
             resnet("dnl_ext.ResNet", nlgcb={"ratio": 0}, stage_with_nlgcb=((1,), (), ()))
 
 

@@ -262,3 +262,12 @@ class TestAblate:
 def test_restore_refuses_what_it_cannot_open(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         restore(tmp_path / "x.pt")
+
+
+def test_restore_of_a_training_that_diverged(checkpoints, tmp_path):
+    state = torch.load(checkpoints["nl"], weights_only=True)
+    first = next(name for name, tensor in state["network"].items() if tensor.is_floating_point())
+    state["network"][first].fill_(float("nan"))
+    torch.save(state, tmp_path / "nan.pt")
+    with pytest.warns(UserWarning, match=f"nan.pt: {first} has values that are not finite$"):
+        restore(tmp_path / "nan.pt")

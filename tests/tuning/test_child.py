@@ -42,7 +42,10 @@ def test_a_path_that_is_right(backward):
 
 
 def test_a_path_that_ends_its_process(monkeypatch):
-    reason = found(monkeypatch, f"{CHAIN}{PATH}print('CUDA error: an illegal memory access', file=sys.stderr, flush=True); os._exit(7)")
+    reason = found(
+        monkeypatch,
+        f"{CHAIN}{PATH}print('CUDA error: an illegal memory access', file=sys.stderr, flush=True); os._exit(7)",
+    )
     assert (
         reason == "the self-check's process ended with exit code 7: CUDA error: an illegal memory access [the command]"
     )

@@ -69,7 +69,7 @@ def focus(trainer: "Trainer", queries: int = 128, images: int = 4) -> Focus:
         images: how many images, at most; each costs a forward pass at full size.
 
     Returns:
-        A :class:`Focus`.
+        A :class:`Focus`, of the images that have a label somewhere; NaN where none has.
 
     Example:
         >>> from dnl_ext.segmentation.looking import focus
@@ -86,6 +86,8 @@ def focus(trainer: "Trainer", queries: int = 128, images: int = 4) -> Focus:
         labels = token_labels(label)
         generator = torch.Generator().manual_seed(index)
         places = (labels != IGNORE).nonzero()
+        if not len(places):
+            continue
         places = places[torch.randint(len(places), (queries,), generator=generator)].tolist()
         with torch.no_grad():
             features = network.features(image[None].to(trainer.device))

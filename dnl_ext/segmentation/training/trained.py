@@ -1,9 +1,10 @@
 """A trained network back from its checkpoint, for looking at."""
 
+import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import InputError
+from ..errors import InputError, InputWarning
 from ..network import SegmentationNetwork
 from . import checkpoint
 from .config import TrainConfig
@@ -74,6 +75,9 @@ def restore(path: str | Path, with_block: bool = True) -> Trained:
     Raises:
         InputError: the file is missing, damaged, something else, or of a network without a block.
 
+    Warns:
+        InputWarning: its weights are not all finite, as after a training that diverged.
+
     Example:
         >>> from dnl_ext.segmentation.training import TrainConfig, Trainer, restore
         >>> trainer = Trainer(TrainConfig(steps=1, crop=(32, 32), batch_size=1, width=4, val_images=1), "run")
@@ -95,4 +99,9 @@ def restore(path: str | Path, with_block: bool = True) -> Trained:
     classes = tuple(state["classes"])
     network = build(config, len(classes), fresh=False)
     checkpoint.load_weights(network, state, path)
+    broken = [name for name, tensor in network.state_dict().items() if not tensor.isfinite().all()]
+    if broken:
+        text = f"checkpoint {path}: {broken[0]} has values that are not finite"
+        others = f", as have {len(broken) - 1} more of its tensors" if broken[1:] else ""
+        warnings.warn(InputWarning(text + others), stacklevel=2)
     return Trained(network.eval(), config, classes, state["step"], state.get("miou"), state.get("data", ""))
