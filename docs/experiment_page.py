@@ -218,7 +218,7 @@ def picture():
     if not (DOCS / "images/camvid-maps.png").is_file():
         return ""
     return (
-        "Where the same two pixels of a test image look, in every row (seed 0), over grey in place of the "
+        "The attention of the same two pixels of a test image in every row (seed 0), over grey in place of the "
         "photograph.\n\n![Maps of the same queries for all rows](images/camvid-maps.png)"
     )
 
