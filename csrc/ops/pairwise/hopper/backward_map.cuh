@@ -8,12 +8,12 @@
 //     keys   0 -  63   | warpgroup 0: four warps of 16 keys x 128 queries |
 //     keys  64 - 127   | warpgroup 1                                      |
 //
-//   loading thread   stage, stage, stage, ...                          of one tile after another, without a break
-//   warpgroup        S' ... | dP', and P' from S' while it runs | dS' = P' (dP' - Delta) | P', dS' to memory
+//   loading thread   stage, stage, stage, ...                of one tile after another, without a break
+//   warpgroup        S' ... | dP', and while it runs P' from S' to memory | dS' = P' (dP' - Delta) to memory
 //
-// Tiles are 24 KB of operands for each 64 channels of a product that takes 256 cycles, which is more than L2 brings. So
-// a block keeps its keys, up to 256 channels of them, and walks over tiles of queries beside them (MapWalk); a stage of
-// S' is then 128 channels of queries alone.
+// 64 channels of both operands are 32 KB, which the tensor cores multiply in 512 cycles: L2 brings less. So a block
+// keeps its keys, up to 256 channels of them, and walks over tiles of queries beside them (MapWalk); a stage of S' is
+// then 128 channels of queries alone.
 //
 // A warp has whole rows of the tile: sums of dS' over the tile's queries need no other warp, and P' and dS' leave
 // through shared memory that no other warp touches, one after the other. They are rounded once; the sums are added in
@@ -49,9 +49,9 @@ struct HopperMap {
   int logit_chunks, value_chunks;  // of 64 channels; value_chunks is 0 where only P' is wanted
   bool keys_stay;                  // logit_chunks are not more than kKeyChunks
   float* row_part;                 // (group, rows, column tiles): sums of dS', or null
-  int64_t row_tiles, column_tiles;
-  int64_t band, bands;  // tiles of keys of a band, and bands; the last one may go beyond the keys
-  int64_t tiles;        // of all bands
+  int64_t tiles;                   // of all bands
+  int group, row_tiles, column_tiles;
+  int band, bands;  // tiles of keys of a band, and bands; the last one may go beyond the keys
 };
 
 // A tile of the map.
@@ -66,33 +66,49 @@ struct MapPlace {
 // keys as there are blocks, then by queries, then by bands; in each step the grid takes as many of them as it has
 // blocks. Of `band` tiles that follow one another each has other keys, so as many blocks as there is room for keep
 // theirs from step to step, and what is left over goes to the others. Blocks share the queries of a step, and a block's
-// own values are read again in the next one, so that both come from L2.
+// own values are read again in the next one, so that both come from L2. A division is a long chain of instructions that
+// nothing hides, so from tile to tile there is none.
 template <class T>
-struct MapWalk {
-  const HopperMap<T>& op;
-  int64_t step = 0;
+class MapWalk {
+ public:
+  DNL_DEVICE explicit MapWalk(const HopperMap<T>& map)
+      : op(map), columns(gridDim.x / op.band), rest(gridDim.x % op.band) {
+    const int block = blockIdx.x;
+    row = turn = block % op.band, column = block / op.band;
+    keeps = column < columns;
+  }
 
   // The next tile; one that does not exist at the end.
   DNL_DEVICE MapPlace next() {
-    for (; step * gridDim.x < op.tiles; ++step) {
-      const int64_t tile = tile_of_step();
-      if (tile >= op.tiles) continue;
-      const int64_t row = tile / op.band / op.column_tiles % op.bands * op.band + tile % op.band;
-      if (row >= op.row_tiles) continue;
-      ++step;
-      return {static_cast<int>(tile / op.band / op.column_tiles / op.bands), static_cast<int>(row * kMapTile),
-              static_cast<int>(tile / op.band % op.column_tiles * kMapTile)};
+    while (true) {
+      for (; column >= op.column_tiles; column -= op.column_tiles)
+        if (++band == op.bands) band = 0, ++b;
+      if (b >= op.group) return {};
+      const int row_tile = band * op.band + row;
+      const MapPlace found{b, row_tile * kMapTile, column * kMapTile};
+      advance();
+      if (row_tile < op.row_tiles) return found;
     }
-    return {};
   }
 
  private:
-  DNL_DEVICE int64_t tile_of_step() const {
-    const int64_t first = step * gridDim.x, block = blockIdx.x;
-    if (block >= gridDim.x / op.band * op.band) return first + block;
-    const int64_t own = (block - first) % op.band;
-    return first + block / op.band * op.band + (own < 0 ? own + op.band : own);
+  // A step is `columns` times a band and `rest` tiles. A block that keeps its keys has the one tile of its run of
+  // `band` tiles that has them: number `turn`.
+  DNL_DEVICE void advance() {
+    column += columns;
+    if (keeps) {
+      turn -= rest;
+      if (turn < 0) turn += op.band, ++column;
+    } else {
+      row += rest;
+      if (row >= op.band) row -= op.band, ++column;
+    }
   }
+
+  const HopperMap<T>& op;
+  const int columns, rest;
+  bool keeps;
+  int row, column, band = 0, b = 0, turn;
 };
 
 // By one thread: all stages of all tiles of the block.
@@ -100,7 +116,7 @@ template <class T>
 DNL_DEVICE void load_map_stages(const HopperMap<T>& op, const MapRing& ring, const KeyRing& key_ring) {
   RingProducer<MapRing> producer{ring, {}};
   RingProducer<KeyRing> key_producer{key_ring, {}};
-  MapWalk<T> walk{op};
+  MapWalk<T> walk(op);
   MapPlace last;
   for (MapPlace at = walk.next(); at.exists(); last = at, at = walk.next()) {
     const auto load_both = [&](const TmaOperand& left, const TmaOperand& right, int chunks) {
@@ -331,7 +347,7 @@ struct MapConsumer {
   }
 
   DNL_DEVICE void run() {
-    MapWalk<T> walk{op};
+    MapWalk<T> walk(op);
     MapPlace at, then = walk.next();
     Statistics next = load_statistics(then);
     while (then.exists()) {
@@ -387,8 +403,11 @@ void hopper_backward_map(Device& device, const SoftmaxBackwardStep<T>& step, con
   HopperMap<T> op{};
   op.step = step;
   op.row_part = row_part;
-  op.row_tiles = ceil_div_of(step.rows, kMapTile), op.column_tiles = ceil_div_of(step.columns, kMapTile);
-  op.bands = ceil_div_of(op.row_tiles, multiprocessors), op.band = ceil_div_of(op.row_tiles, op.bands);
+  op.group = static_cast<int>(group);
+  op.row_tiles = static_cast<int>(ceil_div_of(step.rows, kMapTile));
+  op.column_tiles = static_cast<int>(ceil_div_of(step.columns, kMapTile));
+  op.bands = static_cast<int>(ceil_div_of(op.row_tiles, multiprocessors));
+  op.band = static_cast<int>(ceil_div_of(op.row_tiles, op.bands));
   op.tiles = group * op.bands * op.band * op.column_tiles;
   if constexpr (kRuns<Device>) {
     op.key = {key, group, step.rows, width, kMapTile};
