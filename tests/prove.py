@@ -254,7 +254,7 @@ RACES = {"whiten": 200, "standardise": 200, "unary": 200, "chain": 200, "fused":
 STAGES = {
     "launches": ("launches: lint of every kernel file", 1, 30, launches),
     "overflow": ("index overflow: kernel families x 2 sizes", 38, 30, overflow),
-    "mutants": ("planted faults found", 258, 900, mutants),
+    "mutants": ("planted faults found", 271, 900, mutants),
     "values": ("values, emulated kernels", sum(EMULATED.values()), 420, emulated_values),
     "bounds": ("out of bounds: ASAN + UBSAN", sum(BOUNDS.values()) + 100, 280, bounds),
     "races": ("races: TSAN, 3 thread orders", sum(RACES.values()) + 100, 250, races),

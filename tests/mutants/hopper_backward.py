@@ -6,6 +6,11 @@ from mutant import BF16, F16, Mutant
 
 RING, MAP = "ops/pairwise/hopper/ring.cuh", "ops/pairwise/hopper/backward_map.cuh"
 PTX_SM90 = "core/cuda/ptx_sm90.cuh"
+GIVE_KEYS_BACK = "      if (op.keys_stay && !then.has_keys_of(at)) key_ring.release();\n"
+LOGITS = (
+    "      by_order(op.key.channel_first, op.query.channel_first,\n               "
+    "[&](auto left, auto right) { multiply_logits<decltype(left)::value, decltype(right)::value>(s); });\n"
+)
 
 of_backward = partial(Mutant, gate="hopper_backward", type=BF16)
 of_overflow = partial(Mutant, gate="overflow")
@@ -145,8 +150,8 @@ MUTANTS = [
     of_backward(
         "hopper map: a stage of logits given back while it is read",
         MAP,
-        "      wgmma_wait<1>();\n      ring.release();\n    }\n    wgmma_wait<0>();",
-        "      ring.release();\n      wgmma_wait<1>();\n    }\n    wgmma_wait<0>();",
+        "      wgmma_wait<1>();\n      if (!of_same_stage) ring.release();  // the one before\n",
+        "      if (!of_same_stage) ring.release();\n      wgmma_wait<1>();\n",
         mode="order",
         cases=60,
     ),
@@ -169,15 +174,15 @@ MUTANTS = [
     of_backward(
         "hopper map: added to what registers held",
         MAP,
-        "multiply_stage<T, kKey, kQuery>(s, ring.next(), false);",
-        "multiply_stage<T, kKey, kQuery>(s, ring.next(), true);",
+        "op.keys_stay ? stage : stage + kMapOperand, false);",
+        "op.keys_stay ? stage : stage + kMapOperand, true);",
         cases=60,
     ),
     of_backward(
         "hopper map: both warpgroups multiply the first keys",
         MAP,
-        "stage + threadIdx.x / kWarpgroup * kBoxBytes",
-        "stage",
+        "keys + threadIdx.x / kWarpgroup * kBoxBytes",
+        "keys",
         cases=90,
     ),
     of_backward(
@@ -199,22 +204,21 @@ MUTANTS = [
     of_backward(
         "hopper map: statistics of the next tile",
         MAP,
-        "      share(own);\n      next = load_statistics(tile + gridDim.x);\n",
-        "      next = load_statistics(tile + gridDim.x);\n      share(next);\n",
+        "      share(own);\n      next = load_statistics(then);\n",
+        "      next = load_statistics(then);\n      share(next);\n",
         cases=60,
     ),
     of_backward(
         "hopper map: bias of the block's first tile",
         MAP,
-        "      next = load_statistics(tile + gridDim.x);\n",
-        "      next = load_statistics(tile + gridDim.x);\n"
-        "      next.bias[0] = own.bias[0], next.bias[1] = own.bias[1];\n",
+        "      next = load_statistics(then);\n",
+        "      next = load_statistics(then);\n      next.bias[0] = own.bias[0], next.bias[1] = own.bias[1];\n",
         cases=60,
     ),
     of_backward(
         "hopper map: rows beyond the last, four at a time",
         MAP,
-        "        if ((turn + kTogether - 1) * kRows >= left) break;\n",
+        "      if ((turn + kTogether - 1) * kRows >= left) break;\n",
         "",
         mode="asan",
         cases=40,
@@ -231,8 +235,8 @@ MUTANTS = [
     of_backward(
         "hopper map: bias of another row",
         MAP,
-        "at.first_row + row + 8 * h;\n      if (step.bias.data",
-        "at.first_row + row;\n      if (step.bias.data",
+        "int64_t(at.first_row) + row + 8 * h;\n      if (step.bias.data",
+        "int64_t(at.first_row) + row;\n      if (step.bias.data",
         cases=60,
     ),
     of_backward(
@@ -241,7 +245,7 @@ MUTANTS = [
     of_backward(
         "hopper map: sums of every tile of queries in one place",
         MAP,
-        "* op.column_tiles + at.column_tile] = sum[h];",
+        "* op.column_tiles + at.first_column / kMapTile] = sum[h];",
         "* op.column_tiles] = sum[h];",
         cases=90,
     ),
@@ -268,6 +272,69 @@ MUTANTS = [
         "p = kStored * (e % 2 ? by[k].hi : by[k].lo) * exp2_approx",
         type=F16,
         cases=60,
+    ),
+    # The keys that stay, and the walk.
+    of_backward(
+        "hopper map: keys read before they have come",
+        MAP,
+        "keys = key_ring.next();",
+        "keys = memory + kMapKeys;",
+        cases=30,
+    ),
+    of_backward(
+        "hopper map: keys given back while they are read",
+        MAP,
+        LOGITS + GIVE_KEYS_BACK,
+        GIVE_KEYS_BACK + LOGITS,
+        mode="order",
+        cases=60,
+    ),
+    of_backward(
+        "hopper map: keys that are never given back",
+        MAP,
+        GIVE_KEYS_BACK,
+        "",
+        cases=60,
+    ),
+    of_backward("hopper map: keys of another batch element", MAP, "b == other.b && first_row", "first_row", cases=90),
+    of_backward("hopper map: the first 64 channels of the keys", MAP, "? left + kMapOperand :", "? left :", cases=60),
+    of_backward(
+        "hopper map: half of a stage of queries is not loaded",
+        MAP,
+        "< op.logit_chunks ? 2 : 1);",
+        "< 0 ? 2 : 1);",
+        cases=60,
+    ),
+    of_backward(
+        "hopper map: the first half of a stage twice",
+        MAP,
+        "op.keys_stay && !of_same_stage ? stage :",
+        "op.keys_stay ? stage :",
+        cases=60,
+    ),
+    of_backward(
+        "hopper map: a stage given back after its first half",
+        MAP,
+        "      if (!of_same_stage) ring.release();  // the one before\n",
+        "      ring.release();\n",
+        cases=60,
+    ),
+    of_backward("walk: every block keeps its keys", MAP, "keeps = column < columns;", "keeps = true;", cases=90),
+    of_backward("walk: the first band of all", MAP, "row_tile = band * op.band + row;", "row_tile = row;", cases=60),
+    of_backward("walk: bands go on in the next batch element", MAP, "band = 0, ++b;", "++b;", cases=60),
+    of_backward(
+        "walk: the same queries again",
+        MAP,
+        "if (turn < 0) turn += op.band, ++column;",
+        "if (turn < 0) turn += op.band;",
+        cases=90,
+    ),
+    of_backward(
+        "walk: queries left out by those that keep nothing",
+        MAP,
+        "row -= op.band, ++column;",
+        "row -= op.band, column += 2;",
+        cases=90,
     ),
     of_overflow(
         "hopper map: 32-bit index",
