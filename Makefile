@@ -71,7 +71,7 @@ test: $(VENV)/.built
 test-slow: $(VENV)/.built
 	$(BIN)/python -m pytest -q --slow
 
-build/wheel/.made: $(VENV)/.torch $(SOURCES)
+build/wheel/.made: $(VENV)/.torch $(SOURCES) $(shell find dnl_ext -name '*.py')
 	rm -rf build/wheel
 	DNL_EXT_CPU_ONLY=1 DNL_EXT_PYTHONS="$(PYTHONS)" $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation \
 	  --wheel-dir build/wheel .
@@ -146,6 +146,7 @@ docs: $(VENV)/.docs
 cuda-build: .venv-cuda/.torch
 	@test -n "$(CUDA_HOME)" || { echo "no CUDA toolkit found: set CUDA_HOME" >&2; exit 3; }
 	mkdir -p build/cuda
+	rm -f build/cuda/*.whl
 	CUDA_HOME=$(CUDA_HOME) FORCE_CUDA=1 $(CUDA_BIN)/python -m pip wheel -v --no-deps --no-build-isolation \
 	  --wheel-dir build/cuda . > build/cuda/build.log 2>&1 || { tail -40 build/cuda/build.log; exit 1; }
 	$(CUDA_BIN)/python tests/ptxas_table.py build/cuda/build.log
@@ -181,5 +182,5 @@ else
 endif
 
 clean:
-	rm -rf build dist runs $(VENV) $(MM) .venv-cuda *.egg-info dnl_ext/*.so .pytest_cache .ruff_cache
+	rm -rf build dist runs $(VENV) $(MM) .venv-cuda *.egg-info dnl_ext/*.so dnl_ext/_left_out.txt .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -24,6 +24,7 @@ from pathlib import Path
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403
 
+OLDEST_SETUPTOOLS = 77
 OLDEST_TORCH = (2, 10)
 USUAL_TOOLKIT = "/usr/local/cuda"
 #: Architectures that are built for, and the CUDA release whose nvcc first knows them. PTX is that of 9.0: what has no
@@ -44,12 +45,14 @@ def target_folders():
     return folders
 
 
+def too_old(torch_version):
+    return tuple(map(int, re.findall(r"\d+", torch_version)[:2])) < OLDEST_TORCH
+
+
 def has_torch(folders):
     """Whether a torch lies there that dnl_ext can be built against and run with."""
-    for found in importlib.metadata.distributions(name="torch", path=folders):
-        if tuple(map(int, re.findall(r"\d+", found.version)[:2])) >= OLDEST_TORCH:
-            return True
-    return False
+    found = importlib.metadata.distributions(name="torch", path=folders)
+    return any(not too_old(torch.version) for torch in found)
 
 
 def torch_requirement():
@@ -267,8 +270,14 @@ def without_hopper(archs):
 
     Args:
         archs: TORCH_CUDA_ARCH_LIST. Hopper's kernels are for 9.0a and nothing else is: 9.0a asks for them.
+
+    Raises:
+        SystemExit: the kernels do not compile for one of them. Some containers list such in the environment.
     """
     names = [name for name in re.split(r"[;, ]+", archs) if name]
+    for name in names:
+        if re.match(r"[1-7]\.", name):
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST: expected 8.0 or later, which the kernels are for, got {name}")
     others = [name for name in names if name.removesuffix("+PTX") != "9.0a"]
     hopper = len(others) < len(names)
     if hopper and not {"9.0", "9.0+PTX"}.intersection(others):

@@ -14,12 +14,13 @@ Environment:
 import copy
 import json
 import os
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
 
+from setuptools import __version__ as setuptools_version
 from setuptools import setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 import build_backend
@@ -73,7 +74,7 @@ def extensions(torch, cpp_extension, toolkit, left_out):
     return [operators, module]
 
 
-def build_command(cpp_extension, pythons):
+def build_command(cpp_extension, pythons, toolkit):
     class Build(cpp_extension.BuildExtension):
         """Gives the library of operators its plain name, links the module to it, and says what to do if that fails.
 
@@ -87,10 +88,13 @@ def build_command(cpp_extension, pythons):
             try:
                 super().run()
             except Exception as error:
+                without_cuda = "DNL_EXT_CPU_ONLY=1 leaves those for CUDA out; " if toolkit else ""
                 sys.exit(
                     f"{error}\n\ndnl_ext: its kernels do not compile here, for the reason above. They need GCC 11 or "
-                    f"Clang 15 or later; {build_backend.WITHOUT_KERNELS}."
+                    f"Clang 15 or later; {without_cuda}{build_backend.WITHOUT_KERNELS}."
                 )
+            if self.inplace:  # an editable installation without kernels may have left its note
+                Path(ROOT, "dnl_ext", MARKER).unlink(missing_ok=True)
 
         def get_ext_filename(self, fullname):
             if LIBRARY.endswith(fullname):  # with the package in front or without
@@ -157,6 +161,8 @@ def build_command(cpp_extension, pythons):
 
 
 def wheel_command(pythons):
+    from setuptools.command.bdist_wheel import bdist_wheel
+
     class Wheel(bdist_wheel):
         """Names every Python that the wheel has a module for."""
 
@@ -172,15 +178,16 @@ def wheel_command(pythons):
 
 def build_python(left_out):
     class BuildPython(build_py):
-        """Writes into the package why it has no kernels, or takes that note away: it may lie in an editable tree."""
+        """Writes into the package why it has no kernels."""
 
         def run(self):
+            # build/ outlives a build: a module gone from the sources, or one for another Python, would be packed.
+            if not (self.editable_mode or self.distribution.have_run.get("build_ext")):
+                shutil.rmtree(Path(self.build_lib, "dnl_ext"), ignore_errors=True)
             super().run()
-            folder = self.get_package_dir("dnl_ext") if self.editable_mode else Path(self.build_lib, "dnl_ext")
             if left_out:
+                folder = self.get_package_dir("dnl_ext") if self.editable_mode else Path(self.build_lib, "dnl_ext")
                 Path(folder, MARKER).write_text(f"{left_out}\n")
-            else:
-                Path(folder, MARKER).unlink(missing_ok=True)
 
     return BuildPython
 
@@ -194,6 +201,9 @@ def compiled():
             import torch
         except ImportError as error:
             sys.exit(f"dnl_ext builds against an installed torch, which cannot be imported: {error}")
+        if build_backend.too_old(torch.__version__):
+            oldest = "{}.{}".format(*build_backend.OLDEST_TORCH)
+            sys.exit(f"dnl_ext builds against torch {oldest} or later, and finds {torch.__version__}")
         toolkit, left_out = build_backend.choose_cuda(torch.__version__, torch.version.cuda, os.environ)
         if toolkit:  # before torch looks for one
             os.environ["CUDA_HOME"] = toolkit.home
@@ -205,14 +215,23 @@ def compiled():
     pythons = [build_backend.inspect_python(path) for path in os.environ.get("DNL_EXT_PYTHONS", "").split()]
     return {
         "ext_modules": extensions(torch, cpp_extension, toolkit, left_out),
-        "cmdclass": {"build_ext": build_command(cpp_extension, pythons), "bdist_wheel": wheel_command(pythons)},
+        "cmdclass": {
+            "build_ext": build_command(cpp_extension, pythons, toolkit),
+            "bdist_wheel": wheel_command(pythons),
+        },
     }
 
 
+# Without build isolation pip does not ask for what pyproject.toml requires, and a new environment may come with 65.
+if int(setuptools_version.split(".")[0]) < build_backend.OLDEST_SETUPTOOLS:
+    sys.exit(
+        f"dnl_ext is built with setuptools {build_backend.OLDEST_SETUPTOOLS} or later, and finds {setuptools_version}: "
+        "pip install --upgrade setuptools"
+    )
 left_out = build_backend.kernels_left_out(os.environ, sys.platform)
 arguments = {"cmdclass": {"build_py": build_python(left_out)}}
-# Metadata and the source distribution need no torch.
-if not left_out and not {"egg_info", "dist_info", "sdist"}.intersection(sys.argv):
+# Metadata and the source distribution alone need no torch.
+if not left_out and ("bdist_wheel" in sys.argv or not {"egg_info", "dist_info", "sdist"}.intersection(sys.argv)):
     modules = compiled()
     arguments = {**modules, "cmdclass": {**arguments["cmdclass"], **modules["cmdclass"]}}
 setup(**arguments)

@@ -47,19 +47,26 @@ else:
     try:
         from . import _C
     except ImportError as error:
-        missing = any(name in str(error) for name in ("_C", "libdnl_ext.so: cannot open")) and "dnl_ext" in str(error)
+        absent = error.name == __package__  # no file of that name for this Python; one that does not load has another
         built_for = sorted(path.name.split(".")[1] for path in MARKER.parent.glob("_C.*.*"))
         own = EXTENSION_SUFFIXES[0].split(".")[1]  # as "cpython-312-x86_64-linux-gnu"
-        if missing and built_for and own not in built_for:
+        remedy = REBUILD
+        if absent and built_for and own not in built_for:
             reason = f"dnl_ext._C was built for {', '.join(built_for)}, and this Python is {own}"
-        elif missing and "undefined symbol" not in str(error):
+        elif absent or not Path(error.path or __file__).with_name("libdnl_ext.so").exists():
             reason = "dnl_ext is not built: its compiled part, dnl_ext._C or the libdnl_ext.so beside it, is missing"
+            folder = MARKER.parents[1]
+            if folder.joinpath("setup.py").exists():  # Python was run in it, and finds it before what is installed
+                remedy = (
+                    f"these are the sources in {folder}, which hide an installed dnl_ext: run Python elsewhere, or "
+                    "build them in place: pip install --editable ."
+                )
         else:
             reason = (
                 f"dnl_ext._C was built for another torch or Python and does not load into torch {torch.__version__}"
             )
         without = "or set DNL_EXT_KERNELS=off to run it as plain PyTorch"
-        raise ImportError(f"{reason}; {REBUILD}, {without} ({error})") from error
+        raise ImportError(f"{reason}; {remedy}, {without} ({error})") from error
 
 
 def _route_errors() -> None:

@@ -29,10 +29,13 @@ NIGHTLY = "https://download.pytorch.org/whl/nightly/cpu"
 
 def tracked():
     """What git has of the repository, or all of it in a source distribution."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode == 0:
-        return [path for path in listed.stdout.split("\0") if path]
-    return [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file() and FOLDER not in path.parents]
+    if shutil.which("git"):
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True).stdout
+        if listed:  # nothing where a source distribution lies in some other repository
+            return [path for path in listed.split("\0") if path]
+    made = {"build", "dist", "runs"} | {path.parent.name for path in ROOT.glob("*/pyvenv.cfg")}  # gigabytes
+    found = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+    return [str(path) for path in found if path.parts[0] not in made]
 
 
 def lay_out(folder):

@@ -3,6 +3,8 @@ compiled."""
 
 import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 
@@ -52,6 +54,27 @@ class TestTorch:
     def test_is_not_asked_for_where_nothing_is_compiled(self, monkeypatch):
         monkeypatch.setenv("DNL_EXT_NO_KERNELS", "1")
         assert build_backend.torch_requirement() == []
+
+    def test_that_is_too_old_is_named(self, tmp_path):
+        """With --no-build-isolation pip asks for none."""
+        package = tmp_path / "torch"
+        package.mkdir()
+        (package / "__init__.py").write_text("from . import version\n__version__ = version.__version__\n")
+        (package / "version.py").write_text('__version__ = "2.9.1+cpu"\ncuda = None\n')
+        command = [
+            sys.executable,
+            "setup.py",
+            "-q",
+            "build_ext",
+            "--build-lib",
+            str(tmp_path),
+            "--build-temp",
+            str(tmp_path),
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path), "DNL_EXT_NO_KERNELS": "0"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 1
+        assert done.stderr.splitlines()[-1] == "dnl_ext builds against torch 2.10 or later, and finds 2.9.1+cpu"
 
     def test_of_the_environment_is_importable_for_as_long_as_it_takes(self, tmp_path):
         (tmp_path / "only_in_the_environment.py").write_text("answer = 42\n")
@@ -231,5 +254,43 @@ def test_kernels_of_hopper_are_built_where_9_0a_is_named(archs, others, hopper):
     assert build_backend.without_hopper(archs) == (others, hopper)
 
 
-def test_the_source_distribution_has_what_builds_it():
-    assert "include build_backend.py" in (ROOT / "MANIFEST.in").read_text()
+@pytest.mark.parametrize(("archs", "old"), [("7.5 8.0 8.6 9.0 10.0 12.0+PTX", "7.5"), ("8.0;7.0+PTX", r"7\.0\+PTX")])
+def test_an_architecture_that_the_kernels_do_not_compile_for_is_refused(archs, old):
+    with pytest.raises(SystemExit, match=f"expected 8.0 or later, which the kernels are for, got {old}$"):
+        build_backend.without_hopper(archs)
+
+
+def test_the_source_distribution_has_what_the_repository_has(tmp_path):
+    """What builds it, its tests and its documentation, all but what is of use in a clone alone."""
+    if not (shutil.which("git") and (ROOT / ".git").exists()):
+        pytest.skip("needs git and a clone: apt-get install git")
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path]
+    subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+    packed = set((tmp_path / "dnl_ext.egg-info/SOURCES.txt").read_text().splitlines())
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    tracked = {path for path in listed.split("\0") if path and (ROOT / path).exists()}
+    assert tracked - packed == {".ci/run", ".gitignore"}
+
+
+def test_setuptools_that_is_too_old_is_named(tmp_path):
+    """With --no-build-isolation pip asks for none."""
+    code = "import runpy, sys, setuptools; setuptools.__version__ = '65.5.0'; sys.path.insert(0, '.'); "
+    code += f"sys.argv = ['setup.py', '-q', 'egg_info', '--egg-base', {str(tmp_path)!r}]; runpy.run_path('setup.py')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    oldest = build_backend.OLDEST_SETUPTOOLS
+    words = f"dnl_ext is built with setuptools {oldest} or later, and finds 65.5.0: pip install --upgrade setuptools"
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == words
+    for place, promise in (("pyproject.toml", "setuptools>={}"), ("README.md", "setuptools {} or later")):
+        assert promise.format(oldest) in (ROOT / place).read_text()
+
+
+def test_the_version_is_the_same_everywhere():
+    pattern = re.compile(r'^(?:version(?: =|:)|__version__ =|##) "?(\d[\w.]*)"?$', re.MULTILINE)
+    places = ("pyproject.toml", "dnl_ext/_version.py", "CITATION.cff", "CHANGELOG.md")  # the newest comes first there
+    assert len({pattern.search((ROOT / place).read_text())[1] for place in places}) == 1
+
+
+def test_the_hooks_of_a_commit_are_those_of_the_extra_dev():
+    extra = set(re.findall(r'"([\w-]+==[\d.]+)', (ROOT / "pyproject.toml").read_text()))
+    hooks = set(re.findall(r"[\w-]+==[\d.]+", (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert hooks and hooks <= extra

@@ -21,6 +21,18 @@ def test_no_import_points_up():
     assert done.returncode == 0, done.stdout
 
 
+def test_what_windows_lacks_is_not_imported_with_the_package():
+    """In plain PyTorch all of it runs there."""
+    lacking = ("resource", "fcntl", "termios", "pwd", "grp")
+    code = f"import sys; sys.modules.update(dict.fromkeys({lacking}))\n"
+    code += "import pkgutil, importlib, dnl_ext\n"
+    code += "for module in pkgutil.walk_packages(dnl_ext.__path__, 'dnl_ext.'):\n"
+    code += "    if not module.name.startswith(('dnl_ext.integrations.', 'dnl_ext.libdnl_ext')):\n"
+    code += "        importlib.import_module(module.name)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("file", "line"),
     [

@@ -153,7 +153,7 @@ def test_a_wheel_names_the_pythons_that_it_has_a_module_for(others, tmp_path):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     (tmp_path / "pythons").mkdir()
     pythons = " ".join(str(interpreter(tmp_path / "pythons", tag, tag=tag)) for tag in others)
-    command = [sys.executable, "setup.py", "-q", "bdist_wheel", "--skip-build", "--dist-dir", "dist"]
+    command = [sys.executable, "setup.py", "-q", "egg_info", "bdist_wheel", "--skip-build", "--dist-dir", "dist"]
     environment = {**os.environ, "DNL_EXT_CPU_ONLY": "1", "DNL_EXT_PYTHONS": pythons}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -184,6 +184,30 @@ def test_a_python_that_a_wheel_has_no_module_for_is_told_so(tmp_path):
     assert done.returncode == 1 and words in done.stderr
 
 
+@linux
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ((), "dnl_ext is not built: .* is missing; rebuild it against the torch you run: pip install"),
+        (("setup.py",), "dnl_ext is not built: .* is missing; these are the sources in .*: run Python elsewhere, or "),
+        (("dnl_ext/_C.own",), "dnl_ext is not built: .* is missing; rebuild it"),
+        (("dnl_ext/_C.own", "dnl_ext/libdnl_ext.so"), "dnl_ext._C was built for another torch or Python and does not"),
+    ],
+)
+def test_a_package_that_cannot_be_loaded_says_what_is_wrong(files, words, tmp_path):
+    """An empty file is no library that loads."""
+    ignored = shutil.ignore_patterns("*.so", "_left_out.txt", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path / "dnl_ext", ignore=ignored)
+    for name in files:
+        (tmp_path / name.replace(".own", importlib.machinery.EXTENSION_SUFFIXES[0])).touch()
+    paths = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
+    environment = {**os.environ, "PYTHONPATH": paths, "DNL_EXT_KERNELS": "on"}
+    command = [sys.executable, "-S", "-c", "import dnl_ext"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(f"ImportError: {words}", done.stderr), done.stderr
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Versions of torch
 # ----------------------------------------------------------------------------------------------------------------------
@@ -212,6 +236,27 @@ class TestTorchVersions:
         assert {path.name for path in tmp_path.iterdir()} >= {"tests", "examples", "docs", "pyproject.toml"}
         assert not {"dnl_ext", "csrc"} & {path.name for path in tmp_path.iterdir()}
         assert all((tmp_path / "tests" / suite).is_dir() for suite in torch_versions.SUITES)
+
+    def test_in_a_source_distribution_the_folder_has_neither_environments_nor_builds(self, tmp_path, monkeypatch):
+        """Within a repository that does not know it, as anywhere without git."""
+        repository = tmp_path / "repository/source"
+        for name in (
+            "setup.py",
+            "tests/one.py",
+            "build/lib/one.py",
+            "dist/one.whl",
+            "own/pyvenv.cfg",
+            "own/lib/one.py",
+        ):
+            (repository / name).parent.mkdir(parents=True, exist_ok=True)
+            (repository / name).touch()
+        monkeypatch.setattr(torch_versions, "ROOT", repository)
+        for git in (True, False):
+            if git and shutil.which("git"):
+                subprocess.run(["git", "init", "--quiet", tmp_path / "repository"], check=True)
+            elif not git:
+                monkeypatch.setenv("PATH", "")
+            assert sorted(torch_versions.tracked()) == ["setup.py", "tests/one.py"]
 
     def test_the_environment_of_the_tests_sees_nothing_of_this_one(self, tmp_path, monkeypatch):
         monkeypatch.setenv("PYTHONPATH", str(ROOT))

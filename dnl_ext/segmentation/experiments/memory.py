@@ -8,7 +8,6 @@ or libraries. A small step goes first, so that nothing is counted that every pro
 import dataclasses
 import gc
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -85,6 +84,8 @@ def status_bytes(key: str) -> int:
 
 def largest_resident() -> int:
     """The largest resident size so far, in bytes."""
+    import resource  # Windows has none, where the rest of this package runs
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
