@@ -45,6 +45,7 @@ SHARED_DIMS: dict[str, Callable[..., Iterable[int]]] = {
     "unary_backward": _all_but(1),  # grad_pooled (..., Dv)
     "pairwise_forward": _all_but(2),
     "pairwise_backward": _all_but(2),
+    "pairwise_double_backward": lambda _, query, *__: range(query.ndim - 2),  # grad_output may be None
 }
 
 

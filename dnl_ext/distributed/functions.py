@@ -1,7 +1,8 @@
 """The attention functions on one rank's shard of the positions: checks, agreement of all ranks, call."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,8 +15,24 @@ from ..types import Exchange, Mesh, Whitening
 from ._attention import ShardedAttention, ShardedMean, ShardedUnary
 from ._shards import EXCHANGES, Shards, agree, exact, process_group
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 #: Whitenings whose statistics are taken over all ranks here, or over one position alone.
 WHITEN_NAMES: tuple[Whitening | None, ...] = ("channel", "in_nostd", "spatial", None)
+
+
+def _uncompiled(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, which torch.compile calls as it is: it asks other ranks for what a graph would have to know."""
+
+    @functools.wraps(function)
+    def run(*args: Arguments.args, **options: Arguments.kwargs) -> Result:
+        if torch.compiler.is_compiling():
+            uncompiled: Any = torch.compiler.disable(function)
+            return uncompiled(*args, **options)
+        return function(*args, **options)
+
+    return run
 
 
 def check_positions_whiten(whiten: str | None) -> None:
@@ -86,6 +103,7 @@ def _device(group: dist.ProcessGroup, like: Any) -> torch.device | str:
     return like.device if isinstance(like, torch.Tensor) else "cpu"
 
 
+@_uncompiled
 def disentangled_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -184,6 +202,7 @@ def pairwise_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tens
     return disentangled_attention(query, key, value, **options)
 
 
+@_uncompiled
 def unary_attention(mask_logits: torch.Tensor, value: torch.Tensor, *, group: Mesh | None = None) -> torch.Tensor:
     """:func:`dnl_ext.unary_attention` over the positions of all ranks: one vector, the same on every rank.
 
@@ -223,6 +242,7 @@ def unary_attention(mask_logits: torch.Tensor, value: torch.Tensor, *, group: Me
     return ShardedUnary.apply(mask_logits, value, Shards(group, sizes, "gather", None, 0))
 
 
+@_uncompiled
 def shared_key_logits(query: torch.Tensor, key: torch.Tensor, *, group: Mesh | None = None) -> torch.Tensor:
     """:func:`dnl_ext.shared_key_logits` with the mean over all ranks' queries, for this rank's keys.
 

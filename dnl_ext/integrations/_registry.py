@@ -12,16 +12,5 @@ def require(package: str, name: str) -> Any:
         raise ImportError(f"{name} does not import: {error}. To install it: pip install {package}") from error
 
 
-def initialise(block: Any) -> None:
-    """Initialise a block whose layers something else has set: each layer as PyTorch does, then the block its layers.
-
-    A block alone leaves some layers as PyTorch made them.
-    """
-    for layer in block.modules():
-        if layer is not block and hasattr(layer, "reset_parameters"):
-            layer.reset_parameters()
-    block.reset_parameters()
-
-
 _registry = require("mmengine", "mmengine.registry")
 MODELS = _registry.Registry("model", parent=_registry.MODELS, scope="dnl_ext")

@@ -19,7 +19,7 @@ from torch import nn
 from ..modules import DisentangledNonLocal3d, NonLocal3d
 from ..modules._common import check_choice
 from ..modules.non_local import norm_of_cfg
-from ._registry import MODELS, initialise, require
+from ._registry import MODELS, require
 
 _backbones = require("mmaction2", "mmaction.models.backbones")
 
@@ -49,7 +49,7 @@ class _NonLocalBlocks(nn.Module):
         super().init_weights(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]  # of the backbone behind it
         if getattr(self, "pretrained", None) is None and getattr(self, "init_cfg", None) is None:
             for module in self._with_block():
-                initialise(module.non_local_block)
+                module.non_local_block.reset_parameters()
 
 
 def _register(name: str) -> Any:

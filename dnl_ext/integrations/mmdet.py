@@ -25,7 +25,7 @@ from .. import modules
 from ..modules._common import check_above_zero, check_width
 from ..modules.non_local import check_conv_cfg, norm_of_cfg
 from ..types import Backend, Variant
-from ._registry import MODELS, initialise, require
+from ._registry import MODELS, require
 
 _necks = require("mmdet", "mmdet.models.necks")
 _resnet = require("mmdet", "mmdet.models.backbones.resnet")
@@ -34,8 +34,8 @@ _resnet = require("mmdet", "mmdet.models.backbones.resnet")
 class _Plugin:
     """A block that initialises itself last: mmengine calls ``init_weights`` of a module's children after its own."""
 
-    def init_weights(self) -> None:
-        initialise(self)
+    def init_weights(self: Any) -> None:
+        self.reset_parameters()
 
 
 class _DisentangledNonLocal2d(_Plugin, modules.DisentangledNonLocal2d):

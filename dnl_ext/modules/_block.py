@@ -203,7 +203,7 @@ class AttentionBlock(Block):
         self.pool: nn.Module | None = pool
         self.gamma: nn.Parameter | None
         self.register_parameter("gamma", nn.Parameter(torch.zeros(1)) if learn_gamma else None)
-        self.reset_parameters()
+        self._initialise()
         if mesh is not None:
             shard_block(self, mesh)
 
@@ -230,8 +230,8 @@ class AttentionBlock(Block):
         name = STYLES[self.style].get(role)
         return None if name is None else getattr(self, name, None)
 
-    def reset_parameters(self) -> None:
-        """Initialise as the block of this `style` does: see the class."""
+    def _initialise(self) -> None:
+        """As the block of this `style` does: see the class."""
         for role in ("query", "key", "value", "mask", "out"):
             layer = self._layer(role)
             if layer is None or (self.style == "mmseg" and role == "mask"):

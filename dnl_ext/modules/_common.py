@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeGuard, TypeVar
+from typing import Any, NoReturn, TypeGuard, TypeVar
 
 import torch
 import torch.fx
@@ -30,6 +30,21 @@ class Block(nn.Module):
         raise NotImplementedError(
             f"torch.jit.script: {type(self).__name__} is not supported; torch.compile and torch.export are"
         )
+
+    def reset_parameters(self) -> None:
+        """Initialise every layer as PyTorch does, running statistics too, then as the block does: see its class."""
+        for child in self.children():
+            child.apply(_reset)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """What a block's constructor does to layers as PyTorch made them."""
+
+
+def _reset(layer: nn.Module) -> None:
+    reset: Any = getattr(layer, "reset_parameters", None)
+    if reset is not None:
+        reset()
 
 
 class ConvNorm(nn.Module):

@@ -90,9 +90,9 @@ class _GlobalContext(_Pooling):
 
         self.channel_add_conv: nn.Sequential | None = transform() if "channel_add" in fusion_types else None
         self.channel_mul_conv: nn.Sequential | None = transform() if "channel_mul" in fusion_types else None
-        self.reset_parameters()
+        self._initialise()
 
-    def reset_parameters(self) -> None:
+    def _initialise(self) -> None:
         """``conv_mask`` Kaiming normal, the last convolution of each transform zero: x + 0, or x * sigmoid(0)."""
         if self.conv_mask is not None:
             nn.init.kaiming_normal_(self.conv_mask.weight, mode="fan_in", nonlinearity="relu")
@@ -194,9 +194,9 @@ class _SimplifiedNonLocal(_Pooling):
         conv: Any = CONV[self.dims]
         self.conv_value: Any = conv(in_channels, in_channels, kernel_size=1, bias=False)
         self.conv_mask: Any = conv(in_channels, 1, kernel_size=1)
-        self.reset_parameters()
+        self._initialise()
 
-    def reset_parameters(self) -> None:
+    def _initialise(self) -> None:
         """Weights normal with deviation 0.01, the bias zero."""
         for conv in (self.conv_value, self.conv_mask):
             nn.init.normal_(conv.weight, std=0.01)

@@ -372,7 +372,10 @@ class DisentangledMultiheadAttention(Block):
         if need_weights:
             raise ValueError("need_weights: expected False with a nested query, got True")
         outputs = [self.forward(x, x, x, need_weights=False)[0] if len(x) else x for x in query.unbind()]
-        return torch.nested.as_nested_tensor(outputs), None
+        jagged: Any = query if query.layout == torch.jagged else None
+        if jagged is not None and jagged.lengths() is None:  # only of the same offsets can a result be added to `query`
+            return torch.nested.nested_tensor_from_jagged(torch.cat(outputs), jagged.offsets()), None
+        return torch.nested.as_nested_tensor(outputs, layout=query.layout), None
 
     def extra_repr(self) -> str:
         return (

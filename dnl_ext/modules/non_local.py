@@ -80,9 +80,9 @@ class _NonLocal(AttentionBlock):
             style="mmseg", backend=backend, mesh=mesh,
         )  # fmt: skip
 
-    def reset_parameters(self) -> None:
+    def _initialise(self) -> None:
         """As mmcv: theta, phi and g normal with deviation ``std``, the last layer zero or normal."""
-        super().reset_parameters()
+        super()._initialise()
         out, norm = self._out_and_norm()
         last = out if norm is None else norm
         layers = [self._layer(role) for role in ("query", "key", "value")]

@@ -253,6 +253,9 @@ class Differentiable:
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling():
+            if torch.autograd.forward_ad._current_level >= 0:  # in a graph an operator has no tangent, and says nothing
+                torch._dynamo.graph_break("dnl_ext: forward mode does not work in a graph")
+                return torch.compiler.disable(self._function.apply)(*args)
             return self._traced.apply(*args)
         if in_transform():
             return self._function.apply(*args)

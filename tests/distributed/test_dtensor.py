@@ -147,9 +147,27 @@ def flags_differ(rank, world_size):
     return shapes
 
 
+def second_derivatives(rank, world_size):
+    """Of a gradient penalty, errors against those of whole tensors, by input."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def penalty(inputs):
+        y = dnl_ext.disentangled_attention(*inputs)
+        grads = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(x.square().sum() for x in grads), inputs)
+
+    mesh = init_device_mesh("cpu", (world_size,))
+    inputs = [x.requires_grad_() for x in make(lead=(4, 3))[:4]]
+    parts = [distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_() for x in inputs]
+    pairs = zip(penalty(inputs), penalty(parts), strict=True)
+    return [float((x - part.full_tensor()).norm() / x.norm()) for x, part in pairs]
+
+
 def everything(rank, world_size):
     """One group for all: importing torch.distributed.tensor takes longer than the tests."""
-    return on_a_line(rank, world_size), other_functions(rank, world_size), flags_differ(rank, world_size)
+    functions = on_a_line, other_functions, flags_differ, second_derivatives
+    return [function(rank, world_size) for function in functions]
 
 
 @pytest.fixture(scope="module")
@@ -165,6 +183,11 @@ def test_every_function_over_the_batch_without_messages(two_ranks):
 def test_flags_are_part_of_what_is_remembered(two_ranks):
     for shapes in two_ranks[2]:
         assert shapes == [(3, 4, 0), (3, 4, 7, 6)]
+
+
+def test_second_derivatives_over_the_batch(two_ranks):
+    for errors in two_ranks[3]:
+        assert max(errors) < 1e-12
 
 
 def test_import_stays_light():

@@ -79,6 +79,26 @@ def test_equal_to_one_process(world_size, by_argument):
             assert_equal(sum(part[2][name] for part in parts), expected, name, largest)
 
 
+def compiled_and_not(rank, world_size):
+    """Output and gradients of slabs, by a compiled block and by the block itself."""
+    pairs = []
+    for arguments in ({"norm": None}, {"norm": None, "variant": "dnl_shared_key"}, {"norm": None, "variant": "unary"}):
+        block, x, dy = make(DisentangledNonLocal2d, arguments)
+        shard_positions(block)
+        slabs = [a.split(ROWS[world_size][0], 2)[rank] for a in (x, dy)]
+        both = torch.compile(copy.deepcopy(block), backend="aot_eager"), block
+        pairs.append([[*results(function, *slabs)[:2], *(p.grad for p in function.parameters())] for function in both])
+        torch.compiler.reset()
+    return pairs
+
+
+def test_compiled():
+    """What travels is not in the graphs, and all around it is."""
+    for pairs in processes.run(compiled_and_not, 2, timeout=TIMEOUT):
+        for compiled, expected in pairs:
+            torch.testing.assert_close(compiled, expected, rtol=1e-12, atol=1e-12)
+
+
 def refusals(rank, world_size):
     """Messages of what `shard_positions`, and a forward in training, raise."""
     wrong = [

@@ -109,6 +109,23 @@ WEIGHTED = [
 ]
 
 
+@pytest.mark.parametrize("name", MAKE)
+def test_reset_leaves_nothing_as_it_was(name):
+    """As where a model is built on the meta device and gets its memory later."""
+    fresh = MAKE[name]()
+    with torch.device("meta"):
+        block = MAKE[name]()
+    block.to_empty(device="cpu")
+    for x in block.state_dict().values():
+        x.fill_(77)
+    block.reset_parameters()
+    for key, x in block.state_dict().items():
+        expected = fresh.state_dict()[key]
+        assert (x != 77).all(), key
+        if (expected == expected.flatten()[0]).all() and expected.numel() > 1:
+            assert torch.equal(x, expected), key
+
+
 def test_number_of_layers():
     """What the tests below go over: blocks, their layers, those with a matrix of weights."""
     assert (len(MAKE), len(LAYERS), len(WEIGHTED)) == (55, 392, 219)

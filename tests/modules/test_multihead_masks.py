@@ -178,13 +178,14 @@ class TestInATransformerEncoder:
         assert expected.isnan().any() == fast_path  # as above
         torch.testing.assert_close(torch.where(expected.isnan(), y, expected), y, rtol=1e-10, atol=1e-10)
 
-    def test_nested(self):
-        """Sequences one by one, whatever the whitening."""
+    @pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=["strided", "jagged"])
+    def test_nested(self, layout):
+        """Sequences one by one, whatever the whitening; the result can be added to the input."""
         module = scramble(DisentangledMultiheadAttention(E, HEADS, batch_first=True, whiten="ln").double())
         sequences = [tokens()[i, :n].requires_grad_() for i, n in enumerate((3, 0, 5))]
-        nested = torch.nested.as_nested_tensor(sequences)
+        nested = torch.nested.as_nested_tensor(sequences, layout=layout)
         y, weights = module(nested, nested, nested, need_weights=False)
-        assert weights is None and y.is_nested
+        assert weights is None and y.is_nested and (y + nested).layout == layout
         for x, result in zip(sequences, y.unbind(), strict=True):
             if len(x):
                 torch.testing.assert_close(result, module(x, x, x, need_weights=False)[0], rtol=1e-12, atol=1e-12)

@@ -21,6 +21,7 @@ from torch import nn
 from torch._dynamo.exc import RecompileError
 from torch._dynamo.utils import counters
 from torch._inductor.exc import InductorError
+from torch.autograd import forward_ad
 
 import dnl_ext
 from dnl_ext.modules import GlobalContext2d, NonLocal2d, SimplifiedNonLocal2d
@@ -177,6 +178,25 @@ class TestFunctions:
                 compiled(*inputs)
         else:
             torch.testing.assert_close(compiled(*inputs), expected)
+
+    @pytest.mark.parametrize("op", ["disentangled_attention", "unary_attention"])
+    @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
+    def test_forward_mode_leaves_the_graph(self, op, inside):
+        """In one the operators would have no tangents, and nobody would hear of it."""
+        inputs = make(op)
+
+        def tangent(f):
+            with forward_ad.dual_level():
+                return forward_ad.unpack_dual(f(*(forward_ad.make_dual(x, x.cos()) for x in inputs))).tangent
+
+        def run(f, **options):
+            compiled = functools.partial(torch.compile, backend="aot_eager", **options)
+            return compiled(lambda: tangent(f))() if inside else tangent(compiled(f))
+
+        torch.testing.assert_close(run(function(op)), tangent(function(op)))
+        torch.compiler.reset()
+        with pytest.raises(Exception, match="dnl_ext: forward mode"):
+            run(function(op), fullgraph=True)
 
 
 def output_and_gradients(f, inputs):
