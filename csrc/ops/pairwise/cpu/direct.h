@@ -45,7 +45,9 @@ struct DirectPairwise {
   };
   std::vector<Slot> slots;
 
-  static bool takes(const PairwiseArgs& args) { return args.queries <= kMostQueries && args.queries < args.keys; }
+  static bool takes(const PairwiseArgs& args) {
+    return args.queries > 0 && args.queries <= kMostQueries && args.queries < args.keys;
+  }
 
   DirectPairwise(const PairwiseArgs& a, void* workspace, const Executor& e)
       : args(a), executor(e), c(a.magnitude<A>(kLog2e<double>)) {
