@@ -32,6 +32,11 @@ void test(gates::Draw& draw) {
   if (t.channels > 150) t.queries = std::min<int64_t>(t.queries, 70), t.keys = std::min<int64_t>(t.keys, 100);
   // Often enough, stages come round: many tiles of keys, or many channels.
   if (draw.chance(0.1)) t.keys = draw.upto(257, 600), t.queries = std::min<int64_t>(t.queries, 40);
+  // And blocks that keep their keys, beside one that does not: three blocks, two tiles of keys, five of queries.
+  const bool walk = !gates::kSanitized && draw.chance(0.15);
+  if (walk)
+    t.queries = draw.upto(513, 640), t.keys = draw.upto(129, 256), t.width = draw.upto(1, 70), t.channels = 16,
+    t.batches = 1, t.limits = {};
   if (draw.chance(gates::kSanitized ? 0.3 : 0.15)) {
     t.width = draw.upto(129, 256), t.channels = draw.upto(129, 320);
     t.queries = draw.upto(1, 24), t.keys = draw.upto(1, 24);
@@ -47,7 +52,7 @@ void test(gates::Draw& draw) {
   problem.device.whole_lines = false;  // one kernel makes the map, without zeros beyond the last key
   if (what & 2)
     pairwise_backward_cuda<T>(problem.args, problem.device, t.limits,
-                              {BackwardMap::hopper, static_cast<int>(draw.upto(1, 3))});
+                              {BackwardMap::hopper, walk ? 3 : static_cast<int>(draw.upto(1, 3))});
   problem.compare(what & 1, what & 2);
 }
 
