@@ -6,7 +6,9 @@ from . import bounds, interpret, kernels, launches
 
 SHORT, LONG = 2, 5  # tiles of keys of the two runs whose difference is what a tile costs
 REFERENCE = 16384  # positions of the calls whose blocks are simulated: what a tile costs does not depend on them
-FEW, MANY = 2048, 3072  # positions of the two runs of kernels whose blocks walk over tiles of the map, all of them
+# Positions of the two runs of kernels whose blocks walk over tiles of the map: such that the first block, which is
+# simulated, has as many tiles as any.
+FEW, MANY = 2048, 3072
 
 
 @dataclass

@@ -34,9 +34,11 @@ void test(gates::Draw& draw) {
   if (draw.chance(0.1)) t.keys = draw.upto(257, 600), t.queries = std::min<int64_t>(t.queries, 40);
   // And blocks that keep their keys, beside one that does not: three blocks, two tiles of keys, five of queries.
   const bool walk = !gates::kSanitized && draw.chance(0.15);
-  if (walk)
-    t.queries = draw.upto(513, 640), t.keys = draw.upto(129, 256), t.width = draw.upto(1, 70), t.channels = 16,
-    t.batches = 1, t.limits = {};
+  if (walk) {
+    t.queries = draw.upto(513, 640), t.keys = draw.upto(129, 256);
+    t.batches = 1, t.width = draw.upto(1, 70), t.channels = 16;
+    t.limits = {};  // one launch
+  }
   if (draw.chance(gates::kSanitized ? 0.3 : 0.15)) {
     t.width = draw.upto(129, 256), t.channels = draw.upto(129, 320);
     t.queries = draw.upto(1, 24), t.keys = draw.upto(1, 24);
