@@ -1,4 +1,5 @@
-// exp2 of the instruction set dnl::DNL_ISA, to the error that core/cpu/vec.h promises.
+// exp2 of the instruction set dnl::DNL_ISA, to the error that core/cpu/vec.h promises; vectors of 16 bits, which are
+// widened and rounded as one by one.
 #pragma once
 
 #include <cmath>
@@ -34,7 +35,31 @@ void test_exponential(T least, double bar) {
   for (const T x : {nan, -nan}) CHECK(std::isnan(exponential(x, 0)), "2^NaN is %g", double(exponential(x, 0)));
 }
 
-inline void test_exponentials() {
+// Of all numbers of 16 bits, and of floats whose upper halves they are, the lower one being a tie or beside it.
+template <class T>
+void test_halves(const char* name) {
+  using namespace dnl::DNL_ISA;
+  constexpr int W = kWidth<float>;
+  const auto same = [](float x, float y) { return bits_of(x) == bits_of(y) || (std::isnan(x) && std::isnan(y)); };
+  for (uint32_t upper = 0; upper < 0x10000; upper += W)
+    for (const uint32_t lower : {0u, 0x0fffu, 0x1000u, 0x7fffu, 0x8000u, 0x8001u, 0xffffu}) {
+      T halves[W], narrowed[W];
+      float floats[W], wide[W];
+      for (uint32_t l = 0; l < W; ++l)
+        halves[l].bits = static_cast<uint16_t>(upper + l), floats[l] = float_of((upper + l) << 16 | lower);
+      store(wide, load_wide(halves));
+      store_narrow(narrowed, load(floats));
+      for (int l = 0; l < W; ++l) {
+        CHECK(same(wide[l], widen(halves[l])), "%s: %04x became %g", name, unsigned(halves[l].bits), wide[l]);
+        CHECK(same(widen(narrowed[l]), widen(narrow<T>(floats[l]))), "%s: %a became %04x", name, floats[l],
+              unsigned(narrowed[l].bits));
+      }
+    }
+}
+
+inline void test_vectors() {
+  test_halves<dnl::DNL_ISA::bf16>("bfloat16");
+  test_halves<dnl::DNL_ISA::f16>("float16");
   test_exponential(-126.0f, 2e-7);
   test_exponential(-1022.0, 3e-16);
 }

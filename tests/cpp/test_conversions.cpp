@@ -81,7 +81,7 @@ void test_narrowing() {
 }  // namespace
 
 int main() {
-  test_exponentials();
+  test_vectors();
   test_widening();
   test_narrowing();
   return report();

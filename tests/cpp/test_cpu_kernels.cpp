@@ -111,19 +111,23 @@ struct Values {
   double operator()(int64_t b, int64_t i, int64_t c) const { return data[(b * positions + i) * channels + c]; }
 };
 
-// Forward and backward of whitened pairwise attention in double: y, dq, dk, dv.
+// Forward and backward of whitened pairwise attention in double: y, dq, dk, dv. Without mask logits `mask` is null.
 struct Truth {
   std::vector<double> y, dq, dk, dv;
 
-  Truth(const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& grad, double scale, bool whiten) {
+  Truth(const Matrix& query, const Matrix& key, const Matrix& value, const Matrix& grad, double scale, bool whiten,
+        const Matrix* mask) {
     const Values q(query), k(key), v(value), dy(grad);
     const int64_t Q = q.positions, K = k.positions, D = q.channels, C = v.channels;
     for (int64_t b = 0; b < query.batches; ++b) {
-      std::vector<double> mq(D), mk(D), P(Q * K), dS(Q * K);
+      std::vector<double> mq(D), mk(D), P(Q * K), dS(Q * K), u(K);
       for (int64_t c = 0; whiten && c < D; ++c) {
         for (int64_t i = 0; i < Q; ++i) mq[c] += q(b, i, c) / Q;
         for (int64_t j = 0; j < K; ++j) mk[c] += k(b, j, c) / K;
       }
+      double total = 0;
+      for (int64_t j = 0; mask && j < K; ++j) total += u[j] = std::exp((*mask)(b, j, 0));
+      for (int64_t j = 0; mask && j < K; ++j) u[j] /= total;
       for (int64_t i = 0; i < Q; ++i) {
         double most = -INFINITY, sum = 0, delta = 0;
         for (int64_t j = 0; j < K; ++j) {
@@ -143,7 +147,7 @@ struct Truth {
       for (int64_t i = 0; i < Q; ++i)
         for (int64_t c = 0; c < C; ++c) {
           double s = 0;
-          for (int64_t j = 0; j < K; ++j) s += P[i * K + j] * v(b, j, c);
+          for (int64_t j = 0; j < K; ++j) s += (P[i * K + j] + u[j]) * v(b, j, c);
           y.push_back(s);
         }
       std::vector<double> mean(D);
@@ -164,7 +168,7 @@ struct Truth {
         }
         for (int64_t c = 0; c < C; ++c) {
           double s = 0;
-          for (int64_t i = 0; i < Q; ++i) s += P[i * K + j] * dy(b, i, c);
+          for (int64_t i = 0; i < Q; ++i) s += (P[i * K + j] + u[j]) * dy(b, i, c);
           dv.push_back(s);
         }
       }
@@ -179,14 +183,14 @@ struct Shape {
 };
 
 void test_pairwise(const CpuKernels& kernels, const Shape& shape, DType dtype, bool channel_first, bool whiten,
-                   int thread_count) {
+                   int thread_count, bool mask = false, unsigned needs = 7) {
   const auto [B, Q, K, D, C] = shape;
   const double offset = whiten ? 3 : 0;  // uncentred, a shared offset would only make the logits hot
   Matrix q(B, Q, D, dtype, channel_first, offset), k(B, K, D, dtype, channel_first, -offset);
   Matrix v(B, K, C, dtype, channel_first, 1);
   Matrix dy(B, Q, C, dtype, !channel_first), y(B, Q, C, dtype, channel_first), rest(B, Q, C, dtype, channel_first);
-  Matrix dq = q, dk = k, dv = v;
-  std::vector<double> stats(B * Q * 2);  // of float, for all but float64
+  Matrix dq = q, dk = k, dv = v, m(B, K, 1, dtype, false);
+  std::vector<double> stats(B * Q * 2), pooled(B * C), mask_lse(B);  // of float, for all but float64
   dnl::PairwiseArgs args{};
   args.query = q.view();
   args.key = k.view();
@@ -200,36 +204,42 @@ void test_pairwise(const CpuKernels& kernels, const Shape& shape, DType dtype, b
   args.keys = K;
   args.width = D;
   args.channels = C;
-  args.scale = 1 / std::sqrt(double(D));
+  args.scale = (Q + K) % 2 ? 1 / std::sqrt(double(D)) : -1 / std::sqrt(double(D));
   args.whiten = whiten;
   const Executor executor = host_threads(thread_count);
+  if (mask) {
+    kernels.unary_forward({m.view(), v.view(), pooled.data(), mask_lse.data(), dtype, B, K, C, nullptr, {}, {}},
+                          executor);
+    args.pooled = pooled.data(), args.mask_lse = mask_lse.data();
+  }
   {
     const Workspace workspace(kernels.pairwise_forward_workspace(args, executor));
     kernels.pairwise_forward(args, workspace.data(), executor);
   }
   args.grad_output = dy.view();
-  args.grad_query = dq.view();
-  args.grad_key = dk.view();
-  args.grad_value = dv.view();
+  if (mask) args.mask = m.view();
+  if (needs & 1) args.grad_query = dq.view();
+  if (needs & 2) args.grad_key = dk.view();
+  if (needs & 4) args.grad_value = dv.view();
   {
     const Workspace workspace(kernels.pairwise_backward_workspace(args, executor));
     kernels.pairwise_backward(args, workspace.data(), executor);
   }
-  const Truth truth(q, k, v, dy, args.scale, whiten);
+  const Truth truth(q, k, v, dy, args.scale, whiten, mask ? &m : nullptr);
   const double bound = dtype == DType::f64 ? 1e-12 : dtype == DType::f32 ? 2e-5 : dtype == DType::f16 ? 3e-3 : 2e-2;
   const auto check = [&](const char* name, const Matrix& x, const std::vector<double>& expected) {
     const double e = error(values(x), expected);
     // With one query or one key the true gradient of q and k is zero and the error is not relative to anything.
     const bool degenerate =
         expected.size() && std::all_of(expected.begin(), expected.end(), [](double t) { return std::abs(t) < 1e-9; });
-    CHECK(degenerate || e < bound, "%s %s (%ld %ld %ld %ld %ld) dtype %d first %d whiten %d threads %d: error %g",
-          kernels.name, name, (long)B, (long)Q, (long)K, (long)D, (long)C, int(dtype), channel_first, whiten,
-          thread_count, e);
+    CHECK(degenerate || e < bound,
+          "%s %s (%ld %ld %ld %ld %ld) dtype %d first %d whiten %d mask %d threads %d: error %g", kernels.name, name,
+          (long)B, (long)Q, (long)K, (long)D, (long)C, int(dtype), channel_first, whiten, mask, thread_count, e);
   };
   check("y", y, truth.y);
-  check("dq", dq, truth.dq);
-  check("dk", dk, truth.dk);
-  check("dv", dv, truth.dv);
+  if (needs & 1) check("dq", dq, truth.dq);
+  if (needs & 2) check("dk", dk, truth.dk);
+  if (needs & 4) check("dv", dv, truth.dv);
 }
 
 void test_whiten(const CpuKernels& kernels, bool channel_first) {
@@ -359,16 +369,17 @@ int random_cases(int64_t count, int64_t first) {
       return std::uniform_int_distribution<int64_t>(least, most)(generator);
     };
     const auto size = [&] { return upto(0, 2) ? upto(1, 40) : upto(1, 150); };
-    const auto positions = [&] { return upto(0, 9) ? size() : upto(300, 500); };     // several blocks
-    const int64_t queries = upto(0, 3) ? positions() : upto(1, 4);                   // few have kernels of their own
-    const int64_t keys = queries < 5 && !upto(0, 2) ? upto(385, 900) : positions();  // several blocks of theirs
+    const auto positions = [&] { return upto(0, 9) ? size() : upto(300, 500); };      // several blocks
+    const int64_t queries = upto(0, 3) ? positions() : upto(1, 8);                    // few have kernels of their own
+    const int64_t keys = queries < 9 && !upto(0, 2) ? upto(385, 1200) : positions();  // several blocks of theirs
     const Shape shape{upto(1, 4), queries, keys, size(), size()};
     const DType dtype = kTypes[upto(0, 3)];
-    const bool first_channel = upto(0, 1), whiten = upto(0, 1);
+    const bool first_channel = upto(0, 1), whiten = upto(0, 1), mask = upto(0, 1);
+    const auto needs = static_cast<unsigned>(upto(0, 1) ? 7 : upto(1, 6));
     const int thread_count = static_cast<int>(upto(1, 3));
     for (const CpuKernels* kernels : dnl::all_cpu_kernels())
       if (kernels->supported()) {
-        test_pairwise(*kernels, shape, dtype, first_channel, whiten, thread_count);
+        test_pairwise(*kernels, shape, dtype, first_channel, whiten, thread_count, mask, needs);
         test_unary(*kernels, shape, dtype, first_channel, thread_count);
         test_softmax(*kernels, shape.keys);
       }
@@ -398,7 +409,8 @@ int main(int argc, char** argv) {
   if (argc > 1) return random_cases(std::atoll(argv[1]), argc > 2 ? std::atoll(argv[2]) : 0);
   const Shape shapes[] = {{1, 1, 1, 1, 1},       {2, 65, 63, 5, 7},   {1, 200, 390, 33, 17}, {3, 7, 500, 16, 70},
                           {1, 400, 129, 130, 9}, {5, 20, 20, 3, 129}, {1, 5, 1, 2, 3},       {1, 1, 9, 4, 4},
-                          {2, 13, 30, 603, 6},   {2, 3, 900, 20, 70}, {3, 8, 400, 7, 33},    {1, 32, 65, 70, 5}};
+                          {2, 13, 30, 603, 6},   {2, 3, 900, 20, 70}, {3, 8, 400, 7, 33},    {1, 32, 65, 70, 5},
+                          {2, 1, 1100, 37, 9},   {1, 2, 40, 16, 300}, {1, 4, 520, 300, 24}};
   for (const CpuKernels* kernels : dnl::all_cpu_kernels()) {
     if (!kernels->supported()) continue;
     for (const Shape& shape : shapes)

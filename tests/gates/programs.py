@@ -38,6 +38,7 @@ CPU = {
     "cpu_products": ("test_products", (), None),
     "cpu_tiles": ("test_amx", (), None),
     "cpu_kernels": ("test_cpu_kernels", (), "generic"),
+    "cpu_kernels_avx2": ("test_cpu_kernels", (), "avx2"),
     "arm_products": ("test_products", ("DNL_NEON",), None),
     "arm_bf16_products": ("test_products", ("DNL_NEON", "DNL_BF16_PRODUCTS"), None),
     "arm_bf16_kernels": ("test_cpu_kernels", (), "neon_bf16"),
@@ -70,8 +71,8 @@ def lacks_set(name):
 
 def lacking(program):
     """What a program lacks here, and how to get it; None where nothing is missing."""
-    if program.gate.startswith("cpu_exp2_"):
-        return lacks_set(program.gate.removeprefix("cpu_exp2_"))
+    if program.gate.startswith(("cpu_exp2_", "cpu_kernels_")):
+        return lacks_set(program.gate.rpartition("_")[2])
     return lacks_arm() if program.gate.startswith("arm_") else compilers.missing(MODES[program.mode][0])
 
 

@@ -9,6 +9,7 @@ VEC, PACK, PRODUCT = "core/cpu/vec.h", "core/cpu/pack.h", "core/cpu/product.h"
 TILES, NEON, REDUCE = "core/cpu/amx.h", "core/cpu/neon.h", "core/cpu/reduce.h"
 FORWARD, BACKWARD = "ops/pairwise/cpu/forward.h", "ops/pairwise/cpu/backward.h"
 OPERANDS, FEW = "ops/pairwise/cpu/operands.h", "ops/pairwise/cpu/few_queries.h"
+ROWS, DIRECT = "core/cpu/few_rows.h", "ops/pairwise/cpu/direct.h"
 UNARY = "ops/unary/unary_cpu.h"
 
 
@@ -90,17 +91,29 @@ MUTANTS = [
         "return std::min(block / range_blocks * range_rows + within,", "return std::min(within,", "cpu_kernels"),
     cpu("means: positions in place of channels", REDUCE, "return i * x.position + c;", "return i + c;",
         "cpu_kernels"),
-    # Few queries.
+    # Few queries: on narrower vectors all of them are read as they lie.
     cpu("few queries: lanes without a key count", FEW, "last[j - (whole - W)] = -infinity;",
-        "last[j - (whole - W)] = 0;", "cpu_kernels", cases=200),
+        "last[j - (whole - W)] = 0;", "cpu_kernels_avx2", cases=200),
     cpu("few queries: earlier blocks' sums are not rescaled", FEW, "slot.divisor[r] * double(alpha) + divisor",
-        "slot.divisor[r] + divisor", "cpu_kernels", cases=200),
-    cpu("few queries: earlier blocks' output is not rescaled", FEW, "out[l] *= alpha;", "out[l] *= 1;", "cpu_kernels",
-        cases=200),
+        "slot.divisor[r] + divisor", "cpu_kernels_avx2", cases=200),
+    cpu("few queries: earlier blocks' output is not rescaled", FEW, "out[l] *= alpha;", "out[l] *= 1;",
+        "cpu_kernels_avx2", cases=200),
     cpu("few queries: the means of the first batch element for all", FEW, "      x.batch += batch;\n", "",
-        "cpu_kernels", cases=200),
+        "cpu_kernels_avx2", cases=200),
     cpu("few queries: the mean of the values is left out", FEW, "(centre ? centre[lane] : A(0))", "A(0)",
+        "cpu_kernels_avx2", cases=200),
+    cpu("direct: all lanes of a line's last vector count", ROWS, "l < W - lines.length % W ? 0 : -1", "-1",
         "cpu_kernels", cases=200),
+    cpu("direct: the last query has no part in dk and dv", ROWS, "for (int r = 1; r < R; ++r) sum",
+        "for (int r = 1; r + 1 < R; ++r) sum", "cpu_kernels", cases=200),
+    cpu("direct: earlier blocks' output is not rescaled", DIRECT, "slot.result[r * channel_pitch + ch] *= alpha;",
+        "slot.result[r * channel_pitch + ch] *= 1;", "cpu_kernels", cases=200),
+    cpu("direct: the scale of dk has its sign twice", DIRECT, "std::abs(scale)", "scale", "cpu_kernels", cases=200),
+    cpu("direct: the mean of dq is not subtracted", DIRECT, "slot.result[r * width_pitch + ch] - mean)",
+        "slot.result[r * width_pitch + ch])", "cpu_kernels", cases=200),
+    cpu("direct: the first block of u for all", DIRECT, "unary + batch * args.keys + first,",
+        "unary + batch * args.keys,", "cpu_kernels", cases=200),
+    cpu("vectors of bfloat16: ties rounded up", VEC, "0x7fff + (high & 1)", "0x8000", "cpu_conversions"),
     # Sums.
     cpu("lanes: what fills no round is left out", REDUCE,
         "for (int64_t l = 0; i < count; ++i, ++l) add_to<T>(lane[l], rest[l], f(i));", "", "cpu_kernels"),

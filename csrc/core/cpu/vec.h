@@ -191,6 +191,42 @@ template <class T>
 inline void store(T* x, Vec<T> v) {
   *reinterpret_cast<Vec<T>*>(x) = v;
 }
+// Rounded.
+template <class T>
+inline void store_narrow(T* x, Vec<Acc<T>> v) {
+  Acc<T> wide[kWidth<Acc<T>>];
+  store(wide, v);
+  for (int64_t l = 0; l < kWidth<Acc<T>>; ++l) x[l] = narrow<T>(wide[l]);
+}
+// 16 bits by the vector, as widen() and narrow() do it one by one: loops over so few elements compilers leave as they
+// are, or split.
+typedef uint16_t Halves __attribute__((vector_size(DNL_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(DNL_VECTOR_BYTES), aligned(4), may_alias));
+inline Vec<float> load_wide(const bf16* x) {
+  return (Vec<float>)(__builtin_convertvector(*reinterpret_cast<const Halves*>(x), Words) << 16);
+}
+inline void store_narrow(bf16* x, Vec<float> v) {
+  const Words bits = (Words)v, high = bits >> 16, rounded = (bits + 0x7fff + (high & 1)) >> 16;
+  const Words kept = v == v ? rounded : high | 0x40;
+  *reinterpret_cast<Halves*>(x) = __builtin_convertvector(kept, Halves);
+}
+#if defined(DNL_TARGET) && DNL_VECTOR_BYTES == 64
+inline Vec<float> load_wide(const f16* x) {
+  return (Vec<float>)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+inline void store_narrow(f16* x, Vec<float> v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(x),
+                      _mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(DNL_TARGET) && DNL_VECTOR_BYTES == 32
+inline Vec<float> load_wide(const f16* x) {
+  return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x)));
+}
+inline void store_narrow(f16* x, Vec<float> v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(x),
+                   _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#endif
 // x - 0 is x, which a compiler knows and turns into the broadcast alone, from memory. 0 + x is not where x = -0: that
 // would be an addition and a shuffle for every broadcast, on the units that multiply.
 template <class T>

@@ -16,6 +16,7 @@
 #pragma once
 
 #include "ops/pairwise/cpu/delta.h"
+#include "ops/pairwise/cpu/direct.h"
 #include "ops/pairwise/cpu/operands.h"
 
 namespace dnl {
@@ -44,7 +45,7 @@ struct PairwiseBackward {
   Means<Src, E> means;
   E *query_rows, *query_columns, *grad_rows, *grad_columns;
   A *shift, *factor, *delta, *grad_query, *grad_pooled, *unary;
-  double* delta_offset;  // (batches, channels)
+  double* delta_offsets;  // (batches, channels)
   size_t bytes;
 
   struct Slot {
@@ -61,8 +62,9 @@ struct PairwiseBackward {
 
   void run() {
     means.compute(args, executor);
-    unary_gradients();
-    delta_offsets<Src>(args, means.value, delta_offset);
+    unary_gradients<Src>(args, grad_pooled, unary, executor);
+    for (int64_t b = 0; b < args.batches; ++b)
+      delta_offset<Src>(args, b, value_mean(b), delta_offsets + b * args.channels);
     for (int64_t first = 0; first < args.batches; first += group) {
       const int64_t count = std::min(group, args.batches - first);
       executor.parallel(count * query_blocks, [&](int64_t task) {
@@ -130,7 +132,7 @@ struct PairwiseBackward {
     shift = arena.take<A>(group * args.queries);
     factor = arena.take<A>(group * args.queries);
     delta = arena.take<A>(group * args.queries);
-    delta_offset = arena.take<double>(args.batches * args.channels);
+    delta_offsets = arena.take<double>(args.batches * args.channels);
     grad_query = want_query ? arena.take<A>(group * width_panels * args.queries * L) : nullptr;
     const bool has_unary = args.mask.data;
     grad_pooled = has_unary ? arena.take<A>(args.batches * args.channels) : nullptr;
@@ -187,23 +189,6 @@ struct PairwiseBackward {
 
   const A* value_mean(int64_t batch) const { return means.value ? means.value + batch * args.channels : nullptr; }
 
-  // G = sum_i dy_i, u, and dm, which need no map.
-  void unary_gradients() {
-    if (!args.mask.data) return;
-    all_column_sums<Src>(args.grad_output, args.batches, args.queries, args.channels, nullptr, 0, 1.0, grad_pooled,
-                         executor);
-    unary_map<Src>(args.mask, static_cast<const A*>(args.mask_lse), args.batches, args.keys, unary, executor);
-    if (!args.grad_mask.data) return;
-    UnaryArgs pool{};
-    pool.value = args.value;
-    pool.grad_pooled = grad_pooled;
-    pool.grad_mask = args.grad_mask;
-    pool.batches = args.batches;
-    pool.keys = args.keys;
-    pool.channels = args.channels;
-    unary_mask_gradient<Src>(pool, unary, executor);
-  }
-
   void pack_queries(int64_t batch, int64_t place, int64_t block) {
     const int64_t first = first_of(block), count = first_of(block + 1) - first;
     const int64_t row = place * args.queries + first, column = column_of(place, block);
@@ -225,7 +210,7 @@ struct PairwiseBackward {
     if (need_logits && args.delta)
       std::copy_n(static_cast<const A*>(args.delta) + batch * args.queries + first, count, delta + row);
     else if (need_logits)
-      compute_delta<Src>(args, delta_offset, batch, first, count, delta + row);
+      compute_delta<Src>(args, delta_offsets + batch * args.channels, batch, first, count, delta + row);
     if (grad_query)
       for (int64_t p = 0; p < width_panels; ++p) {
         A* out = grad_query + ((place * width_panels + p) * args.queries + first) * L;
@@ -412,13 +397,17 @@ struct PairwiseBackward {
 inline size_t pairwise_backward_workspace(const PairwiseArgs& args, const Executor& executor) {
   size_t bytes = 0;
   dispatch_products(args.dtype, [&](auto src, auto e) {
-    bytes = PairwiseBackward<decltype(src), decltype(e)>(args, nullptr, executor).bytes;
+    using Direct = DirectPairwise<decltype(src)>;
+    bytes = Direct::takes(args) ? Direct(args, nullptr, executor).bytes
+                                : PairwiseBackward<decltype(src), decltype(e)>(args, nullptr, executor).bytes;
   });
   return bytes;
 }
 
 inline void pairwise_backward(const PairwiseArgs& args, void* workspace, const Executor& executor) {
   dispatch_products(args.dtype, [&](auto src, auto e) {
+    using Direct = DirectPairwise<decltype(src)>;
+    if (Direct::takes(args)) return Direct(args, workspace, executor).backward();
     PairwiseBackward<decltype(src), decltype(e)>(args, workspace, executor).run();
   });
 }

@@ -10,22 +10,21 @@
 namespace dnl {
 namespace DNL_ISA {
 
-// The part of y that does not come from P times the centred values. offset: (batches, channels).
+// The part of y that does not come from P times the centred values, for one batch element. value_mean is null, or its.
 template <class Src>
-void delta_offsets(const PairwiseArgs& args, const Acc<Src>* value_mean, double* offset) {
+void delta_offset(const PairwiseArgs& args, int64_t batch, const Acc<Src>* value_mean, double* offset) {
   const auto* pooled = static_cast<const Acc<Src>*>(args.pooled);
-  for (int64_t i = 0; i < args.batches * args.channels; ++i)
-    offset[i] = (pooled ? double(pooled[i]) : 0) + (value_mean ? double(value_mean[i]) : 0);
+  for (int64_t ch = 0; ch < args.channels; ++ch)
+    offset[ch] = (pooled ? double(pooled[batch * args.channels + ch]) : 0) + (value_mean ? double(value_mean[ch]) : 0);
 }
 
 // Delta of `count` queries of one batch element from `first` on.
 template <class Src>
-void compute_delta(const PairwiseArgs& args, const double* offsets, int64_t batch, int64_t first, int64_t count,
+void compute_delta(const PairwiseArgs& args, const double* offset, int64_t batch, int64_t first, int64_t count,
                    Acc<Src>* out) {
   const Src *dy = element<Src>(args.grad_output, batch), *y = element<Src>(args.output, batch);
   const View &dv = args.grad_output, &yv = args.output, &rv = args.residual;
   const Src* rest = rv.data ? element<Src>(rv, batch) : nullptr;
-  const double* offset = offsets + batch * args.channels;
   for (int64_t begin = first; begin < first + count; begin += kReduceBlock) {
     const int64_t end = std::min(first + count, begin + kReduceBlock);
     double sums[kReduceBlock];

@@ -1,5 +1,5 @@
 // Forward pass of whitened pairwise attention on the CPU where queries are few: half a panel at most, and fewer than
-// keys.
+// keys. Up to four of them do not come here (cpu/direct.h).
 //
 // With queries on the lanes, as in cpu/forward.h, most lanes would be empty. Here keys, and then channels, are on the
 // lanes and a query is a row: t = sign Q K (queries x keys), P = 2^(c (t - m)) with a running maximum m per query, and

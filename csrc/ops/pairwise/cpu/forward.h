@@ -7,6 +7,7 @@
 // reduction across lanes, and the last block may have fewer rows.
 #pragma once
 
+#include "ops/pairwise/cpu/direct.h"
 #include "ops/pairwise/cpu/few_queries.h"
 #include "ops/pairwise/cpu/operands.h"
 
@@ -229,16 +230,20 @@ struct PairwiseForward {
 inline size_t pairwise_forward_workspace(const PairwiseArgs& args, const Executor& executor) {
   size_t bytes = 0;
   dispatch_products(args.dtype, [&](auto src, auto e) {
+    using Direct = DirectPairwise<decltype(src)>;
     using Few = FewQueries<decltype(src), decltype(e)>;
-    bytes = Few::takes(args) ? Few(args, nullptr, executor).bytes
-                             : PairwiseForward<decltype(src), decltype(e)>(args, nullptr, executor).bytes;
+    bytes = Direct::takes(args) ? Direct(args, nullptr, executor).bytes
+            : Few::takes(args)  ? Few(args, nullptr, executor).bytes
+                                : PairwiseForward<decltype(src), decltype(e)>(args, nullptr, executor).bytes;
   });
   return bytes;
 }
 
 inline void pairwise_forward(const PairwiseArgs& args, void* workspace, const Executor& executor) {
   dispatch_products(args.dtype, [&](auto src, auto e) {
+    using Direct = DirectPairwise<decltype(src)>;
     using Few = FewQueries<decltype(src), decltype(e)>;
+    if (Direct::takes(args)) return Direct(args, workspace, executor).forward();
     if (Few::takes(args)) return Few(args, workspace, executor).run();
     PairwiseForward<decltype(src), decltype(e)>(args, workspace, executor).run();
   });

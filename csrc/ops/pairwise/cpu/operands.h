@@ -1,8 +1,9 @@
 // Whitened pairwise attention on the CPU: what forward and backward share.
 //
-// Both use one tiled algorithm (cpu/forward.h, cpu/backward.h): a thread owns a tile, which lies along the lanes of the
-// vectors, and streams blocks of the other side past it, so that a block of logits never leaves the cache of that core,
-// and no buffer grows with Nq * Nk. In the forward a thread owns queries, in the backward keys.
+// Both use one tiled algorithm (cpu/forward.h, cpu/backward.h), except of few queries (cpu/few_queries.h,
+// cpu/direct.h): a thread owns a tile, which lies along the lanes of the vectors, and streams blocks of the other side
+// past it, so that a block of logits never leaves the cache of that core, and no buffer grows with Nq * Nk. In the
+// forward a thread owns queries, in the backward keys.
 //
 // Centring. In float and double, operands are centred while they are packed. bfloat16 operands are multiplied as they
 // are, exactly, in float accumulators; the query mean enters as a bias per key, -<mu_q, k_j>, because rounding centred
@@ -100,6 +101,24 @@ inline void key_bias(const PairwiseArgs& args, int64_t batch, int64_t begin, int
              [&](double x, int64_t c) { return double(mean[c]) * (x - double(centre[c])); });
     for (int64_t j = j0; j < j1; ++j) bias[j - begin] = static_cast<Acc<Src>>(-factor * sums[j - j0]);
   }
+}
+
+// G = sum_i dy_i (batches, channels), u (batches, keys), and dm, which need no map.
+template <class Src>
+void unary_gradients(const PairwiseArgs& args, Acc<Src>* grad_pooled, Acc<Src>* unary, const Executor& executor) {
+  if (!args.mask.data) return;
+  all_column_sums<Src>(args.grad_output, args.batches, args.queries, args.channels, nullptr, 0, 1.0, grad_pooled,
+                       executor);
+  unary_map<Src>(args.mask, static_cast<const Acc<Src>*>(args.mask_lse), args.batches, args.keys, unary, executor);
+  if (!args.grad_mask.data) return;
+  UnaryArgs pool{};
+  pool.value = args.value;
+  pool.grad_pooled = grad_pooled;
+  pool.grad_mask = args.grad_mask;
+  pool.batches = args.batches;
+  pool.keys = args.keys;
+  pool.channels = args.channels;
+  unary_mask_gradient<Src>(pool, unary, executor);
 }
 
 // Runs f(task, worker) for every task, on at most `workers` workers that take tasks as they come free.
