@@ -4,7 +4,7 @@
 #   make test    build, then all tests
 #   make help    the other targets
 #
-# Settings:  PYTHON=python3  VENV=.venv  TORCH="torch==2.13.0"  MAX_JOBS=2
+# Settings:  PYTHON=python3  VENV=.venv  TORCH="torch==2.13.0"  MAX_JOBS=2  (compilers at once)  TEST_JOBS=2  (tests at once)
 # One wheel for several Pythons:                  make dist PYTHONS="python3.10 python3.12"
 # Other versions of torch, with a wheel or not:   make test-torch VERSIONS="2.10.0 nightly" WHEEL=dist/dnl_ext-0.1.0-....whl
 # A CPU build of torch elsewhere than on PyPI:  make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
@@ -14,6 +14,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_CUDA ?= torch==2.11.0
 VERSIONS ?= 2.10.0 2.15.0
+# Processes that share the tests, each with about 1 GB: as many as there are cores, up to eight. 0: none but pytest's own.
+TEST_JOBS ?= auto
+PYTEST := -m pytest -q -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal
 PYTHONS ?=
 WHEEL ?=
 CUDA_HOME ?= $(firstword $(wildcard /usr/local/cuda /usr/local/cuda-*))
@@ -66,10 +69,10 @@ demo: $(VENV)/.built
 	$(BIN)/python -m dnl_ext demo
 
 test: $(VENV)/.built
-	$(BIN)/python -m pytest -q
+	$(BIN)/python $(PYTEST)
 
 test-slow: $(VENV)/.built
-	$(BIN)/python -m pytest -q --slow
+	$(BIN)/python $(PYTEST) --slow
 
 build/wheel/.made: $(VENV)/.torch $(SOURCES) $(shell find dnl_ext -name '*.py')
 	rm -rf build/wheel

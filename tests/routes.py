@@ -17,6 +17,7 @@ import sysconfig
 import types
 import warnings
 
+import builds
 import torch
 
 import dnl_ext
@@ -57,8 +58,8 @@ def build_library(name, main, folders=(), flags=(), links=()):
         key.update(path.read_bytes())
     folder = ROOT / "build" / f"{name.removeprefix('dnl_cuda_')}-{key.hexdigest()[:16]}"
     library = folder / f"{name}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def make():
         # torch runs ninja, which lies beside this Python.
         os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
         cpp_extension.load(
@@ -70,7 +71,8 @@ def build_library(name, main, folders=(), flags=(), links=()):
             build_directory=str(folder),
             is_python_module=False,
         )
-    return library
+
+    return builds.once(library, make)
 
 
 def load_other_device():

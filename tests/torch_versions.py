@@ -110,7 +110,20 @@ def check(version, wheel, arguments):
         return f"the wheel is not what runs: {module} {left_out}", False
     start = time.monotonic()
     suites = [f"tests/{suite}" for suite in arguments.suites]
-    options = ["-q", "--no-emulator", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments.pytest]
+    options = [
+        "-q",
+        "-n",
+        "auto",
+        "--maxprocesses",
+        "8",
+        "--dist",
+        "worksteal",
+        "--no-emulator",
+        "-p",
+        "no:cacheprovider",
+        f"--junitxml={report}",
+        *arguments.pytest,
+    ]
     run(log, [folder / "venv/bin/pytest", *options, *suites], cwd=copy, env=variables)
     if not report.exists():
         return f"pytest wrote no report: {log}", False

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 
+import builds
 import compilers
 import cuda_budget
 
@@ -51,12 +52,13 @@ def recorder():
     command += [f"-I{ROOT}/csrc", f"-I{ROOT}/tests/emulator", str(pathlib.Path(__file__).parent / "launches.cpp")]
     sources = [*sources_of("csrc"), *sources_of("tests/emulator"), *sources_of("tests/cuda_model")]
     program = BUILD / f"launches-{key_of(command, sources)}"
-    if not program.exists():
-        BUILD.mkdir(parents=True, exist_ok=True)
+
+    def make():
         for old in BUILD.glob("launches-*"):
             old.unlink()
         subprocess.run([*command, "-o", str(program), "-ldl"], check=True)
-    return program
+
+    return builds.once(program, make)
 
 
 def cubins(nvcc):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "tests")]
 
+import builds  # noqa: E402
 import compilers  # noqa: E402
 
 # Mode: purpose in compilers.py, flags.
@@ -124,12 +125,13 @@ def cached(program, folder=ROOT / "build/gates"):
             if path.suffix in (".h", ".cuh", ".cpp", ".cu"):
                 key.update(path.read_bytes())
     out = folder / f"{program.gate}-{program.mode}-{program.type or 'all'}-{key.hexdigest()[:12]}"
-    if not out.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def make():
         for old in folder.glob(f"{program.gate}-{program.mode}-{program.type or 'all'}-*"):
             old.unlink()
         build(program, ROOT / "csrc", out)
-    return out
+
+    return builds.once(out, make)
 
 
 if __name__ == "__main__":

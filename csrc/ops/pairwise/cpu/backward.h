@@ -398,7 +398,7 @@ inline size_t pairwise_backward_workspace(const PairwiseArgs& args, const Execut
   size_t bytes = 0;
   dispatch_products(args.dtype, [&](auto src, auto e) {
     using Direct = DirectPairwise<decltype(src)>;
-    bytes = Direct::takes(args) ? Direct(args, nullptr, executor).bytes
+    bytes = Direct::takes(args) ? Direct(args, true, nullptr, executor).bytes
                                 : PairwiseBackward<decltype(src), decltype(e)>(args, nullptr, executor).bytes;
   });
   return bytes;
@@ -407,7 +407,7 @@ inline size_t pairwise_backward_workspace(const PairwiseArgs& args, const Execut
 inline void pairwise_backward(const PairwiseArgs& args, void* workspace, const Executor& executor) {
   dispatch_products(args.dtype, [&](auto src, auto e) {
     using Direct = DirectPairwise<decltype(src)>;
-    if (Direct::takes(args)) return Direct(args, workspace, executor).backward();
+    if (Direct::takes(args)) return Direct(args, true, workspace, executor).backward();
     PairwiseBackward<decltype(src), decltype(e)>(args, workspace, executor).run();
   });
 }

@@ -49,13 +49,13 @@ struct DirectPairwise {
     return args.queries > 0 && args.queries <= kMostQueries && args.queries < args.keys;
   }
 
-  DirectPairwise(const PairwiseArgs& a, void* workspace, const Executor& e)
+  // `backward`: by the caller, since pointers say nothing: those of tensors without elements are null.
+  DirectPairwise(const PairwiseArgs& a, bool backward, void* workspace, const Executor& e)
       : args(a), executor(e), c(a.magnitude<A>(kLog2e<double>)) {
     Arena arena(workspace);
     workers = std::min<int64_t>(executor.threads, args.batches);
     width_pitch = round_up(args.width, W);
     channel_pitch = round_up(args.channels, W);
-    const bool backward = args.grad_output.data;
     grad_pooled = args.mask.data ? arena.take<A>(args.batches * args.channels) : nullptr;
     unary = args.mask.data ? arena.take<A>(args.batches * args.keys) : nullptr;
     slots.resize(workers);

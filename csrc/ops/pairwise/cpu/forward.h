@@ -232,7 +232,7 @@ inline size_t pairwise_forward_workspace(const PairwiseArgs& args, const Executo
   dispatch_products(args.dtype, [&](auto src, auto e) {
     using Direct = DirectPairwise<decltype(src)>;
     using Few = FewQueries<decltype(src), decltype(e)>;
-    bytes = Direct::takes(args) ? Direct(args, nullptr, executor).bytes
+    bytes = Direct::takes(args) ? Direct(args, false, nullptr, executor).bytes
             : Few::takes(args)  ? Few(args, nullptr, executor).bytes
                                 : PairwiseForward<decltype(src), decltype(e)>(args, nullptr, executor).bytes;
   });
@@ -243,7 +243,7 @@ inline void pairwise_forward(const PairwiseArgs& args, void* workspace, const Ex
   dispatch_products(args.dtype, [&](auto src, auto e) {
     using Direct = DirectPairwise<decltype(src)>;
     using Few = FewQueries<decltype(src), decltype(e)>;
-    if (Direct::takes(args)) return Direct(args, workspace, executor).forward();
+    if (Direct::takes(args)) return Direct(args, false, workspace, executor).forward();
     if (Few::takes(args)) return Few(args, workspace, executor).run();
     PairwiseForward<decltype(src), decltype(e)>(args, workspace, executor).run();
   });
