@@ -110,20 +110,8 @@ def check(version, wheel, arguments):
         return f"the wheel is not what runs: {module} {left_out}", False
     start = time.monotonic()
     suites = [f"tests/{suite}" for suite in arguments.suites]
-    options = [
-        "-q",
-        "-n",
-        "auto",
-        "--maxprocesses",
-        "8",
-        "--dist",
-        "worksteal",
-        "--no-emulator",
-        "-p",
-        "no:cacheprovider",
-        f"--junitxml={report}",
-        *arguments.pytest,
-    ]
+    shared = ["-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]  # among processes, as in `make test`
+    options = ["-q", *shared, "--no-emulator", "-p", "no:cacheprovider", f"--junitxml={report}", *arguments.pytest]
     run(log, [folder / "venv/bin/pytest", *options, *suites], cwd=copy, env=variables)
     if not report.exists():
         return f"pytest wrote no report: {log}", False
