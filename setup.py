@@ -8,7 +8,7 @@ Environment:
     CUDA_HOME               the CUDA toolkit, default: that of the nvcc on PATH, then /usr/local/cuda
     TORCH_CUDA_ARCH_LIST    architectures, default "8.0;9.0a;9.0+PTX;10.0;12.0", without the last two before CUDA 12.8;
                             9.0a adds Hopper's kernels, which have no other
-    MAX_JOBS                parallel compilations
+    MAX_JOBS                parallel compilations, and architectures that one of them compiles CUDA for at a time
     DNL_EXT_QUICK_BUILD=1   optimise little: compiled in a third of the time, for work on all but the CPU's kernels
 """
 
@@ -57,6 +57,9 @@ def extensions(torch, cpp_extension, toolkit, left_out):
         defines += [("DNL_EXT_HOPPER", None)] if hopper else []
         defines += [("DNL_EXT_WITH_CUDA", None), ("USE_CUDA", None), ("DNL_EXT_CUDA_ARCHS", f'"{archs}"')]
         arguments["nvcc"] = ["-O3", "-lineinfo", "-Xptxas=-v", "--expt-relaxed-constexpr"]
+        # Architectures side by side: compiled for one after the other, the largest file outlasts all the others.
+        jobs = os.environ.get("MAX_JOBS", "")
+        arguments["nvcc"].append(f"--threads={jobs if jobs.isdigit() else 0}")  # 0: one for each core
         # torch adds those of CUDA_HOME itself. Those of the system are the compiler's own, and come in its order.
         headers = dict.fromkeys([toolkit.include, build_backend.cublas_include(toolkit)])
         includes += [folder for folder in headers if folder not in ("", "/usr/include")]

@@ -23,12 +23,15 @@ it depends on the call: kernels that ask for it have fewer blocks.
 
 import argparse
 import json
+import os
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import ptxas_table
 from cuda_model import sass
@@ -177,12 +180,14 @@ def main():
         print(f"cuda_budget: no cuobjdump here, and a budget counts HMMA: {sass.HOW_TO_GET}", file=sys.stderr)
         return 3
     built = {}
-    with tempfile.TemporaryDirectory() as scratch:
+    archs = options.archs.split(",")
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(os.cpu_count()) as pool:
         folder = pathlib.Path(options.cubins or scratch)
         folder.mkdir(parents=True, exist_ok=True)
-        for arch in options.archs.split(","):
-            built[arch] = compile_arch(arch, options.nvcc, folder)
-            if not built[arch]:
+        compiled = pool.map(partial(compile_arch, nvcc=options.nvcc, folder=folder), archs)
+        for arch, kernels in zip(archs, compiled, strict=True):
+            built[arch] = kernels
+            if not kernels:
                 raise SystemExit(f"cuda_budget: no kernel found for {arch}")
             if options.write:  # after each: an end in between keeps what there is
                 old = json.loads(BUDGET.read_text()) if BUDGET.exists() else {}
