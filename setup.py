@@ -8,7 +8,7 @@ Environment:
     CUDA_HOME               the CUDA toolkit, default: that of the nvcc on PATH, then /usr/local/cuda
     TORCH_CUDA_ARCH_LIST    architectures, default "8.0;9.0a;9.0+PTX;10.0;12.0", without the last two before CUDA 12.8;
                             9.0a adds Hopper's kernels, which have no other
-    MAX_JOBS                parallel compilations, and architectures that one of them compiles CUDA for at a time
+    MAX_JOBS                parallel compilations, and architectures of one CUDA file compiled at a time
     DNL_EXT_QUICK_BUILD=1   optimise little: compiled in a third of the time, for work on all but the CPU's kernels
 """
 
